@@ -1,0 +1,1 @@
+//! Holds the processes of pods still.

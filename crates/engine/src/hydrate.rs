@@ -1,0 +1,1 @@
+//! Brings a tree's directories and contents onto the node.

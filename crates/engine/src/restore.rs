@@ -1,0 +1,1 @@
+//! Applies the difference between two trees to a live session through its merged mount.
