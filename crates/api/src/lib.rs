@@ -1,1 +1,33 @@
-//! placeholder
+//! The Kubernetes API of Aether: its custom resources, what their conditions mean, and every name that two parts
+//! must spell alike. No I/O happens here.
+//!
+//! The spec of an object belongs to its user and is never written by a controller. Each part of a status has one
+//! owner: the operator, or the driver of the node that holds the session.
+
+pub mod checkpoint;
+pub mod command;
+pub mod conditions;
+pub mod names;
+pub mod restore;
+pub mod session;
+pub mod source;
+
+pub use checkpoint::{AetherCheckpoint, AetherCheckpointSpec, AetherCheckpointStatus};
+pub use command::{AetherCommand, AetherCommandSpec, AetherCommandStatus};
+pub use restore::{AetherRestore, AetherRestoreSpec, AetherRestoreStatus};
+pub use session::{AetherSession, AetherSessionSpec, AetherSessionStatus};
+pub use source::{AetherSource, AetherSourceSpec, AetherSourceStatus};
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::CustomResourceExt;
+
+/// Every custom resource definition, in the order in which a reader meets them.
+pub fn definitions() -> Vec<CustomResourceDefinition> {
+    vec![
+        AetherSource::crd(),
+        AetherSession::crd(),
+        AetherCheckpoint::crd(),
+        AetherRestore::crd(),
+        AetherCommand::crd(),
+    ]
+}

@@ -1,0 +1,75 @@
+//! AetherRestore: a request, in the manner of a Job, to take a session back to a checkpoint.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Takes a session back to a checkpoint, once, after a safety checkpoint. Works on a mounted session too.
+#[derive(CustomResource, KubeSchema, Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
+#[kube(
+    group = "aether.dev",
+    version = "v1alpha1",
+    kind = "AetherRestore",
+    plural = "aetherrestores",
+    shortname = "arst",
+    category = "aether",
+    namespaced,
+    status = "AetherRestoreStatus",
+    printcolumn(name = "Session", type_ = "string", json_path = ".spec.session"),
+    printcolumn(name = "Checkpoint", type_ = "string", json_path = ".spec.checkpoint"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Safety", type_ = "string", json_path = ".status.safetyCheckpoint"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = ("self == oldSelf", "a restore cannot be changed: make another one"))]
+pub struct AetherRestoreSpec {
+    /// The session, of this namespace.
+    #[schemars(length(min = 1))]
+    pub session: String,
+    /// The checkpoint, of this namespace: of this session or of any other of the same source.
+    #[schemars(length(min = 1))]
+    pub checkpoint: String,
+    /// Delete this object so many seconds after it finished. Never when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl_seconds_after_finished: Option<u32>,
+}
+
+/// What became of a restore.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AetherRestoreStatus {
+    /// `Pending`, `Running`, `Succeeded` or `Failed`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<String>,
+    /// The checkpoint that was taken first: the way back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub safety_checkpoint: Option<String>,
+    /// The tree that the session was taken to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<String>,
+    /// The node that restored the mounted session; absent when no node held it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// When it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started: Option<Time>,
+    /// When it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished: Option<Time>,
+    /// Paths that were changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed_paths: Option<i64>,
+    /// `Complete` or `Failed`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+}
+
+impl AetherRestore {
+    /// Whether it ended, well or badly.
+    pub fn finished(&self) -> bool {
+        self.status.as_ref().is_some_and(|status| status.finished.is_some())
+    }
+}

@@ -1,0 +1,193 @@
+//! AetherSource: where the base of sessions comes from. Lives in a platform team's namespace, beside its Secret.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::core::Duration;
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Where the base of sessions comes from: exactly one of `git`, `claim` and `empty`.
+#[derive(CustomResource, KubeSchema, Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
+#[kube(
+    group = "aether.dev",
+    version = "v1alpha1",
+    kind = "AetherSource",
+    plural = "aethersources",
+    shortname = "asrc",
+    category = "aether",
+    namespaced,
+    status = "AetherSourceStatus",
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
+    printcolumn(name = "Revision", type_ = "string", json_path = ".status.latest"),
+    printcolumn(name = "Files", type_ = "integer", json_path = ".status.files"),
+    printcolumn(name = "Bytes", type_ = "integer", json_path = ".status.bytes"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = ("[has(self.git), has(self.claim), has(self.empty)].filter(x, x).size() == 1", "say exactly one of git, claim and empty"))]
+#[schemars(extend("oneOf" = [{"required": ["git"]}, {"required": ["claim"]}, {"required": ["empty"]}]))]
+pub struct AetherSourceSpec {
+    /// A git repository, fetched by the git program.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub git: Option<GitSource>,
+    /// A directory in an existing claim of the source's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<ClaimSource>,
+    /// An empty directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub empty: Option<EmptySource>,
+    /// Look for a new revision this often, such as `15m`. Never when absent; the annotation `aether.dev/refresh` asks once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refresh: Option<Duration>,
+    /// How many revisions stay usable for new sessions; older ones leave the list. At least 1.
+    #[serde(default = "default_revisions_to_keep")]
+    #[schemars(range(min = 1, max = 100))]
+    pub revisions_to_keep: u32,
+    /// The namespaces whose sessions may start from this source, beside its own. `*` is every namespace.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allowed_namespaces: Vec<String>,
+    /// When nodes fetch the contents of a new revision.
+    #[serde(default)]
+    pub hydration: Hydration,
+}
+
+fn default_revisions_to_keep() -> u32 {
+    3
+}
+
+/// A git repository, fetched by the git program.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GitSource {
+    /// `https://`, `http://`, `ssh://`, `git@host:path` or `file://`.
+    #[schemars(length(min = 1))]
+    pub url: String,
+    /// A branch, a tag, a full ref or a commit id. The remote's HEAD when absent.
+    #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
+    /// How many commits of history sessions get. All of them when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub depth: Option<u32>,
+    /// Fetch submodules too, recursively.
+    #[serde(default)]
+    pub submodules: bool,
+    /// Fetch Git LFS contents too.
+    #[serde(default)]
+    pub lfs: bool,
+    /// A Secret of the source's namespace: type `kubernetes.io/basic-auth` (`username`, `password`) or
+    /// `kubernetes.io/ssh-auth` (`ssh-privatekey`, and `known_hosts`); `ca.crt` with either for a private authority.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretReference>,
+}
+
+/// A Secret by name.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
+pub struct SecretReference {
+    /// The Secret's name.
+    pub name: String,
+}
+
+/// A directory in an existing claim of the source's namespace.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ClaimSource {
+    /// The claim's name.
+    pub claim_name: String,
+    /// The directory in the volume; its root when absent. Relative, without `..`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+}
+
+/// An empty directory.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
+pub struct EmptySource {}
+
+/// When nodes fetch the contents of a new revision.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq, JsonSchema)]
+pub enum Hydration {
+    /// When the first session on the node is mounted.
+    #[default]
+    OnDemand,
+    /// As soon as the revision exists, on every node, so that no session waits for it. Costs its size on every node.
+    Eager,
+}
+
+/// What became of a source.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AetherSourceStatus {
+    /// The generation that this status speaks of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// `Importing`, `Ready`, `Failed` or `Invalid`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<String>,
+    /// The name of the newest revision.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latest: Option<String>,
+    /// Files of the newest revision.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub files: Option<i64>,
+    /// Bytes of the newest revision's files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<i64>,
+    /// Usable revisions, newest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub revisions: Vec<Revision>,
+    /// The import that runs, or the last one that ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub import: Option<Import>,
+    /// `Ready`: a revision can be used. `Importing`: a Job is at work.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// An immutable state of a source.
+#[derive(Clone, Debug, Deserialize, Serialize, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Revision {
+    /// `r1`, `r2`, … in the order of import.
+    pub name: String,
+    /// The tree: `<BLAKE3 in hex>/<bytes of the root directory message>`.
+    pub root: String,
+    /// Regular files.
+    pub files: i64,
+    /// Bytes of the regular files.
+    pub bytes: i64,
+    /// The git commit, for a git source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
+    /// When the import ended.
+    pub time: Time,
+    /// How long the import took, from clone to last upload, in milliseconds.
+    pub milliseconds: i64,
+}
+
+/// An import: one Job.
+#[derive(Clone, Debug, Deserialize, Serialize, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Import {
+    /// The Job's name, in the source's namespace.
+    pub job: String,
+    /// The generation of the spec that is imported.
+    pub generation: i64,
+    /// The value of annotation `aether.dev/refresh` when it was started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requested: Option<String>,
+    /// `Cloning`, `Scanning`, `Uploading`, `Done` or `Failed`.
+    pub phase: String,
+    /// Files dealt with in this phase so far.
+    #[serde(default)]
+    pub files: i64,
+    /// Bytes dealt with in this phase so far.
+    #[serde(default)]
+    pub bytes: i64,
+    /// When it was started.
+    pub started: Time,
+    /// When it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished: Option<Time>,
+}
