@@ -11,7 +11,7 @@ programs=(kube-apiserver kube-controller-manager kube-scheduler kubelet kube-pro
 exec 9>"$AETHER_CACHE/kubernetes.lock"
 flock 9
 if [ ! -e "$out/.complete" ]; then
-    need_packages golang-go rsync golang-github-modern-go-reflect2-dev
+    need_packages golang-go rsync gcc libc6-dev golang-github-modern-go-reflect2-dev
     say "kubernetes $version: fetching the source"
     mkdir -p "$out"
     [ -e "$source/.unpacked" ] || { debian_source kubernetes "$source"; touch "$source/.unpacked"; }
@@ -31,6 +31,8 @@ if [ ! -e "$out/.complete" ]; then
         install -m 0755 "$source/_output/bin/$program" "$out/$program"
     done
     rm -rf "$source/_output"
+    # The program of a pod's sandbox, static, for an image that holds nothing else.
+    gcc -Os -Wall -static -DVERSION="v3.2" -o "$out/pause" "$source/build/pause/linux/pause.c"
     touch "$out/.complete"
     say "kubernetes $version: built"
 fi

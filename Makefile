@@ -1,0 +1,49 @@
+# Two targets matter to a newcomer: `make demo` and `make test`.
+# Everything a target needs it installs or builds itself; built things are kept in $(AETHER_CACHE), outside the checkout.
+
+export AETHER_CACHE ?= $(HOME)/.cache/aether
+export CARGO_TARGET_DIR ?= $(AETHER_CACHE)/target
+
+CARGO := cargo
+CLUSTER_TOOL := $(CARGO_TARGET_DIR)/debug/aether-cluster
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Show this list.
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: prepare
+prepare: ## Install the packages that a build needs.
+	@e2e/third-party/build-packages.sh
+
+.PHONY: build
+build: prepare ## Build every binary.
+	$(CARGO) build --workspace --locked
+
+.PHONY: generate
+generate: prepare ## Write crds/, the chart's copy and docs/reference.md from crates/api.
+	$(CARGO) run --quiet --locked -p aether-api --bin aether-generate
+
+.PHONY: check
+check: prepare ## The quick half: format, lints, generated files, unit and property tests without mounts. Needs no root.
+	$(CARGO) fmt --all --check
+	$(CARGO) run --quiet --locked -p aether-api --bin aether-generate -- --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	e2e/run-tests.sh unit
+
+.PHONY: test
+test: ## Everything: check, real mounts, the real two-node cluster. Needs root.
+	e2e/run-tests.sh all
+
+.PHONY: demo
+demo: build ## The whole story on a two-node cluster. KEEP=1 leaves it up, CLUSTER=current uses yours.
+	$(CARGO_TARGET_DIR)/debug/aether-demo
+
+.PHONY: cluster-up
+cluster-up: build ## Start the two-node cluster with Aether installed, and print how to use it.
+	$(CLUSTER_TOOL) up --install
+
+.PHONY: cluster-down
+cluster-down: ## End the cluster and everything of it.
+	@if [ -x $(CLUSTER_TOOL) ]; then $(CLUSTER_TOOL) down; fi
