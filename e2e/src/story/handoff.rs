@@ -1,0 +1,126 @@
+//! One writer at a time: a handoff between nodes, and takeover from a lost one.
+
+use std::time::Instant;
+
+use aether_api::{AetherCheckpoint, AetherSession, names, session::Durability};
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Event;
+use kube::api::{Api, ListParams};
+
+use super::{Story, limit, say};
+
+/// A second writer waits and is told for whom; a reader does not wait.
+pub async fn hand_over(story: &Story) -> Result<String> {
+    story.agent("baton", "first").await?;
+    story.exec("first", "echo 'from node 1' >baton; mkdir -p deep/er; echo x >deep/er/file; rm SUPPORT.md").await?;
+
+    story.create_pod("second", "baton", Some("node-2"), false).await?;
+    let event = story.until_event("second", "node-1", limit(30)).await?;
+    say(&event);
+    ensure!(event.contains("baton"), "the event does not name the session: {event}");
+
+    let begun = Instant::now();
+    story.create_pod("reader", "baton", Some("node-2"), true).await?;
+    story.until_pod_ready("reader", limit(60)).await?;
+    let reader = begun.elapsed();
+    let refused = story.exec("reader", "touch new 2>&1 || true").await?;
+    ensure!(refused.contains("Read-only"), "a readOnly mount can be written: {refused}");
+    ensure!(!story.pod_is_ready("second").await?, "two writers on two nodes");
+
+    let begun = Instant::now();
+    story.delete_pod("first").await?;
+    story.until_pod_ready("second", limit(60)).await?;
+    let took = begun.elapsed().as_secs_f64() * 1000.0;
+    story.figure("handoff_ms", took);
+    let found = story.exec("second", "cat baton deep/er/file; ls SUPPORT.md 2>&1 || true; git status --porcelain | wc -l").await?;
+    ensure!(found.contains("from node 1") && found.contains("No such file"), "node 2 does not find everything: {found}");
+    Ok(format!("second writer waited with an event, reader up in {:.1} s, handoff {took:.0} ms from the deletion of the first pod", reader.as_secs_f64()))
+}
+
+/// The network of a node is cut under a running pod; what was durable goes on elsewhere, what was not comes back.
+pub async fn lose_a_node(story: &Story) -> Result<String> {
+    story.source().await?;
+    story.session("lost").await?;
+    story.pod("doomed", "lost", Some("node-2")).await?;
+    story.exec("doomed", "echo saved >saved").await?;
+    story.aether(&["checkpoint", "lost", "--name", "lost-1", "--wait", "durable"]).await?;
+    story.exec("doomed", "echo unsaved >unsaved").await?;
+    let epoch = attachment_epoch(story).await?;
+
+    let node = story.cluster.node("node-2")?;
+    node.network().cut().await?;
+    let begun = Instant::now();
+    let result = take_over(story).await;
+    let took = begun.elapsed();
+    node.network().heal().await?;
+    result?;
+    let recovered = names::recovered_checkpoint_name("lost", epoch);
+    let checkpoint: AetherCheckpoint = story
+        .until(&recovered, "is durable", limit(120), |checkpoint: &AetherCheckpoint| {
+            checkpoint.status.as_ref().is_some_and(|status| status.durability == Some(Durability::Durable))
+        })
+        .await?;
+    ensure!(checkpoint.status.and_then(|status| status.root).is_some(), "{recovered} has no tree");
+    let diff = story.aether(&["diff", "--checkpoint", &recovered, "--name-only", "--color=never"]).await?.stdout;
+    ensure!(diff.contains("unsaved"), "{recovered} lacks what was unsaved: {}", super::head(&diff));
+    let still = story.exec("heir", "ls; echo goes on >after").await?;
+    ensure!(!still.contains("unsaved"), "the old node's changes were merged");
+    Ok(format!("taken over {:.1} s after the cut, the unsaved rest is {recovered}", took.as_secs_f64()))
+}
+
+/// All processes of a node end at once; it comes back with its disk.
+pub async fn kill_a_node(story: &Story) -> Result<String> {
+    story.source().await?;
+    story.session("lost").await?;
+    story.pod("doomed", "lost", Some("node-2")).await?;
+    story.exec("doomed", "echo saved >saved").await?;
+    story.aether(&["checkpoint", "lost", "--name", "lost-1", "--wait", "durable"]).await?;
+    story.exec("doomed", "echo unsaved >unsaved; sync unsaved").await?;
+    let epoch = attachment_epoch(story).await?;
+    story.cluster.node("node-2")?.kill().await?;
+    let begun = Instant::now();
+    let result = take_over(story).await;
+    let took = begun.elapsed();
+    story.cluster.start_node("node-2").await?;
+    result?;
+    let recovered = names::recovered_checkpoint_name("lost", epoch);
+    story
+        .until(&recovered, "is durable", limit(180), |checkpoint: &AetherCheckpoint| {
+            checkpoint.status.as_ref().is_some_and(|status| status.durability == Some(Durability::Durable))
+        })
+        .await?;
+    let diff = story.aether(&["diff", "--checkpoint", &recovered, "--name-only", "--color=never"]).await?.stdout;
+    ensure!(diff.contains("unsaved"), "{recovered} lacks what was unsaved: {}", super::head(&diff));
+    Ok(format!("taken over {:.1} s after the kill, the unsaved rest is {recovered}", took.as_secs_f64()))
+}
+
+async fn attachment_epoch(story: &Story) -> Result<i64> {
+    let session: AetherSession = story.get("lost").await?;
+    let attachment = session.status.and_then(|status| status.attachment).context("the session is not attached")?;
+    ensure!(attachment.node.as_deref() == Some("node-2"), "held by {:?}", attachment.node);
+    Ok(attachment.epoch)
+}
+
+async fn take_over(story: &Story) -> Result<()> {
+    // As a person would who knows that the node is gone: the pod object is removed without its kubelet.
+    story.kubectl(&["delete", "pod", "doomed", "--force", "--grace-period=0", "--wait=false"]).await?;
+    story.create_pod("heir", "lost", Some("node-1"), false).await?;
+    story.until_pod_ready("heir", limit(120)).await?;
+    let seen = story.exec("heir", "cat saved; ls unsaved 2>&1 || true").await?;
+    ensure!(seen.contains("saved") && seen.contains("No such file"), "not the last durable tree: {seen}");
+    Ok(())
+}
+
+impl Story {
+    /// Waits for an event on a pod whose message contains `text`, and returns the message.
+    pub async fn until_event(&self, pod: &str, text: &str, limit: std::time::Duration) -> Result<String> {
+        let events: Api<Event> = Api::namespaced(self.cluster.client.clone(), &self.namespace);
+        let selector = ListParams::default().fields(&format!("involvedObject.name={pod}"));
+        self.poll(&format!("pod {pod} has an event that says {text:?}"), limit, async || {
+            let list = events.list(&selector).await?;
+            let found = list.items.iter().filter_map(|event| event.message.clone()).find(|message| message.contains(text) && message.contains("session"));
+            found.with_context(|| format!("its events: {:?}", list.items.iter().filter_map(|event| event.message.as_deref()).collect::<Vec<_>>()))
+        })
+        .await
+    }
+}

@@ -1,0 +1,70 @@
+//! Programs that others wrote, made available by the scripts of `third-party/`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use tokio::process::Command;
+
+use crate::paths::Paths;
+
+/// Where the programs are.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Programs {
+    kubernetes: PathBuf,
+    kubectl_helm: PathBuf,
+}
+
+impl Programs {
+    /// Builds and fetches what is missing. A fresh machine takes some minutes, a prepared one none.
+    pub async fn provide() -> Result<Self> {
+        script("packages.sh").await?;
+        let (kubernetes, kubectl_helm) = tokio::try_join!(script("kubernetes.sh"), script("kubectl-helm.sh"))?;
+        Ok(Self { kubernetes: kubernetes.into(), kubectl_helm: kubectl_helm.into() })
+    }
+
+    /// A server program of Kubernetes, or `pause`.
+    pub fn kubernetes(&self, program: &str) -> String {
+        self.kubernetes.join(program).display().to_string()
+    }
+
+    /// kubectl.
+    pub fn kubectl(&self) -> PathBuf {
+        self.kubectl_helm.join("kubectl")
+    }
+
+    /// Helm.
+    pub fn helm(&self) -> PathBuf {
+        self.kubectl_helm.join("helm")
+    }
+
+    /// The folder of kubectl and helm, for PATH.
+    pub fn bin(&self) -> &Path {
+        &self.kubectl_helm
+    }
+}
+
+/// The root file system that images share: a tar.
+pub async fn base_image() -> Result<PathBuf> {
+    script("base-image.sh").await.map(PathBuf::from)
+}
+
+/// The Kubernetes source tree as a bare git repository.
+pub async fn kubernetes_repository() -> Result<PathBuf> {
+    script("kubernetes-repository.sh").await.map(PathBuf::from)
+}
+
+/// Runs a script; its progress goes to our standard error, its last line is the answer.
+async fn script(name: &str) -> Result<String> {
+    let path = Paths::third_party().join(name);
+    let output = Command::new("bash")
+        .arg(&path)
+        .stdin(std::process::Stdio::null())
+        .stderr(std::process::Stdio::inherit())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .with_context(|| format!("cannot run {}", path.display()))?;
+    anyhow::ensure!(output.status.success(), "{} failed ({}); what it said is above", path.display(), output.status);
+    Ok(String::from_utf8_lossy(&output.stdout).lines().last().unwrap_or_default().to_owned())
+}
