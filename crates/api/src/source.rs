@@ -177,6 +177,15 @@ pub struct Import {
     /// The value of annotation `aether.dev/refresh` when it was started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requested: Option<String>,
+    /// Digest of the part of the spec that says where from, so that only a change of that part asks for an import.
+    #[serde(default)]
+    pub origin: String,
+    /// The resource version of the Secret that was used: a failed import is tried again when it changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_version: Option<String>,
+    /// How many imports failed in a row, this one included. The pause before the next try grows with it.
+    #[serde(default)]
+    pub failures: u32,
     /// `Cloning`, `Scanning`, `Uploading`, `Done` or `Failed`.
     pub phase: String,
     /// Files dealt with in this phase so far.

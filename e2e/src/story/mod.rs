@@ -1,0 +1,431 @@
+//! The story of the README, step by step, as a person and their agents live it: with kubectl, `kubectl aether` and the YAML of
+//! `docs/samples`. The demo plays the steps in one namespace and prints their results; the cluster tests play each in its own.
+//!
+//! A step says what it needs (`source`, `session`, `pod`), finds it there or makes it, and returns one line of result.
+
+mod checkpoint;
+mod command;
+mod deletion;
+mod fork;
+mod handoff;
+mod import;
+mod killed;
+mod measure;
+mod restore;
+mod session;
+mod volumes;
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use aether_api::{AetherSource, conditions};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use futures::future::BoxFuture;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use kube::api::{Api, ListParams};
+use kube::{Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::cluster::Cluster;
+use crate::command::{self as program, Output};
+
+/// Where the chart is installed.
+pub const SYSTEM_NAMESPACE: &str = "aether-system";
+/// Where the shared source lives, as a platform team would have it.
+pub const PLATFORM_NAMESPACE: &str = "platform";
+/// The image of agents' pods.
+pub const TOOLS_IMAGE: &str = "aether/tools:dev";
+/// The README's examples, in `docs/samples`.
+pub const SAMPLES: [&str; 9] = [
+    "source.yaml", "session.yaml", "pod.yaml", "fork.yaml", "checkpoint.yaml", "restore.yaml", "command.yaml", "inline.yaml", "claim.yaml",
+];
+
+/// One step of the story.
+pub struct Step {
+    /// Its name in the report and as a test.
+    pub name: &'static str,
+    /// What it shows.
+    pub title: &'static str,
+    /// Plays it; one line of result.
+    pub play: for<'a> fn(&'a Story) -> BoxFuture<'a, Result<String>>,
+}
+
+macro_rules! steps {
+    ($($name:literal $title:literal $play:path;)*) => {
+        &[$(Step { name: $name, title: $title, play: |story| Box::pin($play(story)) }),*]
+    };
+}
+
+/// The steps in the order of the story.
+pub const STEPS: &[Step] = steps! {
+    "import" "An AetherSource imports the Kubernetes source tree" import::import_a_repository;
+    "wrong-sources" "A wrong source says what is wrong" import::wrong_sources;
+    "session" "A session, in a pod that runs as uid 1000" session::work_in_a_session;
+    "checkpoint" "A checkpoint while edits go on, and its diff" checkpoint::checkpoint_and_diff;
+    "fork" "A fork of a live session with unsaved changes" fork::fork_a_live_session;
+    "fifty-forks" "Fifty forks at once" fork::fifty_forks;
+    "command" "Commands in worker pods" command::run_commands;
+    "handoff" "Handoff from node 1 to node 2" handoff::hand_over;
+    "lost-node" "A node is lost, and comes back" handoff::lose_a_node;
+    "restore" "Restore under a running process" restore::restore_in_place;
+    "volumes" "Inline volumes and claims of class aether" volumes::inline_and_class;
+    "killed" "kill -9 of driver, operator and store under a writer" killed::kill_our_parts;
+    "bind" "From apply to a bound claim" measure::bind;
+    "pod-start" "What a session adds to the start of a pod" measure::pod_start;
+    "storage" "What twenty edited files store" measure::storage;
+    "fifty-inline" "Fifty inline volumes at once" volumes::fifty_inline;
+    "deletion" "The end, in any order" deletion::leave_nothing;
+};
+
+/// Steps that only tests play: longer ones, and variants of what the story shows.
+pub const MORE_STEPS: &[Step] = steps! {
+    "killed-node" "All processes of a node end at once" handoff::kill_a_node;
+    "torn-copies" "A hundred copies of a busy session" torn_copies;
+};
+
+async fn torn_copies(story: &Story) -> Result<String> {
+    fork::no_copy_is_torn(story, 100).await
+}
+
+/// A namespace in which the story is played, and what was measured.
+pub struct Story {
+    /// The cluster.
+    pub cluster: Cluster,
+    /// The namespace.
+    pub namespace: String,
+    figures: Mutex<BTreeMap<&'static str, Value>>,
+}
+
+impl Story {
+    /// Makes the namespace.
+    pub async fn begin(cluster: &Cluster, namespace: &str) -> Result<Self> {
+        let story = Self { cluster: cluster.clone(), namespace: namespace.into(), figures: Mutex::default() };
+        // Left behind by a run that was killed.
+        story.end().await?;
+        story.kubectl(&["create", "namespace", namespace]).await?;
+        Ok(story)
+    }
+
+    /// Removes the namespace and waits until it is gone.
+    pub async fn end(&self) -> Result<()> {
+        self.kubectl(&["delete", "namespace", &self.namespace, "--ignore-not-found", "--timeout=180s"]).await?;
+        Ok(())
+    }
+
+    /// Keeps a figure of the report.
+    pub fn figure(&self, name: &'static str, value: impl Into<Value>) {
+        let value = match value.into() {
+            // A thousandth of a millisecond is noise.
+            Value::Number(number) if number.is_f64() => json!((number.as_f64().unwrap_or_default() * 1000.0).round() / 1000.0),
+            other => other,
+        };
+        self.figures.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(name, value);
+    }
+
+    /// The figures so far.
+    pub fn figures(&self) -> BTreeMap<&'static str, Value> {
+        self.figures.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    // What a step needs: found or made.
+
+    /// The imported Kubernetes source, shared by all namespaces.
+    pub async fn source(&self) -> Result<()> {
+        let manifest = self.sample("source.yaml")?;
+        self.kubectl_input(&["apply", "-f", "-"], &manifest).await?;
+        let sources: Api<AetherSource> = Api::namespaced(self.cluster.client.clone(), PLATFORM_NAMESPACE);
+        let begun = Instant::now();
+        let mut shown = String::new();
+        loop {
+            let status = sources.get("kubernetes").await?.status.unwrap_or_default();
+            if conditions::is_true(&status.conditions, conditions::READY) {
+                return Ok(());
+            }
+            if let Some(import) = &status.import {
+                let line = format!("importing: {} {} files, {:.0} MB", import.phase, import.files, import.bytes as f64 / 1e6);
+                if line != shown {
+                    say(&line);
+                    shown = line;
+                }
+            }
+            ensure!(begun.elapsed() < limit(300), "source platform/kubernetes is not Ready: {:?}", status.conditions);
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+
+    /// A session of the source with a bound claim; milliseconds from apply to bound.
+    pub async fn session(&self, name: &str) -> Result<u128> {
+        let begun = Instant::now();
+        self.apply(&self.session_manifest(name)).await?;
+        self.until(name, "is bound", limit(60), |claim: &PersistentVolumeClaim| {
+            claim.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Bound")
+        })
+        .await?;
+        Ok(begun.elapsed().as_millis())
+    }
+
+    /// The README's session under this name.
+    pub fn session_manifest(&self, name: &str) -> String {
+        self.sample("session.yaml").expect("the sample is in the repository").replace("fix-flaky-test", name)
+    }
+
+    /// A running pod that mounts a session's claim; milliseconds from create to ready.
+    pub async fn pod(&self, name: &str, claim: &str, node: Option<&str>) -> Result<u128> {
+        let begun = Instant::now();
+        self.create_pod(name, claim, node, false).await?;
+        self.until_pod_ready(name, limit(120)).await?;
+        Ok(begun.elapsed().as_millis())
+    }
+
+    /// The README's pod under this name; does not wait.
+    pub async fn create_pod(&self, name: &str, claim: &str, node: Option<&str>, read_only: bool) -> Result<()> {
+        let mut pod: Value = serde_yaml::from_str(&self.sample("pod.yaml")?)?;
+        pod["metadata"]["name"] = name.into();
+        pod["spec"]["terminationGracePeriodSeconds"] = 0.into();
+        if let Some(node) = node {
+            pod["spec"]["nodeSelector"] = json!({"kubernetes.io/hostname": node});
+        }
+        pod["spec"]["volumes"][0]["persistentVolumeClaim"] = json!({"claimName": claim, "readOnly": read_only});
+        self.apply(&pod.to_string()).await
+    }
+
+    /// A session and a pod on node 1 that mounts it.
+    pub async fn agent(&self, session: &str, pod: &str) -> Result<()> {
+        self.source().await?;
+        self.session(session).await?;
+        self.pod(pod, session, Some("node-1")).await?;
+        Ok(())
+    }
+
+    // kubectl and kubectl aether.
+
+    /// Runs kubectl in the namespace; what it printed.
+    pub async fn kubectl(&self, args: &[&str]) -> Result<String> {
+        Ok(program::expect_success(&mut self.program("kubectl", args)).await?.stdout)
+    }
+
+    async fn kubectl_input(&self, args: &[&str], input: &str) -> Result<String> {
+        let mut command = self.program("kubectl", args);
+        let output = program::output(&mut command, Some(input.as_bytes())).await?;
+        ensure!(output.code == 0, "{} exited with {}: {}", program::describe(&command), output.code, output.stderr.trim());
+        Ok(output.stdout)
+    }
+
+    /// Runs `kubectl aether` in the namespace; a failing exit code is an error.
+    pub async fn aether(&self, args: &[&str]) -> Result<Output> {
+        let args: Vec<&str> = std::iter::once("aether").chain(args.iter().copied()).collect();
+        program::expect_success(&mut self.program("kubectl", &args)).await
+    }
+
+    /// Runs `kubectl aether` in the namespace, whatever its exit code.
+    pub async fn aether_code(&self, args: &[&str]) -> Result<Output> {
+        let args: Vec<&str> = std::iter::once("aether").chain(args.iter().copied()).collect();
+        program::output(&mut self.program("kubectl", &args), None).await
+    }
+
+    /// Applies YAML or JSON.
+    pub async fn apply(&self, manifest: &str) -> Result<()> {
+        self.kubectl_input(&["apply", "-f", "-"], manifest).await.map(drop)
+    }
+
+    /// Runs a shell script in a pod; what it printed.
+    pub async fn exec(&self, pod: &str, script: &str) -> Result<String> {
+        self.kubectl(&["exec", pod, "--", "sh", "-c", script]).await
+    }
+
+    /// Runs a shell script in a pod with this on its standard input.
+    pub async fn exec_with_input(&self, pod: &str, script: &str, input: &str) -> Result<String> {
+        self.kubectl_input(&["exec", "-i", pod, "--", "sh", "-c", script], input).await
+    }
+
+    /// Deletes a pod and waits until it is gone.
+    pub async fn delete_pod(&self, name: &str) -> Result<()> {
+        self.kubectl(&["delete", "pod", name, "--timeout=120s"]).await.map(drop)
+    }
+
+    /// A command line of the namespace, as a user of the cluster types it.
+    fn program(&self, program: &str, args: &[&str]) -> tokio::process::Command {
+        // `kubectl aether` passes flags on as they are, so the namespace comes last for it and first for all others.
+        let mut line: Vec<&str> = Vec::new();
+        match args.split_first() {
+            Some((&"aether", rest)) => {
+                line.extend(["aether", "-n", &self.namespace]);
+                line.extend(rest);
+            }
+            _ if args.first() == Some(&"-n") => line.extend(args),
+            _ => {
+                line.extend(["-n", &self.namespace]);
+                line.extend(args);
+            }
+        }
+        let mut command = program::command(program, line);
+        for (name, value) in self.cluster.environment() {
+            command.env(name, value);
+        }
+        command
+    }
+
+    // Waiting.
+
+    /// An object of the namespace.
+    pub async fn get<K>(&self, name: &str) -> Result<K>
+    where
+        K: Resource<Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
+        K::DynamicType: Default,
+    {
+        self.get_in(&self.namespace, name).await
+    }
+
+    /// An object of another namespace.
+    pub async fn get_in<K>(&self, namespace: &str, name: &str) -> Result<K>
+    where
+        K: Resource<Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
+        K::DynamicType: Default,
+    {
+        Ok(Api::<K>::namespaced(self.cluster.client.clone(), namespace).get(name).await?)
+    }
+
+    /// Waits, by a watch, until an object of the namespace is as described; the object.
+    pub async fn until<K>(&self, name: &str, what: &str, limit: Duration, is: impl Fn(&K) -> bool + Send + Clone) -> Result<K>
+    where
+        K: Resource<Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+        K::DynamicType: Default,
+    {
+        let api = Api::<K>::namespaced(self.cluster.client.clone(), &self.namespace);
+        let wanted = kube::runtime::wait::await_condition(api.clone(), name, |object: Option<&K>| object.is_some_and(&is));
+        match tokio::time::timeout(limit, wanted).await {
+            Ok(found) => found?.with_context(|| format!("{name} vanished")),
+            Err(_) => {
+                let now = api.get_opt(name).await?;
+                bail!("waited {} s until {} {name} {what}; it is {now:#?}", limit.as_secs(), K::kind(&K::DynamicType::default()))
+            }
+        }
+    }
+
+    /// Waits until a check passes; its last error says why it did not.
+    pub async fn poll<T>(&self, what: &str, limit: Duration, check: impl AsyncFn() -> Result<T>) -> Result<T> {
+        let until = Instant::now() + limit;
+        loop {
+            match check().await {
+                Ok(value) => return Ok(value),
+                Err(error) if Instant::now() > until => return Err(error.context(format!("waited {} s until {what}", limit.as_secs()))),
+                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        }
+    }
+
+    /// Waits until a pod is ready.
+    pub async fn until_pod_ready(&self, name: &str, limit: Duration) -> Result<()> {
+        let waited = self.until(name, "is ready", limit, |pod: &Pod| pod_condition(pod, "Ready")).await;
+        if waited.is_err() {
+            let told = self.kubectl(&["describe", "pod", name]).await.unwrap_or_default();
+            return Err(anyhow!("{told}")).context(format!("pod {name} is not ready after {} s", limit.as_secs()));
+        }
+        Ok(())
+    }
+
+    /// Waits until a pod has left `Pending`, or its containers are being made: its volumes are there.
+    pub async fn until_volumes_mounted(&self, name: &str, limit: Duration) -> Result<()> {
+        self.until(name, "has its volumes", limit, |pod: &Pod| {
+            let statuses = pod.status.as_ref().and_then(|status| status.container_statuses.as_deref()).unwrap_or_default();
+            statuses.iter().any(|status| status.state.as_ref().is_some_and(|state| state.running.is_some()))
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Whether a pod is ready now.
+    pub async fn pod_is_ready(&self, name: &str) -> Result<bool> {
+        Ok(pod_condition(&self.get::<Pod>(name).await?, "Ready"))
+    }
+
+    /// The drivers' pods, node 1 first.
+    pub async fn driver_pods(&self) -> Result<Vec<String>> {
+        let pods: Api<Pod> = Api::namespaced(self.cluster.client.clone(), SYSTEM_NAMESPACE);
+        let mut found = pods.list(&ListParams::default().labels("app.kubernetes.io/component=driver")).await?.items;
+        found.sort_by_key(|pod| pod.spec.as_ref().and_then(|spec| spec.node_name.clone()));
+        Ok(found.iter().map(ResourceExt::name_any).collect())
+    }
+
+    /// An error that names a part of ours that is not ready.
+    pub async fn parts_ready(&self) -> Result<()> {
+        let pods: Api<Pod> = Api::namespaced(self.cluster.client.clone(), SYSTEM_NAMESPACE);
+        let found = pods.list(&ListParams::default().labels("app.kubernetes.io/name=aether")).await?.items;
+        ensure!(!found.is_empty(), "Aether is not installed");
+        for pod in found {
+            ensure!(pod_condition(&pod, "Ready"), "{} is not ready", pod.name_any());
+        }
+        Ok(())
+    }
+
+    // The repository that is imported.
+
+    /// How many files git tracks in the imported repository.
+    pub async fn tracked_files(&self) -> Result<i64> {
+        let repository = self.cluster.repositories().join("kubernetes.git");
+        let list = program::run("git", ["--git-dir", &repository.display().to_string(), "ls-tree", "-r", "--name-only", "main"]).await?;
+        Ok(i64::try_from(list.lines().count())?)
+    }
+
+    /// One of the README's examples, with the addresses of this cluster.
+    pub fn sample(&self, name: &str) -> Result<String> {
+        let path = samples().join(name);
+        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(text.replace("https://git.example.org", &self.git_url()))
+    }
+
+    /// Where the git server of the cluster answers, without a password.
+    pub fn git_url(&self) -> String {
+        self.cluster.git_url()
+    }
+
+    /// Where it answers to those who have one.
+    pub fn locked_git_url(&self) -> String {
+        self.cluster.locked_git_url()
+    }
+}
+
+/// The folder of the README's examples.
+pub fn samples() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/samples")
+}
+
+/// A line below a step.
+fn say(line: &str) {
+    eprintln!("      {line}");
+}
+
+/// A time limit. The machine may be slow: limits only end what hangs.
+fn limit(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+/// The value of `name=value` in what a script printed.
+fn value<T: FromStr>(text: &str, name: &str) -> Result<T> {
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+        .and_then(|value| value.trim().parse().ok())
+        .with_context(|| format!("no {name}= in {text:?}"))
+}
+
+/// The beginning of a long text.
+fn head(text: &str) -> String {
+    text.lines().take(60).collect::<Vec<_>>().join("\n")
+}
+
+/// `kubectl wait --for=delete` complains when there is nothing to wait for.
+fn already_gone(error: anyhow::Error) -> Result<String> {
+    let text = format!("{error:#}");
+    if text.contains("not found") || text.contains("no matching resources") { Ok(String::new()) } else { Err(error) }
+}
+
+fn pod_condition(pod: &Pod, type_: &str) -> bool {
+    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
+    conditions.iter().any(|condition| condition.type_ == type_ && condition.status == "True")
+}
