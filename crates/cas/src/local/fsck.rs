@@ -1,0 +1,142 @@
+//! Reads everything a local store holds and compares it with what it should be.
+
+use std::{collections::HashSet, fs, path::PathBuf};
+
+use super::{Files, LocalStore, Root};
+use crate::{Blob, StoreError, store::Result, tree::walk::bottom_up};
+
+/// What a check found.
+#[derive(Debug, Default)]
+pub struct FsckReport {
+    /// Blobs that were read.
+    pub blobs: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Blobs whose copy is not what its name says.
+    pub damaged: Vec<Blob>,
+    /// Files in the object directory that the index does not know: left by a crash, harmless.
+    pub stray_files: Vec<PathBuf>,
+    /// Pinned trees that miss something.
+    pub incomplete_roots: Vec<IncompleteRoot>,
+    /// Whether damaged copies and stray files were dropped.
+    pub repaired: bool,
+}
+
+/// A pinned tree that misses something.
+#[derive(Debug)]
+pub struct IncompleteRoot {
+    /// The pin.
+    pub root: Root,
+    /// The first thing it misses.
+    pub problem: String,
+}
+
+impl FsckReport {
+    /// Whether nothing is wrong that costs data. Stray files do not.
+    pub fn is_healthy(&self) -> bool {
+        self.damaged.is_empty() && self.incomplete_roots.is_empty()
+    }
+}
+
+impl LocalStore {
+    /// Reads every blob, looks for stray files, and follows every root. May run beside other work.
+    ///
+    /// With `repair`, damaged copies are set aside, so that they count as missing and are
+    /// uploaded again, and stray files are removed.
+    ///
+    /// # Errors
+    /// Those of the disk. Damage is no error.
+    pub fn fsck(&self, repair: bool) -> Result<FsckReport> {
+        let mut report = FsckReport {
+            repaired: repair,
+            ..Default::default()
+        };
+        self.check_blobs(repair, &mut report)?;
+        self.check_files(repair, &mut report)?;
+        let damaged: HashSet<Blob> = report.damaged.iter().copied().collect();
+        for root in self.roots(None, None)? {
+            if let Some(problem) = self.check_root(&root, &damaged)? {
+                report
+                    .incomplete_roots
+                    .push(IncompleteRoot { root, problem });
+            }
+        }
+        Ok(report)
+    }
+
+    fn check_blobs(&self, repair: bool, report: &mut FsckReport) -> Result<()> {
+        let shared = &self.shared;
+        shared.index.for_each(|blob, entry| {
+            let mut good = true;
+            // Each form of the blob on its own.
+            for inline in [true, false] {
+                let mut form = entry;
+                form.inline = entry.inline && inline;
+                form.file = entry.file && !inline;
+                if form.inline || form.file {
+                    report.blobs += 1;
+                    report.bytes += blob.size;
+                    good &= shared.read_copy(&blob, form)?.is_ok();
+                }
+            }
+            if !good {
+                report.damaged.push(blob);
+            }
+            Ok(())
+        })?;
+        if repair {
+            for blob in &report.damaged {
+                match shared.drop_damaged(blob) {
+                    Ok(_) | Err(StoreError::Corrupt { .. } | StoreError::NotFound { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_files(&self, repair: bool, report: &mut FsckReport) -> Result<()> {
+        let files: &Files = &self.shared.files;
+        files.for_each(|digest, path| {
+            // Files are named before the index speaks of them: ask it between two commits.
+            let _writing = self.shared.lock_writes();
+            let known = match &digest {
+                Some(digest) => self.shared.index.entry(digest)?.is_some_and(|e| e.file),
+                None => false,
+            };
+            if !known {
+                if repair {
+                    fs::remove_file(path).map_err(StoreError::io("remove", path))?;
+                }
+                report.stray_files.push(path.to_owned());
+            }
+            Ok(())
+        })
+    }
+
+    /// What a root misses first, if anything.
+    fn check_root(&self, root: &Root, damaged: &HashSet<Blob>) -> Result<Option<String>> {
+        let directories = match bottom_up(&root.tree, self, |_| false) {
+            Ok(directories) => directories,
+            Err(
+                error @ (StoreError::NotFound { .. }
+                | StoreError::Corrupt { .. }
+                | StoreError::NotADirectory { .. }
+                | StoreError::Invalid(_)),
+            ) => return Ok(Some(error.to_string())),
+            Err(error) => return Err(error),
+        };
+        for (blob, directory) in &directories {
+            let contents: Vec<Blob> = directory.contents().collect();
+            let missing = self.missing(&contents)?;
+            let bad = missing
+                .first()
+                .or_else(|| contents.iter().find(|blob| damaged.contains(blob)))
+                .or_else(|| damaged.get(blob));
+            if let Some(bad) = bad {
+                return Ok(Some(format!("blob {bad} is missing or damaged")));
+            }
+        }
+        Ok(None)
+    }
+}

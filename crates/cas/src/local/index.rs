@@ -1,0 +1,277 @@
+//! The index of a local store: a RocksDB with one small entry per blob, and the bytes of small ones.
+//!
+//! Column families: `objects` maps a digest to where the blob is and its size; `data` holds blobs
+//! that are kept in the index; `roots` the pins; `default` the format version and whether the
+//! store was closed cleanly.
+//!
+//! Memory: 32 MiB of write buffers for all families together, 32 MiB of block cache that also
+//! holds indexes and filters, 128 open files; some 80 MiB when busy, a few when idle.
+
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType,
+    IteratorMode, LogLevel, Options, WriteBatch, WriteOptions,
+};
+
+use crate::{Blob, Digest, StoreError, store::Result};
+
+const FORMAT: &str = "1";
+const FORMAT_KEY: &[u8] = b"format";
+const CLEAN_KEY: &[u8] = b"clean";
+
+const OBJECTS: &str = "objects";
+const DATA: &str = "data";
+const ROOTS: &str = "roots";
+
+const WRITE_BUFFERS: usize = 32 << 20;
+const BLOCK_CACHE: usize = 32 << 20;
+const OPEN_FILES: i32 = 128;
+/// Values from this size on are kept apart from their keys, so that compaction does not rewrite them.
+const SEPARATE_FROM: u64 = 2 << 10;
+
+/// Where the copies of one blob are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) size: u64,
+    /// Bytes in family `data`.
+    pub(super) inline: bool,
+    /// A file in the object directory.
+    pub(super) file: bool,
+}
+
+const INLINE_FLAG: u8 = 1;
+const FILE_FLAG: u8 = 2;
+
+impl Entry {
+    fn encode(self) -> [u8; 9] {
+        let mut bytes = [0; 9];
+        bytes[0] =
+            if self.inline { INLINE_FLAG } else { 0 } | if self.file { FILE_FLAG } else { 0 };
+        bytes[1..].copy_from_slice(&self.size.to_be_bytes());
+        bytes
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (flags, size) = bytes.split_first()?;
+        Some(Self {
+            size: u64::from_be_bytes(size.try_into().ok()?),
+            inline: flags & INLINE_FLAG != 0,
+            file: flags & FILE_FLAG != 0,
+        })
+    }
+}
+
+/// Changes that are applied together.
+#[derive(Default)]
+pub(super) struct Changes {
+    pub(super) entries: Vec<(Digest, Option<Entry>)>,
+    pub(super) data: Vec<(Digest, Option<Bytes>)>,
+}
+
+pub(super) struct Index {
+    db: DB,
+    path: PathBuf,
+    /// Whether the last user of the index closed it.
+    pub(super) was_clean: bool,
+}
+
+impl Index {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        std::fs::create_dir_all(path).map_err(StoreError::io("create", path))?;
+        let cache = Cache::new_lru_cache(BLOCK_CACHE);
+        let mut options = Options::default();
+        options.create_if_missing(true);
+        options.create_missing_column_families(true);
+        options.set_db_write_buffer_size(WRITE_BUFFERS);
+        options.set_max_total_wal_size(2 * WRITE_BUFFERS as u64);
+        options.set_max_open_files(OPEN_FILES);
+        options.set_max_background_jobs(2);
+        options.set_keep_log_file_num(2);
+        options.set_log_level(LogLevel::Warn);
+
+        let small = family_options(&cache);
+        let mut data = family_options(&cache);
+        data.set_compression_type(DBCompressionType::Lz4);
+        data.set_enable_blob_files(true);
+        data.set_min_blob_size(SEPARATE_FROM);
+        data.set_blob_compression_type(DBCompressionType::Lz4);
+        data.set_enable_blob_gc(true);
+        let families = [
+            ColumnFamilyDescriptor::new("default", family_options(&cache)),
+            ColumnFamilyDescriptor::new(OBJECTS, small),
+            ColumnFamilyDescriptor::new(DATA, data),
+            ColumnFamilyDescriptor::new(ROOTS, family_options(&cache)),
+        ];
+        let db = DB::open_cf_descriptors(&options, path, families).map_err(|source| {
+            StoreError::Index {
+                action: "open",
+                path: path.to_owned(),
+                source,
+            }
+        })?;
+        let mut index = Self {
+            db,
+            path: path.to_owned(),
+            was_clean: true,
+        };
+        index.begin()?;
+        Ok(index)
+    }
+
+    /// Checks the version, and marks the index as in use until [`Index::close`].
+    fn begin(&mut self) -> Result<()> {
+        let format = self.db.get(FORMAT_KEY).map_err(self.error("read"))?;
+        let mut batch = WriteBatch::default();
+        match format {
+            Some(found) if found == FORMAT.as_bytes() => {
+                let clean = self.db.get(CLEAN_KEY).map_err(self.error("read"))?;
+                self.was_clean = clean.is_some();
+            }
+            Some(found) => {
+                return Err(StoreError::UnknownFormat {
+                    path: self.path.clone(),
+                    found: String::from_utf8_lossy(&found).into_owned(),
+                    known: FORMAT,
+                });
+            }
+            None => batch.put(FORMAT_KEY, FORMAT),
+        }
+        batch.delete(CLEAN_KEY);
+        self.write(batch)
+    }
+
+    /// Marks the index as closed cleanly. Nothing may be written after it.
+    pub(super) fn close(&self) -> Result<()> {
+        let mut batch = WriteBatch::default();
+        batch.put(CLEAN_KEY, b"");
+        self.write(batch)
+    }
+
+    pub(super) fn entry(&self, digest: &Digest) -> Result<Option<Entry>> {
+        let value = self
+            .db
+            .get_pinned_cf(self.family(OBJECTS), digest.0)
+            .map_err(self.error("read"))?;
+        Ok(value.and_then(|value| Entry::decode(&value)))
+    }
+
+    /// The entries of many digests, in their order.
+    pub(super) fn entries<'a>(
+        &self,
+        digests: impl IntoIterator<Item = &'a Digest>,
+    ) -> Result<Vec<Option<Entry>>> {
+        let keys = digests.into_iter().map(|digest| &digest.0);
+        self.db
+            .batched_multi_get_cf(self.family(OBJECTS), keys, false)
+            .into_iter()
+            .map(|value| {
+                let value = value.map_err(self.error("read"))?;
+                Ok(value.and_then(|value| Entry::decode(&value)))
+            })
+            .collect()
+    }
+
+    pub(super) fn data(&self, digest: &Digest) -> Result<Option<Bytes>> {
+        let value = self
+            .db
+            .get_cf(self.family(DATA), digest.0)
+            .map_err(self.error("read"))?;
+        Ok(value.map(Bytes::from))
+    }
+
+    /// Applies `changes` in one step, durable when this returns.
+    pub(super) fn apply(&self, changes: Changes) -> Result<()> {
+        let mut batch = WriteBatch::default();
+        for (digest, data) in changes.data {
+            match data {
+                Some(data) => batch.put_cf(self.family(DATA), digest.0, data),
+                None => batch.delete_cf(self.family(DATA), digest.0),
+            }
+        }
+        for (digest, entry) in changes.entries {
+            match entry {
+                Some(entry) => batch.put_cf(self.family(OBJECTS), digest.0, entry.encode()),
+                None => batch.delete_cf(self.family(OBJECTS), digest.0),
+            }
+        }
+        self.write(batch)
+    }
+
+    /// Visits every blob in order of digest.
+    pub(super) fn for_each(&self, mut visit: impl FnMut(Blob, Entry) -> Result<()>) -> Result<()> {
+        for item in self
+            .db
+            .iterator_cf(self.family(OBJECTS), IteratorMode::Start)
+        {
+            let (key, value) = item.map_err(self.error("read"))?;
+            let key: Option<[u8; 32]> = key.as_ref().try_into().ok();
+            if let (Some(key), Some(entry)) = (key, Entry::decode(&value)) {
+                let blob = Blob {
+                    digest: Digest(key),
+                    size: entry.size,
+                };
+                visit(blob, entry)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn put_root(&self, key: &[u8], value: &[u8]) -> Result<()> {
+        let mut batch = WriteBatch::default();
+        batch.put_cf(self.family(ROOTS), key, value);
+        self.write(batch)
+    }
+
+    pub(super) fn delete_roots(&self, keys: &[Vec<u8>]) -> Result<()> {
+        let mut batch = WriteBatch::default();
+        for key in keys {
+            batch.delete_cf(self.family(ROOTS), key);
+        }
+        self.write(batch)
+    }
+
+    pub(super) fn roots(&self) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+        self.db
+            .iterator_cf(self.family(ROOTS), IteratorMode::Start)
+            .map(|item| {
+                let (key, value) = item.map_err(self.error("read"))?;
+                Ok((key.into_vec(), value.into_vec()))
+            })
+            .collect()
+    }
+
+    fn write(&self, batch: WriteBatch) -> Result<()> {
+        let mut options = WriteOptions::default();
+        options.set_sync(true);
+        self.db
+            .write_opt(batch, &options)
+            .map_err(self.error("write"))
+    }
+
+    fn family(&self, name: &str) -> &ColumnFamily {
+        self.db
+            .cf_handle(name)
+            .expect("every family was opened with the database")
+    }
+
+    fn error(&self, action: &'static str) -> impl Fn(rocksdb::Error) -> StoreError {
+        let path = self.path.clone();
+        move |source| StoreError::Index {
+            action,
+            path: path.clone(),
+            source,
+        }
+    }
+}
+
+fn family_options(cache: &Cache) -> Options {
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_cache(cache);
+    blocks.set_cache_index_and_filter_blocks(true);
+    blocks.set_bloom_filter(10.0, false);
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&blocks);
+    options
+}
