@@ -4,6 +4,9 @@
 //! The spec of an object belongs to its user and is never written by a controller. Each part of a status has one
 //! owner: the operator, or the driver of the node that holds the session.
 
+// kube's derive repeats the visibility of a spec where the lint cannot see who uses it.
+#![allow(unreachable_pub)]
+
 pub mod checkpoint;
 pub mod command;
 pub mod conditions;
