@@ -13,9 +13,11 @@ use anyhow::{Context, Result, bail};
 use k8s_openapi::api::core::v1 as core;
 use kube::{
     Api, Client, Config,
+    api::PostParams,
     config::{KubeConfigOptions, Kubeconfig},
 };
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::{
     control_plane::{self, SERVER},
@@ -26,6 +28,7 @@ use crate::{
     pki::{Pki, Subject, write_private},
     process::Processes,
     third_party::Programs,
+    wait,
 };
 
 /// A running cluster.
@@ -110,7 +113,7 @@ impl Cluster {
         control_plane::start(paths, &pki, &programs, options, &processes).await?;
         let client = client(Kubeconfig::read_from(paths.kubeconfig())?).await?;
         let cluster = Self { paths: paths.clone(), options: options.clone(), programs, client };
-        cluster.until("the API server is ready", Duration::from_secs(60), async || cluster.api_ready().await).await?;
+        wait::until("the API server is ready", Duration::from_secs(60), async || cluster.api_ready().await.map(Some)).await?;
         progress.say("the control plane is ready");
 
         let sandbox = images::sandbox(paths, &cluster.programs)?;
@@ -118,13 +121,14 @@ impl Cluster {
             let (cluster, pki, sandbox) = (&cluster, &pki, &sandbox);
             async move {
                 node.configure(pki, SERVER, &cluster.programs, options, harness)?;
+                cluster.register(&node).await?;
                 node.start(options.nodes).await?;
                 images::load(&cluster.paths, &node, std::slice::from_ref(sandbox)).await
             }
         };
         futures::future::try_join_all(cluster.nodes().into_iter().map(start)).await?;
         progress.say("nodes are started");
-        cluster.until("all nodes are Ready", Duration::from_secs(90), async || cluster.ready().await).await?;
+        wait::until("all nodes are Ready", Duration::from_secs(90), async || cluster.ready().await.map(Some)).await?;
         let record = Record { options: options.clone(), programs: cluster.programs.clone() };
         fs::write(paths.record(), serde_json::to_vec_pretty(&record)?)?;
         progress.say(&format!("{} nodes are Ready", options.nodes));
@@ -154,7 +158,7 @@ impl Cluster {
     /// Starts a killed node again, with the disk it had, and waits until it is Ready.
     pub async fn start_node(&self, name: &str) -> Result<()> {
         self.node(name)?.start(self.options.nodes).await?;
-        self.until(&format!("{name} is Ready"), Duration::from_secs(90), async || self.node_ready(name).await).await
+        wait::until(&format!("{name} is Ready"), Duration::from_secs(90), async || self.node_ready(name).await.map(Some)).await
     }
 
     /// An error that says what is not ready yet.
@@ -190,6 +194,11 @@ impl Cluster {
         Ok(())
     }
 
+    /// The administrator's kubeconfig.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.paths.kubeconfig()
+    }
+
     /// A kubeconfig for a user of that name and group; its path.
     pub fn kubeconfig_for(&self, user: &str, group: Option<&str>) -> Result<PathBuf> {
         let path = self.paths.pki().join(format!("user-{}.kubeconfig", user.replace([':', '/'], "-")));
@@ -200,6 +209,17 @@ impl Cluster {
     /// A client that is a user of that name and group.
     pub async fn client_for(&self, user: &str, group: Option<&str>) -> Result<Client> {
         client(Kubeconfig::read_from(self.kubeconfig_for(user, group)?)?).await
+    }
+
+    /// Makes the node's object, with the addresses of its pods: a kubelet that finds them becomes Ready without waiting for its
+    /// next report, ten seconds later.
+    async fn register(&self, node: &Node) -> Result<()> {
+        let object = serde_json::from_value(json!({
+            "metadata": {"name": node.name()},
+            "spec": {"podCIDR": node.network().pods(), "podCIDRs": [node.network().pods()]},
+        }))?;
+        Api::<core::Node>::all(self.client.clone()).create(&PostParams::default(), &object).await?;
+        Ok(())
     }
 
     /// The program of the control plane that has ended, if any.
@@ -214,7 +234,7 @@ impl Cluster {
             node.start(self.options.nodes).await?;
             node.network().heal().await?;
         }
-        self.until("all nodes are Ready", Duration::from_secs(60), async || self.ready().await).await
+        wait::until("all nodes are Ready", Duration::from_secs(60), async || self.ready().await.map(Some)).await
     }
 
     async fn api_ready(&self) -> Result<()> {
@@ -230,17 +250,6 @@ impl Cluster {
             Some(condition) => bail!("{name} is not Ready: {}", condition.message.as_deref().unwrap_or("no reason given")),
             None => bail!("{name} has said nothing yet"),
         }
-    }
-
-    async fn until(&self, what: &str, limit: Duration, check: impl AsyncFn() -> Result<()>) -> Result<()> {
-        let until = Instant::now() + limit;
-        while let Err(error) = check().await {
-            if Instant::now() > until {
-                return Err(error.context(format!("waited {} s until {what}", limit.as_secs())));
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        Ok(())
     }
 }
 

@@ -274,7 +274,8 @@ fn images_folder(paths: &Paths) -> Result<PathBuf> {
     Ok(folder)
 }
 
-fn target_folder() -> PathBuf {
+/// Where cargo puts what it builds.
+pub fn target_folder() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
 }
 

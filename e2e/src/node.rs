@@ -76,7 +76,8 @@ impl Node {
         fs::write(config("cni/10-aether.conflist"), serde_json::to_vec_pretty(&self.cni_config())?)?;
         fs::write(config("kubelet.json"), serde_json::to_vec_pretty(&self.kubelet_config(pki, options))?)?;
         fs::write(config("proxy.json"), serde_json::to_vec_pretty(&self.proxy_config(&proxy))?)?;
-        fs::write(config("resolv.conf"), "")?;
+        // There is no name server: a look-up must fail at once.
+        fs::write(config("resolv.conf"), "nameserver 127.0.0.1\n")?;
 
         let containerd_socket = PathBuf::from("/run/containerd/containerd.sock");
         let spec = NodeSpec {
@@ -98,6 +99,9 @@ impl Node {
                 self.program(
                     "kubelet",
                     &[
+                        // Its client for a cloud's registry would ask a metadata server for five seconds.
+                        "env",
+                        "AWS_EC2_METADATA_DISABLED=true",
                         &programs.kubernetes("kubelet"),
                         "--config",
                         &config("kubelet.json"),

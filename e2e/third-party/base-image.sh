@@ -3,7 +3,7 @@
 # prints its path. The name carries a hash of this script, so that a change of the list below makes a new one.
 source "$(dirname "$0")/lib.sh"
 
-include=ca-certificates,git,git-lfs,openssh-client,btrfs-progs,mount,procps,python3-minimal
+include=ca-certificates,git,git-lfs,openssh-client,btrfs-progs,mount,procps,python3
 out="$AETHER_CACHE/base-image-$(sha256sum "$0" | cut -c1-16).tar"
 
 exec 9>"$AETHER_CACHE/base-image.lock"
