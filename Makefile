@@ -4,6 +4,10 @@
 export AETHER_CACHE ?= $(HOME)/.cache/aether
 export CARGO_TARGET_DIR ?= $(AETHER_CACHE)/target
 
+# RocksDB's C++ is compiled once per machine and version, by `make prepare`.
+export ROCKSDB_LIB_DIR ?= $(AETHER_CACHE)/rocksdb-$(shell sed -n '/^name = "librocksdb-sys"$$/{n;s/version = "\(.*\)"/\1/p}' Cargo.lock)
+export ROCKSDB_STATIC := 1
+
 CARGO := cargo
 CLUSTER_TOOL := $(CARGO_TARGET_DIR)/debug/aether-cluster
 
@@ -16,6 +20,7 @@ help: ## Show this list.
 .PHONY: prepare
 prepare: ## Install the packages that a build needs.
 	@e2e/third-party/build-packages.sh
+	@e2e/third-party/rocksdb.sh >/dev/null
 
 .PHONY: build
 build: prepare ## Build every binary.
@@ -27,13 +32,11 @@ generate: prepare ## Write crds/, the chart's copy and docs/reference.md from cr
 
 .PHONY: check
 check: prepare ## The quick half: format, lints, generated files, unit and property tests without mounts. Needs no root.
-	$(CARGO) fmt --all --check
-	$(CARGO) run --quiet --locked -p aether-api --bin aether-generate -- --check
-	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	e2e/run-tests.sh checks
 	e2e/run-tests.sh unit
 
 .PHONY: test
-test: ## Everything: check, real mounts, the real two-node cluster. Needs root.
+test: prepare ## Everything: check, real mounts, the real two-node cluster. Needs root.
 	e2e/run-tests.sh all
 
 .PHONY: demo
