@@ -1,1 +1,81 @@
-//! Named points at which a test can end the process.
+//! Named points at which a test can end the process, to prove that [`crate::repair`] understands what is left.
+//!
+//! `AETHER_CRASH_AT=<name>` makes the process abort when it gets there: no destructor, no buffer flushed, as with
+//! `kill -9`. Without the variable a point costs one load of a static.
+
+use std::sync::OnceLock;
+
+/// Every crash point, in the order in which an operation passes them. The kill test goes through this list, and a
+/// name that is not in it does not compile.
+pub const POINTS: &[&str] = &[
+    "pool.image.allocated",
+    "pool.template.made",
+    "pool.flush.taken",
+    "pool.directory.filled",
+    "pool.directory.dead",
+    "image.written",
+    "image.renamed",
+    "session.created",
+    "session.stamped",
+    "session.recorded",
+    "session.mounted",
+    "session.published",
+    "snapshot.frozen",
+    "snapshot.taken",
+    "snapshot.recorded",
+    "fork.made",
+    "digest.done",
+    "reset.created",
+    "reset.recorded",
+    "delete.recorded",
+    "delete.removed",
+];
+
+/// The value of `AETHER_CRASH_AT`, read once.
+fn armed() -> Option<&'static str> {
+    static ARMED: OnceLock<Option<String>> = OnceLock::new();
+    ARMED.get_or_init(|| std::env::var("AETHER_CRASH_AT").ok()).as_deref()
+}
+
+/// Ends the process if this point is armed. Use [`crash_point!`](crate::crash::crash_point), which checks the name.
+pub fn pass(name: &str) {
+    if armed() == Some(name) {
+        eprintln!("crash point {name}");
+        std::process::abort();
+    }
+}
+
+/// Whether a name is in [`POINTS`]; usable at compile time.
+pub const fn is_listed(name: &str) -> bool {
+    let mut i = 0;
+    while i < POINTS.len() {
+        if same(POINTS[i].as_bytes(), name.as_bytes()) {
+            return true;
+        }
+        i += 1;
+    }
+    false
+}
+
+const fn same(a: &[u8], b: &[u8]) -> bool {
+    if a.len() != b.len() {
+        return false;
+    }
+    let mut i = 0;
+    while i < a.len() {
+        if a[i] != b[i] {
+            return false;
+        }
+        i += 1;
+    }
+    true
+}
+
+/// A point named in [`POINTS`].
+macro_rules! crash_point {
+    ($name:literal) => {{
+        const { assert!($crate::crash::is_listed($name), "crash point is not in crash::POINTS") };
+        $crate::crash::pass($name);
+    }};
+}
+pub(crate) use crash_point;

@@ -26,9 +26,9 @@ pub mod repair;
 pub mod restore;
 pub mod scan;
 pub mod state;
+mod sys;
 pub mod testing;
 pub mod upper;
 mod walk;
-
 
 pub use error::{Error, Result};

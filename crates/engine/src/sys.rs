@@ -1,0 +1,245 @@
+//! The system calls for which `rustix` has no safe form. All `unsafe` of this crate is here.
+
+use std::fs::File;
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::ioctl::{self, Opcode, opcode};
+
+/// `struct mount_attr` of `mount_setattr(2)`.
+#[repr(C)]
+#[derive(Default)]
+struct MountAttr {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+/// What `mount_setattr(2)` shall change on one mount, or on a whole tree of mounts.
+#[derive(Default, Clone, Copy)]
+pub(crate) struct MountChange {
+    /// `MOUNT_ATTR_*` to set.
+    pub(crate) set: u32,
+    /// `MOUNT_ATTR_*` to clear.
+    pub(crate) clear: u32,
+    /// `MS_PRIVATE`, `MS_SLAVE`, `MS_SHARED` or 0.
+    pub(crate) propagation: u64,
+    /// The mounts below too.
+    pub(crate) recursive: bool,
+}
+
+/// `mount_setattr(2)` on the mount that `mount` is the root of.
+pub(crate) fn mount_setattr(mount: BorrowedFd<'_>, change: MountChange) -> io::Result<()> {
+    let attr = MountAttr {
+        set: change.set.into(),
+        clear: change.clear.into(),
+        propagation: change.propagation,
+        userns_fd: 0,
+    };
+    let flags = libc::AT_EMPTY_PATH | if change.recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is an empty C string, `attr` lives through the call and its size is passed with it.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Gives the calling thread, and the threads it starts from now on, a mount namespace of its own.
+pub(crate) fn unshare_mounts() -> io::Result<()> {
+    // SAFETY: a new mount namespace, with the working directory and root no longer shared with other threads; no
+    // descriptor table changes.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS | rustix::thread::UnshareFlags::FS) }
+        .map_err(Into::into)
+}
+
+// ---------------------------------------------------------------------------------------------------------- btrfs
+
+/// `struct btrfs_ioctl_vol_args_v2` (include/uapi/linux/btrfs.h).
+#[repr(C)]
+struct VolumeArgs {
+    fd: i64,
+    transid: u64,
+    flags: u64,
+    unused: [u64; 4],
+    name: [u8; 4040],
+}
+
+const _: () = assert!(size_of::<VolumeArgs>() == 4096);
+
+const BTRFS: u8 = 0x94;
+const SNAP_CREATE_V2: Opcode = opcode::write::<VolumeArgs>(BTRFS, 23);
+const SUBVOL_CREATE_V2: Opcode = opcode::write::<VolumeArgs>(BTRFS, 24);
+const SNAP_DESTROY_V2: Opcode = opcode::write::<VolumeArgs>(BTRFS, 63);
+const SUBVOL_RDONLY: u64 = 1 << 1;
+
+fn volume_args(name: &str) -> io::Result<Box<VolumeArgs>> {
+    let mut args = Box::new(VolumeArgs { fd: 0, transid: 0, flags: 0, unused: [0; 4], name: [0; 4040] });
+    if name.is_empty() || name.len() > 255 || name.contains(['/', '\0']) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a name of a subvolume"));
+    }
+    args.name[..name.len()].copy_from_slice(name.as_bytes());
+    Ok(args)
+}
+
+struct Volume<const CODE: Opcode>(Box<VolumeArgs>);
+
+// SAFETY: the kernel reads one `VolumeArgs` and, for the two that create, writes `transid` back into it.
+unsafe impl<const CODE: Opcode> ioctl::Ioctl for Volume<CODE> {
+    type Output = ();
+    const IS_MUTATING: bool = true;
+    fn opcode(&self) -> Opcode {
+        CODE
+    }
+    fn as_ptr(&mut self) -> *mut std::ffi::c_void {
+        (&raw mut *self.0).cast()
+    }
+    unsafe fn output_from_ptr(_: ioctl::IoctlOutput, _: *mut std::ffi::c_void) -> rustix::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Makes an empty subvolume `name` in `parent`.
+pub(crate) fn subvolume_create(parent: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    // SAFETY: see `Volume`.
+    unsafe { ioctl::ioctl(parent, Volume::<SUBVOL_CREATE_V2>(volume_args(name)?)) }.map_err(Into::into)
+}
+
+/// Makes `name` in `parent`, a snapshot of the subvolume that `source` is the root of.
+pub(crate) fn subvolume_snapshot(
+    source: BorrowedFd<'_>,
+    parent: BorrowedFd<'_>,
+    name: &str,
+    read_only: bool,
+) -> io::Result<()> {
+    let mut args = volume_args(name)?;
+    args.fd = source.as_raw_fd().into();
+    args.flags = if read_only { SUBVOL_RDONLY } else { 0 };
+    // SAFETY: see `Volume`; `source` stays open through the call.
+    unsafe { ioctl::ioctl(parent, Volume::<SNAP_CREATE_V2>(args)) }.map_err(Into::into)
+}
+
+/// Deletes the subvolume `name` of `parent` with everything in it. Space comes back in the background.
+pub(crate) fn subvolume_destroy(parent: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    // SAFETY: see `Volume`.
+    unsafe { ioctl::ioctl(parent, Volume::<SNAP_DESTROY_V2>(volume_args(name)?)) }.map_err(Into::into)
+}
+
+// ----------------------------------------------------------------------------------------------------------- loop
+
+/// `struct loop_config` (include/uapi/linux/loop.h), with `struct loop_info64` inside.
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    device: u64,
+    inode: u64,
+    rdevice: u64,
+    offset: u64,
+    size_limit: u64,
+    number: u32,
+    encrypt_type: u32,
+    encrypt_key_size: u32,
+    flags: u32,
+    file_name: [u8; 64],
+    crypt_name: [u8; 64],
+    encrypt_key: [u8; 32],
+    init: [u64; 2],
+    reserved: [u64; 8],
+}
+
+const _: () = assert!(size_of::<LoopConfig>() == 304);
+
+const LOOP_CTL_GET_FREE: Opcode = 0x4C82;
+const LOOP_CONFIGURE: Opcode = 0x4C0A;
+const LO_FLAGS_READ_ONLY: u32 = 1;
+const LO_FLAGS_AUTOCLEAR: u32 = 4;
+const LO_FLAGS_DIRECT_IO: u32 = 16;
+
+struct GetFree;
+
+// SAFETY: LOOP_CTL_GET_FREE takes no argument and answers with the number of a device.
+unsafe impl ioctl::Ioctl for GetFree {
+    type Output = i32;
+    const IS_MUTATING: bool = false;
+    fn opcode(&self) -> Opcode {
+        LOOP_CTL_GET_FREE
+    }
+    fn as_ptr(&mut self) -> *mut std::ffi::c_void {
+        std::ptr::null_mut()
+    }
+    unsafe fn output_from_ptr(result: ioctl::IoctlOutput, _: *mut std::ffi::c_void) -> rustix::io::Result<i32> {
+        Ok(result)
+    }
+}
+
+/// Puts `file` behind a free loop device, which frees itself at its last close. The caller keeps the returned
+/// descriptor until the device is mounted.
+pub(crate) fn loop_attach(file: &File, name: &Path, read_only: bool) -> io::Result<(File, PathBuf)> {
+    let control = File::options().read(true).write(true).open("/dev/loop-control")?;
+    // Somebody else may take the free device between the two calls: ask again.
+    for _ in 0..64 {
+        // SAFETY: see `GetFree`.
+        let number = unsafe { ioctl::ioctl(&control, GetFree) }?;
+        let path = PathBuf::from(format!("/dev/loop{number}"));
+        let device = File::options().read(true).write(!read_only).open(&path)?;
+        let mut config = LoopConfig {
+            fd: u32::try_from(file.as_raw_fd()).unwrap_or(u32::MAX),
+            block_size: 0,
+            device: 0,
+            inode: 0,
+            rdevice: 0,
+            offset: 0,
+            size_limit: 0,
+            number: 0,
+            encrypt_type: 0,
+            encrypt_key_size: 0,
+            flags: LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO | if read_only { LO_FLAGS_READ_ONLY } else { 0 },
+            file_name: [0; 64],
+            crypt_name: [0; 64],
+            encrypt_key: [0; 32],
+            init: [0; 2],
+            reserved: [0; 8],
+        };
+        // Shown by losetup, truncated by the kernel's own field.
+        for (slot, byte) in config.file_name[..63].iter_mut().zip(name.as_os_str().as_encoded_bytes()) {
+            *slot = *byte;
+        }
+        // SAFETY: the kernel reads one `LoopConfig`; `file` stays open through the call.
+        match unsafe { ioctl::ioctl(device.as_fd(), ioctl::Setter::<LOOP_CONFIGURE, LoopConfig>::new(config)) } {
+            Ok(()) => return Ok((device, path)),
+            Err(rustix::io::Errno::BUSY) => continue,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::ResourceBusy, "no free loop device after 64 attempts"))
+}
+
+/// The fields of `struct loop_info64` that say which file is behind a device; the rest is padding to its size.
+#[repr(C)]
+struct LoopInfo {
+    device: u64,
+    inode: u64,
+    rest: [u64; 27],
+}
+
+const _: () = assert!(size_of::<LoopInfo>() == 232);
+
+const LOOP_GET_STATUS64: Opcode = 0x4C05;
+
+/// Device and inode number of the file behind a loop device; fails with ENXIO when there is none.
+pub(crate) fn loop_backing(device: BorrowedFd<'_>) -> io::Result<(u64, u64)> {
+    // SAFETY: LOOP_GET_STATUS64 fills one `struct loop_info64`, of which `LoopInfo` has the size.
+    let info = unsafe { ioctl::ioctl(device, ioctl::Getter::<LOOP_GET_STATUS64, LoopInfo>::new()) }?;
+    let _ = info.rest;
+    Ok((info.device, info.inode))
+}
