@@ -43,9 +43,8 @@ const BLOB_FORM: &str = "a blob (64 lowercase hexadecimal digits, a slash and th
 impl Digest {
     /// The digest of no bytes.
     pub const EMPTY: Digest = Digest([
-        0xaf, 0x13, 0x49, 0xb9, 0xf5, 0xf9, 0xa1, 0xa6, 0xa0, 0x40, 0x4d, 0xea, 0x36, 0xdc, 0xc9,
-        0x49, 0x9b, 0xcb, 0x25, 0xc9, 0xad, 0xc1, 0x12, 0xb7, 0xcc, 0x9a, 0x93, 0xca, 0xe4, 0x1f,
-        0x32, 0x62,
+        0xaf, 0x13, 0x49, 0xb9, 0xf5, 0xf9, 0xa1, 0xa6, 0xa0, 0x40, 0x4d, 0xea, 0x36, 0xdc, 0xc9, 0x49, 0x9b, 0xcb,
+        0x25, 0xc9, 0xad, 0xc1, 0x12, 0xb7, 0xcc, 0x9a, 0x93, 0xca, 0xe4, 0x1f, 0x32, 0x62,
     ]);
 
     /// The digest of `data`.
@@ -64,17 +63,11 @@ impl Digest {
 
 impl Blob {
     /// The blob of no bytes. Every store has it without storing it, as REAPI asks.
-    pub const EMPTY: Blob = Blob {
-        digest: Digest::EMPTY,
-        size: 0,
-    };
+    pub const EMPTY: Blob = Blob { digest: Digest::EMPTY, size: 0 };
 
     /// The blob of `data`.
     pub fn of(data: &[u8]) -> Self {
-        Self {
-            digest: Digest::of(data),
-            size: data.len() as u64,
-        }
+        Self { digest: Digest::of(data), size: data.len() as u64 }
     }
 
     /// Reads the file at `path` in pieces of bounded size and returns its blob.
@@ -139,10 +132,7 @@ impl BlobHasher {
 
     /// The blob of all that was seen.
     pub fn finish(&self) -> Blob {
-        Blob {
-            digest: Digest(*self.hasher.finalize().as_bytes()),
-            size: self.size,
-        }
+        Blob { digest: Digest(*self.hasher.finalize().as_bytes()), size: self.size }
     }
 }
 
@@ -168,10 +158,7 @@ impl FromStr for Digest {
     type Err = ParseDigestError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let error = || ParseDigestError {
-            text: text.to_owned(),
-            expected: DIGEST_FORM,
-        };
+        let error = || ParseDigestError { text: text.to_owned(), expected: DIGEST_FORM };
         if text.bytes().any(|b| b.is_ascii_uppercase()) {
             return Err(error());
         }
@@ -211,10 +198,7 @@ impl FromStr for Blob {
     type Err = ParseDigestError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let error = || ParseDigestError {
-            text: text.to_owned(),
-            expected: BLOB_FORM,
-        };
+        let error = || ParseDigestError { text: text.to_owned(), expected: BLOB_FORM };
         let (hash, size) = text.split_once('/').ok_or_else(error)?;
         let blob = Self::from_parts(hash, size).ok_or_else(error)?;
         Ok(blob)
@@ -228,10 +212,7 @@ impl Blob {
         let number: u64 = size.parse().ok()?;
         let canonical = number.to_string() == size && number <= i64::MAX as u64;
         let fits = (number == 0) == (digest == Digest::EMPTY);
-        (canonical && fits).then_some(Self {
-            digest,
-            size: number,
-        })
+        (canonical && fits).then_some(Self { digest, size: number })
     }
 }
 
@@ -275,10 +256,7 @@ mod tests {
     fn text_forms_round_trip() {
         let blob = Blob::of(b"hello");
         assert_eq!(blob.to_string().parse::<Blob>().unwrap(), blob);
-        assert_eq!(
-            blob.digest.to_string().parse::<Digest>().unwrap(),
-            blob.digest
-        );
+        assert_eq!(blob.digest.to_string().parse::<Digest>().unwrap(), blob.digest);
         let json = serde_json_like(&blob);
         assert_eq!(json, format!("{}/5", blob.digest));
         assert_eq!(Blob::try_from(&reapi::Digest::from(blob)).unwrap(), blob);

@@ -58,13 +58,7 @@ impl MemoryStore {
         if blob.is_empty() {
             return Ok(Bytes::new());
         }
-        self.map()
-            .get(blob)
-            .cloned()
-            .ok_or_else(|| StoreError::NotFound {
-                blob: *blob,
-                store: "memory".to_owned(),
-            })
+        self.map().get(blob).cloned().ok_or_else(|| StoreError::NotFound { blob: *blob, store: "memory".to_owned() })
     }
 
     fn map(&self) -> std::sync::RwLockReadGuard<'_, HashMap<Blob, Bytes>> {
@@ -98,9 +92,7 @@ impl Store for MemoryStore {
 
     async fn fetch_to(&self, blob: Blob, path: &Path) -> Result<()> {
         let data = self.get(&blob)?;
-        let mut file = tokio::fs::File::create_new(path)
-            .await
-            .map_err(StoreError::io("create", path))?;
+        let mut file = tokio::fs::File::create_new(path).await.map_err(StoreError::io("create", path))?;
         let written = async {
             tokio::io::AsyncWriteExt::write_all(&mut file, &data).await?;
             tokio::io::AsyncWriteExt::flush(&mut file).await
@@ -122,9 +114,7 @@ impl Store for MemoryStore {
     }
 
     async fn write_file(&self, blob: Blob, path: &Path) -> Result<()> {
-        let data = tokio::fs::read(path)
-            .await
-            .map_err(StoreError::io("read", path))?;
+        let data = tokio::fs::read(path).await.map_err(StoreError::io("read", path))?;
         self.write_batch(vec![(blob, data.into())]).await
     }
 }
@@ -132,10 +122,7 @@ impl Store for MemoryStore {
 impl Directories for MemoryStore {
     fn directory(&self, blob: &Blob) -> Result<Arc<Directory>> {
         let data = self.get(blob)?;
-        let directory = Directory::decode(&data).map_err(|source| StoreError::NotADirectory {
-            blob: *blob,
-            source,
-        })?;
+        let directory = Directory::decode(&data).map_err(|source| StoreError::NotADirectory { blob: *blob, source })?;
         Ok(Arc::new(directory))
     }
 

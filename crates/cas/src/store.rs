@@ -109,11 +109,7 @@ pub enum StoreError {
 impl StoreError {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
-        move |source| Self::Io {
-            action,
-            path,
-            source,
-        }
+        move |source| Self::Io { action, path, source }
     }
 
     /// Whether the blob is simply not there (or was damaged and is not there any more).
@@ -187,9 +183,5 @@ pub trait Store: Send + Sync + 'static {
 /// [`StoreError::Mismatch`].
 pub fn verify(blob: Blob, data: &[u8]) -> Result<()> {
     let found = Blob::of(data);
-    if found == blob {
-        Ok(())
-    } else {
-        Err(StoreError::Mismatch { blob, found })
-    }
+    if found == blob { Ok(()) } else { Err(StoreError::Mismatch { blob, found }) }
 }

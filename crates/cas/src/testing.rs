@@ -16,10 +16,7 @@ use crate::{
 /// `length` bytes that look random and are the same for the same `seed`.
 pub fn bytes(seed: u64, length: usize) -> Bytes {
     let mut data = vec![0; length];
-    blake3::Hasher::new()
-        .update(&seed.to_le_bytes())
-        .finalize_xof()
-        .fill(&mut data);
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut data);
     data.into()
 }
 
@@ -35,10 +32,7 @@ pub fn file(content: Blob) -> Node {
         content,
         attributes: Attributes {
             mode: 0o644,
-            mtime: Mtime {
-                seconds: 1_700_000_000,
-                nanos: 42,
-            },
+            mtime: Mtime { seconds: 1_700_000_000, nanos: 42 },
             ..Default::default()
         },
         link_group: None,
@@ -51,10 +45,7 @@ pub fn file(content: Blob) -> Node {
 /// If a name breaks the rules of names.
 pub fn directory<'a>(entries: impl IntoIterator<Item = (&'a str, Node)>) -> Directory {
     Directory {
-        attributes: Attributes {
-            mode: 0o755,
-            ..Default::default()
-        },
+        attributes: Attributes { mode: 0o755, ..Default::default() },
         entries: entries
             .into_iter()
             .map(|(name, node)| (Name::try_from(name).expect("a valid name"), node))
@@ -86,20 +77,10 @@ async fn empty_blob(store: &dyn Store) {
 async fn sizes(store: &dyn Store) {
     let large = BATCH_BYTES as usize;
     // Around the limits of inline blobs, messages and pieces of a stream.
-    for (n, length) in [
-        1,
-        4096,
-        16 << 10,
-        (16 << 10) + 1,
-        1 << 20,
-        large - 128,
-        large,
-        large + 1,
-        (4 << 20) + 3,
-        9 << 20,
-    ]
-    .into_iter()
-    .enumerate()
+    for (n, length) in
+        [1, 4096, 16 << 10, (16 << 10) + 1, 1 << 20, large - 128, large, large + 1, (4 << 20) + 3, 9 << 20]
+            .into_iter()
+            .enumerate()
     {
         let (blob, data) = blob(1000 + n as u64, length);
         assert_eq!(store.find_missing(&[blob]).await.unwrap(), [blob]);
@@ -113,9 +94,7 @@ async fn sizes(store: &dyn Store) {
 }
 
 async fn batches(store: &dyn Store) {
-    let mut blobs: Vec<_> = (0..300)
-        .map(|n| blob(2000 + n, 10 + 97 * n as usize))
-        .collect();
+    let mut blobs: Vec<_> = (0..300).map(|n| blob(2000 + n, 10 + 97 * n as usize)).collect();
     // Together more than a message, one alone more than a message, one twice.
     blobs.push(blob(2400, 5 << 20));
     blobs.push(blobs[7].clone());
@@ -136,17 +115,11 @@ async fn missing(store: &dyn Store) {
     store.write(there, data).await.unwrap();
     let (small, _) = blob(3001, 100);
     let (large, _) = blob(3002, 6 << 20);
-    let found = store
-        .find_missing(&[small, there, large, small, Blob::EMPTY])
-        .await
-        .unwrap();
+    let found = store.find_missing(&[small, there, large, small, Blob::EMPTY]).await.unwrap();
     assert_eq!(found, [small, large], "in the order asked, each once");
     // The right digest with another size is another blob.
     let other_size = Blob { size: 99, ..there };
-    assert_eq!(
-        store.find_missing(&[other_size]).await.unwrap(),
-        [other_size]
-    );
+    assert_eq!(store.find_missing(&[other_size]).await.unwrap(), [other_size]);
 
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("out");
@@ -155,10 +128,7 @@ async fn missing(store: &dyn Store) {
         let read = store.read(blob).await.unwrap_err();
         let fetch = store.fetch_to(blob, &path).await.unwrap_err();
         for error in [batch, read, fetch] {
-            assert!(
-                matches!(error, StoreError::NotFound { blob: b, .. } if b == blob),
-                "{error}"
-            );
+            assert!(matches!(error, StoreError::NotFound { blob: b, .. } if b == blob), "{error}");
             assert!(error.to_string().contains(&blob.to_string()), "{error}");
         }
         assert!(!path.exists(), "nothing is left of a failed fetch");
@@ -195,10 +165,7 @@ async fn files(store: &dyn Store) {
         let target = folder.path().join("out");
         store.fetch_to(blob, &target).await.unwrap();
         assert_eq!(std::fs::read(&target).unwrap(), data);
-        store
-            .fetch_to(blob, &target)
-            .await
-            .expect_err("the target exists");
+        store.fetch_to(blob, &target).await.expect_err("the target exists");
         assert_eq!(std::fs::read(&target).unwrap(), data, "and is left alone");
         std::fs::remove_file(&target).unwrap();
         assert_only(folder.path(), &["in"]);
@@ -237,10 +204,8 @@ async fn concurrent_writers(store: &dyn Store) {
 }
 
 fn assert_only(folder: &Path, names: &[&str]) {
-    let mut found: Vec<_> = std::fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut found: Vec<_> =
+        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     found.sort();
     assert_eq!(found, names);
 }

@@ -105,10 +105,7 @@ impl Objects for FileSource {
         self.files
             .get(blob)
             .map(|path| Object::File(path.clone()))
-            .ok_or_else(|| StoreError::NotFound {
-                blob: *blob,
-                store: "the scanned files".to_owned(),
-            })
+            .ok_or_else(|| StoreError::NotFound { blob: *blob, store: "the scanned files".to_owned() })
     }
 }
 
@@ -138,9 +135,7 @@ fn pack(blobs: impl IntoIterator<Item = Blob>) -> (Vec<Vec<Blob>>, Vec<Blob>) {
 }
 
 /// Runs work that blocks on a thread that may.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
@@ -156,10 +151,7 @@ mod tests {
     fn batches_fit_a_message_and_lose_nothing() {
         let sizes = [0, 1, 100, BATCH_BYTES, BATCH_BYTES - BLOB_OVERHEAD, 1 << 20];
         let blobs: Vec<Blob> = (0..5000u64)
-            .map(|n| Blob {
-                digest: crate::Digest::of(&n.to_le_bytes()),
-                size: sizes[n as usize % sizes.len()],
-            })
+            .map(|n| Blob { digest: crate::Digest::of(&n.to_le_bytes()), size: sizes[n as usize % sizes.len()] })
             .collect();
         let (batches, large) = pack(blobs.clone());
         for batch in &batches {

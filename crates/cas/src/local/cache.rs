@@ -68,15 +68,8 @@ mod tests {
     #[test]
     fn keeps_what_is_used_and_forgets_the_rest() {
         let cache = DirectoryCache::default();
-        let directory = |mode| {
-            Arc::new(Directory {
-                attributes: Attributes {
-                    mode,
-                    ..Default::default()
-                },
-                ..Default::default()
-            })
-        };
+        let directory =
+            |mode| Arc::new(Directory { attributes: Attributes { mode, ..Default::default() }, ..Default::default() });
         let blob = |n: usize| Blob::of(&n.to_le_bytes());
         cache.put(blob(0), directory(1));
         for n in 1..GENERATION_ENTRIES * 3 {

@@ -61,10 +61,7 @@ impl Committer {
             .name("store-commit".to_owned())
             .spawn(move || run(&shared, &receiver))
             .map_err(StoreError::io("start the commit thread of", &folder))?;
-        Ok(Self {
-            sender: Some(sender),
-            thread: Some(thread),
-        })
+        Ok(Self { sender: Some(sender), thread: Some(thread) })
     }
 
     /// Queues `writes`; the receiver hears when they are durable.
@@ -100,8 +97,7 @@ fn run(shared: &Shared, receiver: &mpsc::Receiver<Request>) {
             files += next.writes.files.len();
             group.push(next);
         }
-        let (writes, done): (Vec<_>, Vec<_>) =
-            group.into_iter().map(|r| (r.writes, r.done)).unzip();
+        let (writes, done): (Vec<_>, Vec<_>) = group.into_iter().map(|r| (r.writes, r.done)).unzip();
         let result = commit(shared, writes);
         for done in done {
             // A writer that no longer listens has its blobs all the same.
@@ -174,36 +170,20 @@ fn commit(shared: &Shared, group: Vec<Writes>) -> Result<()> {
 }
 
 fn absent(blob: &Blob) -> Entry {
-    Entry {
-        size: blob.size,
-        inline: false,
-        file: false,
-    }
+    Entry { size: blob.size, inline: false, file: false }
 }
 
 /// The same error for another writer of the group.
 fn repeat(error: &StoreError) -> StoreError {
     match error {
-        StoreError::Io {
-            action,
-            path,
-            source,
-        } => StoreError::Io {
+        StoreError::Io { action, path, source } => StoreError::Io {
             action,
             path: path.clone(),
-            source: source
-                .raw_os_error()
-                .map_or_else(|| source.kind().into(), std::io::Error::from_raw_os_error),
+            source: source.raw_os_error().map_or_else(|| source.kind().into(), std::io::Error::from_raw_os_error),
         },
-        StoreError::Index {
-            action,
-            path,
-            source,
-        } => StoreError::Index {
-            action,
-            path: path.clone(),
-            source: source.clone(),
-        },
+        StoreError::Index { action, path, source } => {
+            StoreError::Index { action, path: path.clone(), source: source.clone() }
+        }
         other => StoreError::Invalid(other.to_string()),
     }
 }

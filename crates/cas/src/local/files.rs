@@ -43,11 +43,7 @@ impl Files {
             }
         }
         let handle = File::open(root).map_err(StoreError::io("open", root))?;
-        let files = Self {
-            root: root.to_owned(),
-            handle,
-            counter: AtomicU64::new(0),
-        };
+        let files = Self { root: root.to_owned(), handle, counter: AtomicU64::new(0) };
         files.sweep(&temporary)?;
         files.sync()?;
         Ok(files)
@@ -83,16 +79,12 @@ impl Files {
             .mode(OBJECT_MODE)
             .open(&path)
             .map_err(StoreError::io("create", &path))?;
-        Ok(TemporaryFile {
-            file,
-            path: TemporaryPath(path),
-        })
+        Ok(TemporaryFile { file, path: TemporaryPath(path) })
     }
 
     /// Makes everything written to the file system of the object directory durable.
     pub(super) fn sync(&self) -> Result<()> {
-        rustix::fs::syncfs(&self.handle)
-            .map_err(|e| StoreError::io("sync the file system of", &self.root)(e.into()))
+        rustix::fs::syncfs(&self.handle).map_err(|e| StoreError::io("sync the file system of", &self.root)(e.into()))
     }
 
     /// Gives a temporary file its final name.
@@ -104,9 +96,7 @@ impl Files {
     pub(super) fn remove(&self, digest: &Digest) -> Result<()> {
         let path = self.path(digest);
         match fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(StoreError::io("remove", &path)(e))
-            }
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(StoreError::io("remove", &path)(e)),
             _ => Ok(()),
         }
     }
@@ -117,9 +107,7 @@ impl Files {
         fs::create_dir_all(&folder).map_err(StoreError::io("create", &folder))?;
         let from = self.path(digest);
         match fs::rename(&from, folder.join(digest.to_string())) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(StoreError::io("move aside", &from)(e))
-            }
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(StoreError::io("move aside", &from)(e)),
             _ => Ok(()),
         }
     }
@@ -155,24 +143,17 @@ impl Files {
                 metadata.len()
             )));
         }
-        fs::set_permissions(path, Permissions::from_mode(OBJECT_MODE))
-            .map_err(StoreError::io("make read-only", path))
+        fs::set_permissions(path, Permissions::from_mode(OBJECT_MODE)).map_err(StoreError::io("make read-only", path))
     }
 
     /// Every file in the object directory that has the name of an object, and what is in the wrong place.
-    pub(super) fn for_each(
-        &self,
-        mut visit: impl FnMut(Option<Digest>, &Path) -> Result<()>,
-    ) -> Result<()> {
+    pub(super) fn for_each(&self, mut visit: impl FnMut(Option<Digest>, &Path) -> Result<()>) -> Result<()> {
         for shard in 0..=u8::MAX {
             let prefix = format!("{shard:02x}");
             let folder = self.root.join(&prefix);
             for entry in fs::read_dir(&folder).map_err(StoreError::io("list", &folder))? {
                 let entry = entry.map_err(StoreError::io("list", &folder))?;
-                let digest = entry
-                    .file_name()
-                    .to_str()
-                    .and_then(|name| format!("{prefix}{name}").parse().ok());
+                let digest = entry.file_name().to_str().and_then(|name| format!("{prefix}{name}").parse().ok());
                 visit(digest, &entry.path())?;
             }
         }
@@ -214,9 +195,7 @@ pub(super) struct TemporaryFile {
 
 impl TemporaryFile {
     pub(super) fn write(&mut self, data: &[u8]) -> Result<()> {
-        self.file
-            .write_all(data)
-            .map_err(StoreError::io("write", self.path.as_path()))
+        self.file.write_all(data).map_err(StoreError::io("write", self.path.as_path()))
     }
 
     /// Copies `source` to its end and returns the blob of what it was.
@@ -243,15 +222,8 @@ impl TemporaryFile {
 
 /// Creates the file `path` for somebody outside the store and copies `source` into it.
 pub(super) fn copy_to_new(mut source: impl Read, from: &Path, path: &Path) -> Result<Blob> {
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .map_err(StoreError::io("create", path))?;
-    let mut target = TemporaryFile {
-        file,
-        path: TemporaryPath(path.to_owned()),
-    };
+    let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(StoreError::io("create", path))?;
+    let mut target = TemporaryFile { file, path: TemporaryPath(path.to_owned()) };
     let blob = target.copy_from(&mut source, from)?;
     target.into_path().keep();
     Ok(blob)

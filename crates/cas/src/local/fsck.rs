@@ -47,18 +47,13 @@ impl LocalStore {
     /// # Errors
     /// Those of the disk. Damage is no error.
     pub fn fsck(&self, repair: bool) -> Result<FsckReport> {
-        let mut report = FsckReport {
-            repaired: repair,
-            ..Default::default()
-        };
+        let mut report = FsckReport { repaired: repair, ..Default::default() };
         self.check_blobs(repair, &mut report)?;
         self.check_files(repair, &mut report)?;
         let damaged: HashSet<Blob> = report.damaged.iter().copied().collect();
         for root in self.roots(None, None)? {
             if let Some(problem) = self.check_root(&root, &damaged)? {
-                report
-                    .incomplete_roots
-                    .push(IncompleteRoot { root, problem });
+                report.incomplete_roots.push(IncompleteRoot { root, problem });
             }
         }
         Ok(report)

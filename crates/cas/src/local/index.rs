@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType,
-    IteratorMode, LogLevel, Options, WriteBatch, WriteOptions,
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, IteratorMode, LogLevel,
+    Options, WriteBatch, WriteOptions,
 };
 
 use crate::{Blob, Digest, StoreError, store::Result};
@@ -47,8 +47,7 @@ const FILE_FLAG: u8 = 2;
 impl Entry {
     fn encode(self) -> [u8; 9] {
         let mut bytes = [0; 9];
-        bytes[0] =
-            if self.inline { INLINE_FLAG } else { 0 } | if self.file { FILE_FLAG } else { 0 };
+        bytes[0] = if self.inline { INLINE_FLAG } else { 0 } | if self.file { FILE_FLAG } else { 0 };
         bytes[1..].copy_from_slice(&self.size.to_be_bytes());
         bytes
     }
@@ -104,18 +103,12 @@ impl Index {
             ColumnFamilyDescriptor::new(DATA, data),
             ColumnFamilyDescriptor::new(ROOTS, family_options(&cache)),
         ];
-        let db = DB::open_cf_descriptors(&options, path, families).map_err(|source| {
-            StoreError::Index {
-                action: "open",
-                path: path.to_owned(),
-                source,
-            }
-        })?;
-        let mut index = Self {
-            db,
+        let db = DB::open_cf_descriptors(&options, path, families).map_err(|source| StoreError::Index {
+            action: "open",
             path: path.to_owned(),
-            was_clean: true,
-        };
+            source,
+        })?;
+        let mut index = Self { db, path: path.to_owned(), was_clean: true };
         index.begin()?;
         Ok(index)
     }
@@ -150,18 +143,12 @@ impl Index {
     }
 
     pub(super) fn entry(&self, digest: &Digest) -> Result<Option<Entry>> {
-        let value = self
-            .db
-            .get_pinned_cf(self.family(OBJECTS), digest.0)
-            .map_err(self.error("read"))?;
+        let value = self.db.get_pinned_cf(self.family(OBJECTS), digest.0).map_err(self.error("read"))?;
         Ok(value.and_then(|value| Entry::decode(&value)))
     }
 
     /// The entries of many digests, in their order.
-    pub(super) fn entries<'a>(
-        &self,
-        digests: impl IntoIterator<Item = &'a Digest>,
-    ) -> Result<Vec<Option<Entry>>> {
+    pub(super) fn entries<'a>(&self, digests: impl IntoIterator<Item = &'a Digest>) -> Result<Vec<Option<Entry>>> {
         let keys = digests.into_iter().map(|digest| &digest.0);
         self.db
             .batched_multi_get_cf(self.family(OBJECTS), keys, false)
@@ -174,10 +161,7 @@ impl Index {
     }
 
     pub(super) fn data(&self, digest: &Digest) -> Result<Option<Bytes>> {
-        let value = self
-            .db
-            .get_cf(self.family(DATA), digest.0)
-            .map_err(self.error("read"))?;
+        let value = self.db.get_cf(self.family(DATA), digest.0).map_err(self.error("read"))?;
         Ok(value.map(Bytes::from))
     }
 
@@ -201,17 +185,11 @@ impl Index {
 
     /// Visits every blob in order of digest.
     pub(super) fn for_each(&self, mut visit: impl FnMut(Blob, Entry) -> Result<()>) -> Result<()> {
-        for item in self
-            .db
-            .iterator_cf(self.family(OBJECTS), IteratorMode::Start)
-        {
+        for item in self.db.iterator_cf(self.family(OBJECTS), IteratorMode::Start) {
             let (key, value) = item.map_err(self.error("read"))?;
             let key: Option<[u8; 32]> = key.as_ref().try_into().ok();
             if let (Some(key), Some(entry)) = (key, Entry::decode(&value)) {
-                let blob = Blob {
-                    digest: Digest(key),
-                    size: entry.size,
-                };
+                let blob = Blob { digest: Digest(key), size: entry.size };
                 visit(blob, entry)?;
             }
         }
@@ -245,24 +223,16 @@ impl Index {
     fn write(&self, batch: WriteBatch) -> Result<()> {
         let mut options = WriteOptions::default();
         options.set_sync(true);
-        self.db
-            .write_opt(batch, &options)
-            .map_err(self.error("write"))
+        self.db.write_opt(batch, &options).map_err(self.error("write"))
     }
 
     fn family(&self, name: &str) -> &ColumnFamily {
-        self.db
-            .cf_handle(name)
-            .expect("every family was opened with the database")
+        self.db.cf_handle(name).expect("every family was opened with the database")
     }
 
     fn error(&self, action: &'static str) -> impl Fn(rocksdb::Error) -> StoreError {
         let path = self.path.clone();
-        move |source| StoreError::Index {
-            action,
-            path: path.clone(),
-            source,
-        }
+        move |source| StoreError::Index { action, path: path.clone(), source }
     }
 }
 

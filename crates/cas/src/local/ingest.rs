@@ -26,12 +26,7 @@ impl Ingest {
         } else {
             Sink::File(store.shared.files.create_temporary()?)
         };
-        Ok(Self {
-            store,
-            blob,
-            hasher: BlobHasher::new(),
-            sink,
-        })
+        Ok(Self { store, blob, hasher: BlobHasher::new(), sink })
     }
 
     /// Bytes taken so far.
@@ -46,10 +41,7 @@ impl Ingest {
     pub fn append(&mut self, data: &[u8]) -> Result<()> {
         let length = self.written() + data.len() as u64;
         if length > self.blob.size {
-            return Err(StoreError::Invalid(format!(
-                "blob {} was sent {length} bytes or more",
-                self.blob
-            )));
+            return Err(StoreError::Invalid(format!("blob {} was sent {length} bytes or more", self.blob)));
         }
         match &mut self.sink {
             Sink::Memory(bytes) => bytes.extend_from_slice(data),
@@ -72,10 +64,7 @@ impl Ingest {
     fn submit(self) -> Result<oneshot::Receiver<Result<()>>> {
         let found = self.hasher.finish();
         if found != self.blob {
-            return Err(StoreError::Mismatch {
-                blob: self.blob,
-                found,
-            });
+            return Err(StoreError::Mismatch { blob: self.blob, found });
         }
         let mut writes = Writes::default();
         match self.sink {

@@ -110,10 +110,7 @@ impl LocalStore {
             writes: Mutex::new(()),
         });
         shared.recover()?;
-        Ok(Self {
-            committer: Arc::new(Committer::start(shared.clone())?),
-            shared,
-        })
+        Ok(Self { committer: Arc::new(Committer::start(shared.clone())?), shared })
     }
 
     /// Folder of the files.
@@ -154,8 +151,7 @@ impl LocalStore {
     /// Those of the index.
     pub fn missing_contents(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
         let limit = self.shared.inline_limit;
-        self.shared
-            .missing(blobs, |blob, entry| entry.file || blob.size <= limit)
+        self.shared.missing(blobs, |blob, entry| entry.file || blob.size <= limit)
     }
 
     /// The contents of a blob, verified.
@@ -198,10 +194,7 @@ impl LocalStore {
         if blob.size <= self.shared.inline_limit {
             // One byte more than it should have is enough to see that the file grew.
             let mut data = Vec::new();
-            source
-                .take(blob.size + 1)
-                .read_to_end(&mut data)
-                .map_err(StoreError::io("read", path))?;
+            source.take(blob.size + 1).read_to_end(&mut data).map_err(StoreError::io("read", path))?;
             verify(blob, &data)?;
             writes.inline.push((blob, data.into()));
         } else {
@@ -223,10 +216,7 @@ impl LocalStore {
     /// [`StoreError::Invalid`] for a file of another size and those of the disk.
     pub fn adopt_batch(&self, files: Vec<(Blob, PathBuf)>) -> Result<()> {
         let mut writes = Writes::default();
-        let files: Vec<_> = files
-            .into_iter()
-            .map(|(blob, path)| (blob, TemporaryPath::take_over(path)))
-            .collect();
+        let files: Vec<_> = files.into_iter().map(|(blob, path)| (blob, TemporaryPath::take_over(path))).collect();
         for (blob, path) in files {
             self.shared.files.prepare_foreign(&blob, path.as_path())?;
             if !blob.is_empty() {
@@ -251,14 +241,8 @@ impl LocalStore {
     ///
     /// # Errors
     /// As [`LocalStore::put_directory`].
-    pub fn put_directories<'a>(
-        &self,
-        directories: impl IntoIterator<Item = &'a Directory>,
-    ) -> Result<Vec<Blob>> {
-        let encoded = directories
-            .into_iter()
-            .map(encode)
-            .collect::<Result<Vec<_>>>()?;
+    pub fn put_directories<'a>(&self, directories: impl IntoIterator<Item = &'a Directory>) -> Result<Vec<Blob>> {
+        let encoded = directories.into_iter().map(encode).collect::<Result<Vec<_>>>()?;
         let blobs = encoded.iter().map(|(blob, _)| *blob).collect();
         self.put_encoded_directories(encoded)?;
         Ok(blobs)
@@ -266,10 +250,7 @@ impl LocalStore {
 
     /// As [`LocalStore::put_directories`], for messages whose digests and form are verified already.
     pub(crate) fn put_encoded_directories(&self, directories: Vec<(Blob, Bytes)>) -> Result<()> {
-        let writes = Writes {
-            inline: directories,
-            ..Default::default()
-        };
+        let writes = Writes { inline: directories, ..Default::default() };
         self.wait(self.committer.submit(writes))
     }
 
@@ -294,9 +275,7 @@ impl LocalStore {
     /// # Errors
     /// Those of the index and of `visit`.
     pub fn for_each(&self, mut visit: impl FnMut(Blob, bool) -> Result<()>) -> Result<()> {
-        self.shared
-            .index
-            .for_each(|blob, entry| visit(blob, entry.file))
+        self.shared.index.for_each(|blob, entry| visit(blob, entry.file))
     }
 
     /// What the store holds.
@@ -327,9 +306,7 @@ impl LocalStore {
     }
 
     fn wait(&self, receiver: oneshot::Receiver<Result<()>>) -> Result<()> {
-        receiver
-            .blocking_recv()
-            .unwrap_or_else(|_| Err(self.closed()))
+        receiver.blocking_recv().unwrap_or_else(|_| Err(self.closed()))
     }
 
     fn closed(&self) -> StoreError {
@@ -346,9 +323,7 @@ impl std::fmt::Debug for LocalStore {
 fn encode(directory: &Directory) -> Result<(Blob, Bytes)> {
     let data = directory.encode();
     let blob = Blob::of(&data);
-    directory
-        .check()
-        .map_err(|source| StoreError::NotADirectory { blob, source })?;
+    directory.check().map_err(|source| StoreError::NotADirectory { blob, source })?;
     Ok((blob, data))
 }
 
@@ -359,12 +334,7 @@ impl Directories for LocalStore {
         }
         let data = self.shared.read(blob)?;
         let directory =
-            Arc::new(
-                Directory::decode(&data).map_err(|source| StoreError::NotADirectory {
-                    blob: *blob,
-                    source,
-                })?,
-            );
+            Arc::new(Directory::decode(&data).map_err(|source| StoreError::NotADirectory { blob: *blob, source })?);
         self.shared.directories.put(*blob, directory.clone());
         Ok(directory)
     }
@@ -384,10 +354,7 @@ impl Shared {
     }
 
     fn not_found(&self, blob: &Blob) -> StoreError {
-        StoreError::NotFound {
-            blob: *blob,
-            store: self.name(),
-        }
+        StoreError::NotFound { blob: *blob, store: self.name() }
     }
 
     /// The entry of a blob, if the store has it.
@@ -437,10 +404,9 @@ impl Shared {
         Ok(match data {
             None => Err("it is gone".to_owned()),
             Some(data) if blob.matches(&data) => Ok(data),
-            Some(data) if data.len() as u64 != blob.size => Err(format!(
-                "it has the wrong size, {} bytes or more",
-                data.len()
-            )),
+            Some(data) if data.len() as u64 != blob.size => {
+                Err(format!("it has the wrong size, {} bytes or more", data.len()))
+            }
             Some(data) => Err(format!("its digest is {}", Digest::of(&data))),
         })
     }
@@ -457,15 +423,9 @@ impl Shared {
         // A blob that is there in both forms keeps the other one.
         let left = if entry.inline {
             changes.data.push((blob.digest, None));
-            Entry {
-                inline: false,
-                ..entry
-            }
+            Entry { inline: false, ..entry }
         } else {
-            Entry {
-                file: false,
-                ..entry
-            }
+            Entry { file: false, ..entry }
         };
         let left = (left.inline || left.file).then_some(left);
         changes.entries.push((blob.digest, left));
@@ -480,11 +440,7 @@ impl Shared {
         {
             return Ok(data);
         }
-        Err(StoreError::Corrupt {
-            blob: *blob,
-            store: self.name(),
-            reason,
-        })
+        Err(StoreError::Corrupt { blob: *blob, store: self.name(), reason })
     }
 
     fn remove(&self, blobs: &[Blob]) -> Result<()> {
@@ -516,10 +472,7 @@ impl Shared {
     fn recover(&self) -> Result<()> {
         let mut wrong = Vec::new();
         self.index.for_each(|blob, entry| {
-            if entry.file
-                && !self.index.was_clean
-                && self.files.size(&blob.digest)? != Some(blob.size)
-            {
+            if entry.file && !self.index.was_clean && self.files.size(&blob.digest)? != Some(blob.size) {
                 wrong.push((blob, entry));
             } else {
                 self.counts.replace(None, Some(&entry));
@@ -528,15 +481,9 @@ impl Shared {
         })?;
         for (blob, entry) in wrong {
             tracing::error!(%blob, store = %self.name(), "lost a file in a crash");
-            let left = Entry {
-                file: false,
-                ..entry
-            };
+            let left = Entry { file: false, ..entry };
             let left = left.inline.then_some(left);
-            self.index.apply(Changes {
-                entries: vec![(blob.digest, left)],
-                data: Vec::new(),
-            })?;
+            self.index.apply(Changes { entries: vec![(blob.digest, left)], data: Vec::new() })?;
             self.counts.replace(None, left.as_ref());
             self.files.set_aside(&blob.digest)?;
         }

@@ -31,12 +31,8 @@ impl LocalStore {
         if !self.contains(&tree)? {
             return Err(self.shared.not_found(&tree));
         }
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_secs());
-        self.shared
-            .index
-            .put_root(&key, format!("{tree} {now}").as_bytes())
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        self.shared.index.put_root(&key, format!("{tree} {now}").as_bytes())
     }
 
     /// Forgets the roots of an owner for which `kind` and `name`, where given, agree. Returns how many there were.
@@ -70,15 +66,9 @@ impl LocalStore {
 }
 
 fn key(owner_uid: &str, kind: &str, name: &str) -> Result<Vec<u8>> {
-    for (what, text, may_be_empty) in [
-        ("owner UID", owner_uid, false),
-        ("kind", kind, false),
-        ("name", name, true),
-    ] {
+    for (what, text, may_be_empty) in [("owner UID", owner_uid, false), ("kind", kind, false), ("name", name, true)] {
         if text.contains('\0') || (text.is_empty() && !may_be_empty) {
-            return Err(StoreError::Invalid(format!(
-                "a root needs an {what} without NUL bytes, not {text:?}"
-            )));
+            return Err(StoreError::Invalid(format!("a root needs an {what} without NUL bytes, not {text:?}")));
         }
     }
     Ok(format!("{owner_uid}\0{kind}\0{name}").into_bytes())

@@ -52,27 +52,22 @@ impl Store for LocalStore {
 
     async fn read_batch(&self, blobs: &[Blob]) -> Result<Vec<Bytes>> {
         let blobs = blobs.to_vec();
-        self.blocking(move |store| blobs.iter().map(|blob| store.read_blob(blob)).collect())
-            .await
+        self.blocking(move |store| blobs.iter().map(|blob| store.read_blob(blob)).collect()).await
     }
 
     async fn fetch_to(&self, blob: Blob, path: &Path) -> Result<()> {
         let path = path.to_owned();
-        self.blocking(move |store| store.copy_blob_to(blob, &path))
-            .await
+        self.blocking(move |store| store.copy_blob_to(blob, &path)).await
     }
 
     async fn write_batch(&self, blobs: Vec<(Blob, Bytes)>) -> Result<()> {
-        let committed = self
-            .blocking(move |store| store.submit_batch(blobs))
-            .await?;
+        let committed = self.blocking(move |store| store.submit_batch(blobs)).await?;
         committed.await.unwrap_or_else(|_| Err(self.closed()))
     }
 
     async fn write_file(&self, blob: Blob, path: &Path) -> Result<()> {
         let path = path.to_owned();
-        self.blocking(move |store| store.put_file(blob, &path))
-            .await
+        self.blocking(move |store| store.put_file(blob, &path)).await
     }
 }
 

@@ -62,11 +62,7 @@ pub struct RemoteConfig {
 impl RemoteConfig {
     /// The usual settings: 30 s, 16 calls.
     pub fn new(uri: impl Into<String>) -> Self {
-        Self {
-            uri: uri.into(),
-            stall: Duration::from_secs(30),
-            concurrency: 16,
-        }
+        Self { uri: uri.into(), stall: Duration::from_secs(30), concurrency: 16 }
     }
 }
 
@@ -121,9 +117,7 @@ impl RemoteStore {
         if !matches!(endpoint.uri().scheme_str(), Some("http" | "https")) {
             return Err(invalid("it needs http:// or https://".to_owned()));
         }
-        let started = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_nanos());
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
         Ok(Self(Arc::new(Inner {
             name: config.uri.clone(),
             stall: config.stall,
@@ -149,16 +143,11 @@ impl RemoteStore {
             .await?;
         let cache = answer.into_inner().cache_capabilities.unwrap_or_default();
         if !cache.digest_functions.contains(&BLAKE3) {
-            return Err(StoreError::Invalid(format!(
-                "the store {} does not support BLAKE3 digests",
-                self.0.name
-            )));
+            return Err(StoreError::Invalid(format!("the store {} does not support BLAKE3 digests", self.0.name)));
         }
         // Zero means that the server sets no limit.
         if let Ok(limit @ 1..) = u64::try_from(cache.max_batch_total_size_bytes) {
-            self.0
-                .batch_bytes
-                .store(limit.min(BATCH_BYTES), Ordering::Relaxed);
+            self.0.batch_bytes.store(limit.min(BATCH_BYTES), Ordering::Relaxed);
         }
         Ok(())
     }
@@ -200,11 +189,7 @@ impl RemoteStore {
     }
 
     async fn permit(&self) -> Result<tokio::sync::SemaphorePermit<'_>> {
-        self.0
-            .calls
-            .acquire()
-            .await
-            .map_err(|_| StoreError::Closed(self.0.name.clone()))
+        self.0.calls.acquire().await.map_err(|_| StoreError::Closed(self.0.name.clone()))
     }
 
     fn stalled(&self) -> Status {
@@ -221,26 +206,15 @@ impl RemoteStore {
     }
 
     fn not_found(&self, blob: Blob) -> StoreError {
-        StoreError::NotFound {
-            blob,
-            store: self.0.name.clone(),
-        }
+        StoreError::NotFound { blob, store: self.0.name.clone() }
     }
 
     /// The error of one blob of a batch; `None` if it went well.
-    fn blob_error(
-        &self,
-        action: &str,
-        blob: Blob,
-        status: Option<&rpc::Status>,
-    ) -> Option<StoreError> {
+    fn blob_error(&self, action: &str, blob: Blob, status: Option<&rpc::Status>) -> Option<StoreError> {
         let status = status.filter(|status| status.code != 0)?;
         Some(match Code::from(status.code) {
             Code::NotFound => self.not_found(blob),
-            code => self.error(
-                &format!("{action} blob {blob}"),
-                &Status::new(code, status.message.clone()),
-            ),
+            code => self.error(&format!("{action} blob {blob}"), &Status::new(code, status.message.clone())),
         })
     }
 
@@ -319,11 +293,8 @@ impl RemoteStore {
                         ..Default::default()
                     })
                     .collect();
-                let request = reapi::BatchUpdateBlobsRequest {
-                    requests,
-                    digest_function: BLAKE3,
-                    ..Default::default()
-                };
+                let request =
+                    reapi::BatchUpdateBlobsRequest { requests, digest_function: BLAKE3, ..Default::default() };
                 let mut client = self.cas();
                 async move { client.batch_update_blobs(request).await }
             })
@@ -340,25 +311,18 @@ impl RemoteStore {
         }
         match unanswered.into_iter().next() {
             None => Ok(()),
-            Some(blob) => Err(self.error(
-                &format!("write blob {blob}"),
-                &Status::internal("the server did not say what became of it"),
-            )),
+            Some(blob) => Err(self
+                .error(&format!("write blob {blob}"), &Status::internal("the server did not say what became of it"))),
         }
     }
 
     async fn read_tree_messages(&self, root: Blob) -> Result<Vec<(Blob, Bytes)>, Status> {
-        let request = reapi::GetTreeRequest {
-            root_digest: Some(root.into()),
-            digest_function: BLAKE3,
-            ..Default::default()
-        };
+        let request =
+            reapi::GetTreeRequest { root_digest: Some(root.into()), digest_function: BLAKE3, ..Default::default() };
         let mut stream = self.cas().get_tree(request).await?.into_inner();
         let mut directories = Vec::new();
         loop {
-            let next = tokio::time::timeout(self.0.stall, stream.message())
-                .await
-                .map_err(|_| self.stalled())??;
+            let next = tokio::time::timeout(self.0.stall, stream.message()).await.map_err(|_| self.stalled())??;
             let Some(page) = next else {
                 return Ok(directories);
             };
@@ -376,11 +340,7 @@ impl RemoteStore {
 impl Store for RemoteStore {
     async fn find_missing(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
         let mut seen = HashSet::new();
-        let asked: Vec<Blob> = blobs
-            .iter()
-            .copied()
-            .filter(|blob| !blob.is_empty() && seen.insert(*blob))
-            .collect();
+        let asked: Vec<Blob> = blobs.iter().copied().filter(|blob| !blob.is_empty() && seen.insert(*blob)).collect();
         let mut missing = HashSet::new();
         for chunk in asked.chunks(ASK_BLOBS) {
             let request = reapi::FindMissingBlobsRequest {
@@ -395,9 +355,8 @@ impl Store for RemoteStore {
                 })
                 .await?;
             for digest in &answer.into_inner().missing_blob_digests {
-                let blob = Blob::try_from(digest).map_err(|e| {
-                    self.error("find missing blobs", &Status::internal(e.to_string()))
-                })?;
+                let blob = Blob::try_from(digest)
+                    .map_err(|e| self.error("find missing blobs", &Status::internal(e.to_string())))?;
                 missing.insert(blob);
             }
         }
@@ -412,21 +371,15 @@ impl Store for RemoteStore {
     async fn read_batch(&self, blobs: &[Blob]) -> Result<Vec<Bytes>> {
         let mut data = HashMap::from([(Blob::EMPTY, Bytes::new())]);
         let mut seen = HashSet::from([Blob::EMPTY]);
-        let (small, large): (Vec<Blob>, Vec<Blob>) = blobs
-            .iter()
-            .copied()
-            .filter(|blob| seen.insert(*blob))
-            .partition(|blob| self.is_small(blob));
+        let (small, large): (Vec<Blob>, Vec<Blob>) =
+            blobs.iter().copied().filter(|blob| seen.insert(*blob)).partition(|blob| self.is_small(blob));
         for message in self.messages(small, |blob| *blob) {
             self.read_message(&message, &mut data).await?;
         }
         for blob in large {
             data.insert(blob, self.read_stream(blob).await?);
         }
-        blobs
-            .iter()
-            .map(|blob| data.get(blob).cloned().ok_or_else(|| self.not_found(*blob)))
-            .collect()
+        blobs.iter().map(|blob| data.get(blob).cloned().ok_or_else(|| self.not_found(*blob))).collect()
     }
 
     async fn fetch_to(&self, blob: Blob, path: &Path) -> Result<()> {
@@ -454,9 +407,7 @@ impl Store for RemoteStore {
 
     async fn write_file(&self, blob: Blob, path: &Path) -> Result<()> {
         if self.is_small(&blob) {
-            let data = tokio::fs::read(path)
-                .await
-                .map_err(StoreError::io("read", path))?;
+            let data = tokio::fs::read(path).await.map_err(StoreError::io("read", path))?;
             return self.write_batch(vec![(blob, data.into())]).await;
         }
         self.write_file_stream(blob, path).await

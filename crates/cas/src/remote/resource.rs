@@ -63,11 +63,9 @@ pub fn parse_upload(name: &str) -> Result<UploadName, ResourceError> {
     let parts: Vec<&str> = name.split('/').collect();
     let (instance, rest) = split_at_word(&parts, "uploads", name)?;
     match rest {
-        [id, "blobs", rest @ ..] if !id.is_empty() => Ok(UploadName {
-            instance,
-            id: (*id).to_owned(),
-            blob: parse_blob(rest, name)?.0,
-        }),
+        [id, "blobs", rest @ ..] if !id.is_empty() => {
+            Ok(UploadName { instance, id: (*id).to_owned(), blob: parse_blob(rest, name)?.0 })
+        }
         [_, "compressed-blobs", ..] => Err(error(name, COMPRESSED)),
         _ => Err(error(name, UPLOAD_FORM)),
     }
@@ -75,10 +73,8 @@ pub fn parse_upload(name: &str) -> Result<UploadName, ResourceError> {
 
 const COMPRESSED: &str = "compressed blobs are not supported, send plain bytes to blobs/";
 const READ_FORM: &str = "expected [instance/]blobs/blake3/<64 hexadecimal digits>/<size>";
-const UPLOAD_FORM: &str =
-    "expected [instance/]uploads/<id>/blobs/blake3/<64 hexadecimal digits>/<size>";
-const NO_FUNCTION: &str =
-    "the digest function is missing (which means SHA-256) or unknown; only blake3 is supported";
+const UPLOAD_FORM: &str = "expected [instance/]uploads/<id>/blobs/blake3/<64 hexadecimal digits>/<size>";
+const NO_FUNCTION: &str = "the digest function is missing (which means SHA-256) or unknown; only blake3 is supported";
 
 fn split_at_word<'a, 'b>(
     parts: &'a [&'b str],
@@ -86,10 +82,7 @@ fn split_at_word<'a, 'b>(
     name: &str,
 ) -> Result<(String, &'a [&'b str]), ResourceError> {
     // REAPI reserves these words, so that an instance may have slashes.
-    match parts
-        .iter()
-        .position(|part| matches!(*part, "blobs" | "uploads" | "compressed-blobs"))
-    {
+    match parts.iter().position(|part| matches!(*part, "blobs" | "uploads" | "compressed-blobs")) {
         Some(at) if parts[at] == word => Ok((parts[..at].join("/"), &parts[at + 1..])),
         Some(at) if parts[at] == "compressed-blobs" => Err(error(name, COMPRESSED)),
         _ if word == "blobs" => Err(error(name, READ_FORM)),
@@ -109,10 +102,7 @@ fn parse_blob(parts: &[&str], name: &str) -> Result<(Blob, bool), ResourceError>
 }
 
 fn error(name: &str, problem: &'static str) -> ResourceError {
-    ResourceError {
-        name: name.chars().take(300).collect(),
-        problem,
-    }
+    ResourceError { name: name.chars().take(300).collect(), problem }
 }
 
 #[cfg(test)]
@@ -140,10 +130,7 @@ mod tests {
             (format!("blobs/sha256/{hash}/1"), "digest function"),
             (format!("blobs/blake3/{hash}/01"), "expected"),
             (format!("blobs/blake3/{hash}/1/x"), "follows"),
-            (
-                format!("compressed-blobs/zstd/blake3/{hash}/1"),
-                "compressed",
-            ),
+            (format!("compressed-blobs/zstd/blake3/{hash}/1"), "compressed"),
             (String::new(), "expected"),
         ] {
             let error = parse_read(&name).unwrap_err().to_string();
@@ -151,10 +138,7 @@ mod tests {
         }
         for (name, reason) in [
             (format!("uploads//blobs/blake3/{hash}/1"), "expected"),
-            (
-                format!("uploads/a/compressed-blobs/zstd/blake3/{hash}/1"),
-                "compressed",
-            ),
+            (format!("uploads/a/compressed-blobs/zstd/blake3/{hash}/1"), "compressed"),
             (format!("uploads/a/blobs/{hash}/1"), "digest function"),
             (format!("blobs/blake3/{hash}/1"), "expected"),
         ] {

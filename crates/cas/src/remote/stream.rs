@@ -43,10 +43,7 @@ impl Sink<'_> {
     async fn write(&mut self, data: &[u8]) -> Result<()> {
         match self {
             Sink::Memory(bytes) => bytes.extend_from_slice(data),
-            Sink::File(file, path) => file
-                .write_all(data)
-                .await
-                .map_err(StoreError::io("write", path))?,
+            Sink::File(file, path) => file.write_all(data).await.map_err(StoreError::io("write", path))?,
         }
         Ok(())
     }
@@ -63,15 +60,9 @@ impl RemoteStore {
     }
 
     pub(super) async fn fetch_stream(&self, blob: Blob, path: &Path) -> Result<()> {
-        let file = File::create_new(path)
-            .await
-            .map_err(StoreError::io("create", path))?;
+        let file = File::create_new(path).await.map_err(StoreError::io("create", path))?;
         let mut sink = Sink::File(file, path);
-        let mut result = if blob.is_empty() {
-            Ok(())
-        } else {
-            self.receive(blob, &mut sink).await
-        };
+        let mut result = if blob.is_empty() { Ok(()) } else { self.receive(blob, &mut sink).await };
         if let (Ok(()), Sink::File(file, path)) = (&result, &mut sink) {
             result = file.flush().await.map_err(StoreError::io("write", path));
         }
@@ -111,11 +102,7 @@ impl RemoteStore {
             }
         }
         let found = hasher.finish();
-        if found == blob {
-            Ok(())
-        } else {
-            Err(StoreError::Mismatch { blob, found })
-        }
+        if found == blob { Ok(()) } else { Err(StoreError::Mismatch { blob, found }) }
     }
 
     /// Reads on from where `hasher` is; the inner error is the server's, the outer one ours.
@@ -139,9 +126,7 @@ impl RemoteStore {
             match self.bounded(stream.message()).await {
                 Ok(Some(piece)) => {
                     if hasher.size() + piece.data.len() as u64 > blob.size {
-                        return Ok(Err(Status::data_loss(
-                            "it sent more bytes than the blob has",
-                        )));
+                        return Ok(Err(Status::data_loss("it sent more bytes than the blob has")));
                     }
                     hasher.update(&piece.data);
                     sink.write(&piece.data).await?;
@@ -158,9 +143,7 @@ impl RemoteStore {
 
     pub(super) async fn write_file_stream(&self, blob: Blob, path: &Path) -> Result<()> {
         // Found here rather than in the task that sends, which could only end the stream.
-        let metadata = tokio::fs::metadata(path)
-            .await
-            .map_err(StoreError::io("examine", path))?;
+        let metadata = tokio::fs::metadata(path).await.map_err(StoreError::io("examine", path))?;
         if metadata.len() != blob.size {
             return Err(StoreError::Invalid(format!(
                 "{} has {} bytes and is not blob {blob}",
@@ -187,9 +170,7 @@ impl RemoteStore {
                     let message = format!("the server has taken {committed} bytes only");
                     return Err(self.error(&action, &Status::data_loss(message)));
                 }
-                Err(StoreError::Remote { code, .. })
-                    if attempt < TRIES && code == Code::Unavailable =>
-                {
+                Err(StoreError::Remote { code, .. }) if attempt < TRIES && code == Code::Unavailable => {
                     tokio::time::sleep(pause).await;
                     pause *= 2;
                     offset = self.committed(&name).await;
@@ -205,9 +186,7 @@ impl RemoteStore {
 
     /// How much of an upload the server has; 0 when it knows nothing of it.
     async fn committed(&self, name: &str) -> u64 {
-        let request = QueryWriteStatusRequest {
-            resource_name: name.to_owned(),
-        };
+        let request = QueryWriteStatusRequest { resource_name: name.to_owned() };
         let mut client = self.bytestream();
         match self.bounded(client.query_write_status(request)).await {
             Ok(answer) => u64::try_from(answer.into_inner().committed_size).unwrap_or(0),
@@ -243,12 +222,8 @@ impl RemoteStore {
         let mut file = match &pieces {
             Pieces::Memory(_) => None,
             Pieces::File(path) => {
-                let mut file = File::open(path)
-                    .await
-                    .map_err(StoreError::io("open", path))?;
-                file.seek(std::io::SeekFrom::Start(offset))
-                    .await
-                    .map_err(StoreError::io("read", path))?;
+                let mut file = File::open(path).await.map_err(StoreError::io("open", path))?;
+                file.seek(std::io::SeekFrom::Start(offset)).await.map_err(StoreError::io("read", path))?;
                 Some((file, path))
             }
         };
@@ -259,9 +234,7 @@ impl RemoteStore {
             let data = match (&mut file, &pieces) {
                 (Some((file, path)), _) => {
                     let mut data = vec![0; length];
-                    file.read_exact(&mut data)
-                        .await
-                        .map_err(StoreError::io("read", path))?;
+                    file.read_exact(&mut data).await.map_err(StoreError::io("read", path))?;
                     data
                 }
                 (None, Pieces::Memory(bytes)) => {

@@ -22,11 +22,7 @@ const STORE_BYTES: usize = 16 << 20;
 ///
 /// # Errors
 /// The first error of either side; [`StoreError::NotADirectory`] for a tree that breaks the rules.
-pub async fn fetch_directories(
-    root: Blob,
-    from: &dyn Store,
-    into: &LocalStore,
-) -> Result<Transferred> {
+pub async fn fetch_directories(root: Blob, from: &dyn Store, into: &LocalStore) -> Result<Transferred> {
     let mut fetched: HashMap<Blob, Vec<Blob>> = HashMap::new();
     let mut messages: HashMap<Blob, Bytes> = HashMap::new();
     let mut bulk: HashMap<Blob, Bytes> = HashMap::new();
@@ -35,15 +31,11 @@ pub async fn fetch_directories(
         if frontier.is_empty() {
             let count = fetched.len() as u64;
             store(root, fetched, messages, into).await?;
-            return Ok(Transferred {
-                directories: count,
-                ..Default::default()
-            });
+            return Ok(Transferred { directories: count, ..Default::default() });
         }
         let mut children = HashSet::new();
         for (blob, message) in read_all(&frontier, &mut bulk, from).await? {
-            let directory = Directory::decode(&message)
-                .map_err(|source| StoreError::NotADirectory { blob, source })?;
+            let directory = Directory::decode(&message).map_err(|source| StoreError::NotADirectory { blob, source })?;
             let below: Vec<Blob> = directory.subdirectories().map(|(_, blob)| blob).collect();
             children.extend(below.iter().copied());
             fetched.insert(blob, below);
@@ -61,11 +53,7 @@ pub async fn fetch_directories(
 }
 
 /// The messages of `blobs`: out of `bulk`, or read in batches.
-async fn read_all(
-    blobs: &[Blob],
-    bulk: &mut HashMap<Blob, Bytes>,
-    from: &dyn Store,
-) -> Result<Vec<(Blob, Bytes)>> {
+async fn read_all(blobs: &[Blob], bulk: &mut HashMap<Blob, Bytes>, from: &dyn Store) -> Result<Vec<(Blob, Bytes)>> {
     let mut found = Vec::with_capacity(blobs.len());
     let mut wanted = Vec::new();
     for blob in blobs {
@@ -145,10 +133,8 @@ pub async fn fetch_objects(
 ) -> Result<Transferred> {
     let local = into.clone();
     let wanted = blocking(move || {
-        let mut contents: Vec<Blob> = bottom_up(&root, &local, |_| false)?
-            .iter()
-            .flat_map(|(_, directory)| directory.contents())
-            .collect();
+        let mut contents: Vec<Blob> =
+            bottom_up(&root, &local, |_| false)?.iter().flat_map(|(_, directory)| directory.contents()).collect();
         contents.sort();
         contents.dedup();
         local.missing_contents(&contents)
@@ -170,18 +156,10 @@ pub async fn fetch_objects(
         now.bytes += bytes;
         progress(now);
     }
-    Ok(Transferred {
-        files: now.files,
-        bytes: now.bytes,
-        directories: 0,
-    })
+    Ok(Transferred { files: now.files, bytes: now.bytes, directories: 0 })
 }
 
-async fn fetch_contents(
-    batch: Vec<Blob>,
-    from: &dyn Store,
-    into: &LocalStore,
-) -> Result<(u64, u64)> {
+async fn fetch_contents(batch: Vec<Blob>, from: &dyn Store, into: &LocalStore) -> Result<(u64, u64)> {
     let moved = (batch.len() as u64, batch.iter().map(|b| b.size).sum());
     if let [blob] = batch[..] {
         let path = into.temporary_path();

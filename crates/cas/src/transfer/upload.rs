@@ -8,9 +8,7 @@ use std::{
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 
-use super::{
-    ASK_BLOBS, IN_FLIGHT, Object, OnProgress, Progress, Source, Transferred, blocking, pack,
-};
+use super::{ASK_BLOBS, IN_FLIGHT, Object, OnProgress, Progress, Source, Transferred, blocking, pack};
 use crate::{
     Blob, Store, StoreError,
     store::Result,
@@ -34,11 +32,7 @@ pub async fn upload_tree(
     // Neighbours in digest are neighbours in the object directories of both sides.
     contents.sort();
 
-    let mut moved = Transferred {
-        files: 0,
-        bytes: 0,
-        directories: missing.len() as u64,
-    };
+    let mut moved = Transferred { files: 0, bytes: 0, directories: missing.len() as u64 };
     let mut now = Progress {
         files_total: contents.len() as u64,
         bytes_total: contents.iter().map(|b| b.size).sum(),
@@ -60,18 +54,12 @@ pub async fn upload_tree(
     moved.bytes = now.bytes;
 
     for level in levels(root, &missing) {
-        let messages: HashMap<Blob, Bytes> = level
-            .into_iter()
-            .map(|blob| (blob, missing[&blob].encode()))
-            .collect();
+        let messages: HashMap<Blob, Bytes> = level.into_iter().map(|blob| (blob, missing[&blob].encode())).collect();
         let (batches, large) = pack(messages.keys().copied());
         let large = large.into_iter().map(|blob| vec![blob]);
         stream::iter(batches.into_iter().chain(large).map(Ok))
             .try_for_each_concurrent(IN_FLIGHT, |batch| {
-                let batch = batch
-                    .into_iter()
-                    .map(|blob| (blob, messages[&blob].clone()))
-                    .collect();
+                let batch = batch.into_iter().map(|blob| (blob, messages[&blob].clone())).collect();
                 to.write_batch(batch)
             })
             .await?;
@@ -95,10 +83,7 @@ async fn missing_directories(
         let wanted = find_missing(to, std::mem::take(&mut frontier)).await?;
         let source = from.clone();
         let read = blocking(move || {
-            wanted
-                .into_iter()
-                .map(|blob| Ok((blob, source.directory(&blob)?)))
-                .collect::<Result<Vec<_>>>()
+            wanted.into_iter().map(|blob| Ok((blob, source.directory(&blob)?))).collect::<Result<Vec<_>>>()
         })
         .await?;
         for (blob, directory) in read {
@@ -132,11 +117,7 @@ fn levels(root: Blob, directories: &HashMap<Blob, Arc<Directory>>) -> Vec<Vec<Bl
             stack.extend(directory.subdirectories().map(|(_, child)| (child, false)));
             continue;
         }
-        let height = directory
-            .subdirectories()
-            .filter_map(|(_, child)| heights.get(&child))
-            .max()
-            .map_or(0, |h| h + 1);
+        let height = directory.subdirectories().filter_map(|(_, child)| heights.get(&child)).max().map_or(0, |h| h + 1);
         heights.insert(blob, height);
         if levels.len() <= height {
             levels.resize_with(height + 1, Vec::new);
@@ -156,11 +137,7 @@ async fn find_missing(to: &dyn Store, blobs: Vec<Blob>) -> Result<Vec<Blob>> {
     Ok(found.into_iter().flatten().collect())
 }
 
-async fn upload_contents(
-    batch: Vec<Blob>,
-    from: Arc<dyn Source>,
-    to: &dyn Store,
-) -> Result<Vec<Blob>> {
+async fn upload_contents(batch: Vec<Blob>, from: Arc<dyn Source>, to: &dyn Store) -> Result<Vec<Blob>> {
     if let [blob] = batch[..]
         && let Object::File(path) = from.object(&blob)?
     {
@@ -174,9 +151,7 @@ async fn upload_contents(
             .map(|blob| {
                 let data = match from.object(&blob)? {
                     Object::Bytes(data) => data,
-                    Object::File(path) => std::fs::read(&path)
-                        .map_err(StoreError::io("read", &path))?
-                        .into(),
+                    Object::File(path) => std::fs::read(&path).map_err(StoreError::io("read", &path))?.into(),
                 };
                 Ok((blob, data))
             })

@@ -26,8 +26,8 @@ use bytes::Bytes;
 use prost::Message;
 
 use super::{
-    Attributes, Directory, MAX_DIRECTORY_BYTES, MAX_ENTRIES, MAX_TARGET_BYTES,
-    MAX_XATTR_NAME_BYTES, MAX_XATTR_VALUE_BYTES, Mtime, Name, NameError, Node, Owner,
+    Attributes, Directory, MAX_DIRECTORY_BYTES, MAX_ENTRIES, MAX_TARGET_BYTES, MAX_XATTR_NAME_BYTES,
+    MAX_XATTR_VALUE_BYTES, Mtime, Name, NameError, Node, Owner,
     name::{escape, unescape},
 };
 use crate::Blob;
@@ -56,9 +56,7 @@ pub enum TreeError {
     #[error("not a directory message: {0}")]
     Malformed(String),
     /// Written by another version.
-    #[error(
-        "the directory message has format {found:?}, this program knows {FORMAT_VERSION:?} only"
-    )]
+    #[error("the directory message has format {found:?}, this program knows {FORMAT_VERSION:?} only")]
     UnknownFormat {
         /// What the message says; empty if it says nothing (another REAPI client's directory).
         found: String,
@@ -88,10 +86,7 @@ impl Directory {
     /// A directory that breaks the limits encodes too, but nobody decodes it: see [`Directory::check`].
     pub fn encode(&self) -> Bytes {
         let mut message = reapi::Directory {
-            node_properties: Some(properties(
-                &self.attributes,
-                [(FORMAT.to_owned(), FORMAT_VERSION.to_owned())],
-            )),
+            node_properties: Some(properties(&self.attributes, [(FORMAT.to_owned(), FORMAT_VERSION.to_owned())])),
             ..Default::default()
         };
         for (name, node) in &self.entries {
@@ -118,8 +113,7 @@ impl Directory {
         if data.len() > MAX_DIRECTORY_BYTES {
             return Err(TreeError::TooLarge(data.len()));
         }
-        let message =
-            reapi::Directory::decode(data).map_err(|e| TreeError::Malformed(e.to_string()))?;
+        let message = reapi::Directory::decode(data).map_err(|e| TreeError::Malformed(e.to_string()))?;
         let count = message.files.len() + message.directories.len() + message.symlinks.len();
         if count > MAX_ENTRIES {
             return Err(TreeError::TooManyEntries(count));
@@ -131,10 +125,7 @@ impl Directory {
         }
         refuse_unknown(".", named)?;
 
-        let mut directory = Self {
-            attributes,
-            entries: BTreeMap::new(),
-        };
+        let mut directory = Self { attributes, entries: BTreeMap::new() };
         for file in message.files {
             let name = Name::new(unescape(&file.name)?)?;
             let node = file_node(&file.name, file.digest, file.node_properties)?;
@@ -176,9 +167,7 @@ impl Directory {
             {
                 return Err(TreeError::Entry {
                     entry: entry(),
-                    problem: format!(
-                        "a symlink's target has 1 to {MAX_TARGET_BYTES} bytes and no NUL"
-                    ),
+                    problem: format!("a symlink's target has 1 to {MAX_TARGET_BYTES} bytes and no NUL"),
                 });
             }
         }
@@ -199,24 +188,14 @@ impl Directory {
 
 fn push_node(message: &mut reapi::Directory, name: String, node: &Node) {
     match node {
-        Node::Directory(blob) => message.directories.push(reapi::DirectoryNode {
-            name,
-            digest: Some((*blob).into()),
-        }),
-        Node::File {
-            content,
-            attributes,
-            link_group,
-        } => message.files.push(reapi::FileNode {
+        Node::Directory(blob) => message.directories.push(reapi::DirectoryNode { name, digest: Some((*blob).into()) }),
+        Node::File { content, attributes, link_group } => message.files.push(reapi::FileNode {
             name,
             digest: Some((*content).into()),
             is_executable: attributes.mode & 0o100 != 0,
             node_properties: Some(properties(attributes, link_property(*link_group))),
         }),
-        Node::Fifo {
-            attributes,
-            link_group,
-        } => message.files.push(reapi::FileNode {
+        Node::Fifo { attributes, link_group } => message.files.push(reapi::FileNode {
             name,
             digest: Some(Blob::EMPTY.into()),
             is_executable: attributes.mode & 0o100 != 0,
@@ -225,11 +204,7 @@ fn push_node(message: &mut reapi::Directory, name: String, node: &Node) {
                 link_property(*link_group).chain([(FIFO.to_owned(), String::new())]),
             )),
         }),
-        Node::Symlink {
-            target,
-            attributes,
-            link_group,
-        } => message.symlinks.push(reapi::SymlinkNode {
+        Node::Symlink { target, attributes, link_group } => message.symlinks.push(reapi::SymlinkNode {
             name,
             target: escape(target),
             node_properties: Some(properties(attributes, link_property(*link_group))),
@@ -238,28 +213,14 @@ fn push_node(message: &mut reapi::Directory, name: String, node: &Node) {
 }
 
 fn link_property(link_group: Option<u64>) -> impl Iterator<Item = (String, String)> {
-    link_group
-        .into_iter()
-        .map(|group| (HARDLINK.to_owned(), group.to_string()))
+    link_group.into_iter().map(|group| (HARDLINK.to_owned(), group.to_string()))
 }
 
-fn properties(
-    attributes: &Attributes,
-    more: impl IntoIterator<Item = (String, String)>,
-) -> reapi::NodeProperties {
-    let owner = attributes
-        .owner
-        .map(|owner| (OWNER.to_owned(), format!("{}:{}", owner.uid, owner.gid)));
-    let xattrs = attributes
-        .xattrs
-        .iter()
-        .map(|(name, value)| (format!("{XATTR}{}", escape(name)), escape(value)));
-    let mut properties: Vec<_> = owner
-        .into_iter()
-        .chain(xattrs)
-        .chain(more)
-        .map(|(name, value)| reapi::NodeProperty { name, value })
-        .collect();
+fn properties(attributes: &Attributes, more: impl IntoIterator<Item = (String, String)>) -> reapi::NodeProperties {
+    let owner = attributes.owner.map(|owner| (OWNER.to_owned(), format!("{}:{}", owner.uid, owner.gid)));
+    let xattrs = attributes.xattrs.iter().map(|(name, value)| (format!("{XATTR}{}", escape(name)), escape(value)));
+    let mut properties: Vec<_> =
+        owner.into_iter().chain(xattrs).chain(more).map(|(name, value)| reapi::NodeProperty { name, value }).collect();
     properties.sort_by(|a, b| a.name.cmp(&b.name));
     reapi::NodeProperties {
         properties,
@@ -267,17 +228,12 @@ fn properties(
             seconds: attributes.mtime.seconds,
             nanos: i32::try_from(attributes.mtime.nanos).unwrap_or(i32::MAX),
         }),
-        unix_mode: Some(UInt32Value {
-            value: attributes.mode,
-        }),
+        unix_mode: Some(UInt32Value { value: attributes.mode }),
     }
 }
 
 fn problem(entry: &str, problem: impl Into<String>) -> TreeError {
-    TreeError::Entry {
-        entry: entry.to_owned(),
-        problem: problem.into(),
-    }
+    TreeError::Entry { entry: entry.to_owned(), problem: problem.into() }
 }
 
 fn digest(entry: &str, digest: Option<reapi::Digest>) -> Result<Blob, TreeError> {
@@ -296,42 +252,23 @@ fn file_node(
     let fifo = named.remove(FIFO).is_some();
     refuse_unknown(entry, named)?;
     match fifo {
-        false => Ok(Node::File {
-            content,
-            attributes,
-            link_group,
-        }),
-        true if content.is_empty() => Ok(Node::Fifo {
-            attributes,
-            link_group,
-        }),
+        false => Ok(Node::File { content, attributes, link_group }),
+        true if content.is_empty() => Ok(Node::Fifo { attributes, link_group }),
         true => Err(problem(entry, "is a fifo with contents")),
     }
 }
 
-fn symlink_node(
-    entry: &str,
-    target: &str,
-    node_properties: Option<reapi::NodeProperties>,
-) -> Result<Node, TreeError> {
+fn symlink_node(entry: &str, target: &str, node_properties: Option<reapi::NodeProperties>) -> Result<Node, TreeError> {
     let (attributes, mut named) = attributes(entry, node_properties)?;
     let link_group = link_group(entry, &mut named)?;
     refuse_unknown(entry, named)?;
-    Ok(Node::Symlink {
-        target: unescape(target)?,
-        attributes,
-        link_group,
-    })
+    Ok(Node::Symlink { target: unescape(target)?, attributes, link_group })
 }
 
 fn link_group(entry: &str, named: &mut BTreeMap<String, String>) -> Result<Option<u64>, TreeError> {
     named
         .remove(HARDLINK)
-        .map(|group| {
-            group
-                .parse()
-                .map_err(|_| problem(entry, format!("{HARDLINK} is {group:?}, not a number")))
-        })
+        .map(|group| group.parse().map_err(|_| problem(entry, format!("{HARDLINK} is {group:?}, not a number"))))
         .transpose()
 }
 
@@ -342,25 +279,18 @@ fn attributes(
 ) -> Result<(Attributes, BTreeMap<String, String>), TreeError> {
     let message = node_properties.ok_or_else(|| {
         if entry == "." {
-            TreeError::UnknownFormat {
-                found: String::new(),
-            }
+            TreeError::UnknownFormat { found: String::new() }
         } else {
             problem(entry, "has no node properties")
         }
     })?;
-    let mtime = message
-        .mtime
-        .ok_or_else(|| problem(entry, "has no mtime"))?;
-    let mode = message
-        .unix_mode
-        .ok_or_else(|| problem(entry, "has no mode"))?;
+    let mtime = message.mtime.ok_or_else(|| problem(entry, "has no mtime"))?;
+    let mode = message.unix_mode.ok_or_else(|| problem(entry, "has no mode"))?;
     let mut attributes = Attributes {
         mode: mode.value,
         mtime: Mtime {
             seconds: mtime.seconds,
-            nanos: u32::try_from(mtime.nanos)
-                .map_err(|_| problem(entry, "has negative nanoseconds in its mtime"))?,
+            nanos: u32::try_from(mtime.nanos).map_err(|_| problem(entry, "has negative nanoseconds in its mtime"))?,
         },
         ..Default::default()
     };
@@ -369,9 +299,7 @@ fn attributes(
         if property.name == OWNER {
             attributes.owner = Some(owner(entry, &property.value)?);
         } else if let Some(name) = property.name.strip_prefix(XATTR) {
-            attributes
-                .xattrs
-                .insert(unescape(name)?, unescape(&property.value)?);
+            attributes.xattrs.insert(unescape(name)?, unescape(&property.value)?);
         } else {
             named.insert(property.name, property.value);
         }
@@ -382,10 +310,7 @@ fn attributes(
 fn owner(entry: &str, text: &str) -> Result<Owner, TreeError> {
     let parse = || {
         let (uid, gid) = text.split_once(':')?;
-        Some(Owner {
-            uid: uid.parse().ok()?,
-            gid: gid.parse().ok()?,
-        })
+        Some(Owner { uid: uid.parse().ok()?, gid: gid.parse().ok()? })
     };
     parse().ok_or_else(|| problem(entry, format!("{OWNER} is {text:?}, not uid:gid")))
 }
@@ -398,12 +323,7 @@ fn refuse_unknown(entry: &str, named: BTreeMap<String, String>) -> Result<(), Tr
 }
 
 fn check_attributes(entry: &dyn Fn() -> String, attributes: &Attributes) -> Result<(), TreeError> {
-    let fail = |problem: String| {
-        Err(TreeError::Entry {
-            entry: entry(),
-            problem,
-        })
-    };
+    let fail = |problem: String| Err(TreeError::Entry { entry: entry(), problem });
     if attributes.mode > 0o7777 {
         return fail(format!("mode {:o} is more than 7777", attributes.mode));
     }

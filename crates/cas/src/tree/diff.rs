@@ -50,11 +50,7 @@ pub enum ChangeKind {
 ///
 /// # Errors
 /// Those of `directories`; [`StoreError::Invalid`] for a tree that is too deep.
-pub fn diff(
-    old: &Blob,
-    new: &Blob,
-    directories: &dyn Directories,
-) -> Result<Vec<Change>, StoreError> {
+pub fn diff(old: &Blob, new: &Blob, directories: &dyn Directories) -> Result<Vec<Change>, StoreError> {
     let mut changes = Vec::new();
     if old == new {
         return Ok(changes);
@@ -92,18 +88,8 @@ impl Task {
         match (&self.old, &self.new) {
             (Some(old), Some(new)) if !old.same_kind(new) => {
                 // The removal is on top, so it comes first.
-                todo.push(Task {
-                    path: self.path.clone(),
-                    depth: self.depth,
-                    old: None,
-                    new: self.new,
-                });
-                todo.push(Task {
-                    path: self.path,
-                    depth: self.depth,
-                    old: self.old,
-                    new: None,
-                });
+                todo.push(Task { path: self.path.clone(), depth: self.depth, old: None, new: self.new });
+                todo.push(Task { path: self.path, depth: self.depth, old: self.old, new: None });
                 return Ok(());
             }
             (Some(old), Some(new)) => {
@@ -128,41 +114,22 @@ impl Task {
         }
         for (name, (old, new)) in pairs.into_iter().rev() {
             if old != new {
-                todo.push(Task {
-                    path: self.path.join(&name),
-                    depth: self.depth + 1,
-                    old,
-                    new,
-                });
+                todo.push(Task { path: self.path.join(&name), depth: self.depth + 1, old, new });
             }
         }
         Ok(())
     }
 
     fn change(&self, kind: ChangeKind) -> Change {
-        Change {
-            path: self.path.clone(),
-            kind,
-            old: self.old.clone(),
-            new: self.new.clone(),
-        }
+        Change { path: self.path.clone(), kind, old: self.old.clone(), new: self.new.clone() }
     }
 }
 
 /// How two entries of the same kind differ; `None` if only what is inside a directory does.
-fn modified(
-    old: &Node,
-    new: &Node,
-    directories: &dyn Directories,
-) -> Result<Option<ChangeKind>, StoreError> {
+fn modified(old: &Node, new: &Node, directories: &dyn Directories) -> Result<Option<ChangeKind>, StoreError> {
     if let (Node::Directory(old), Node::Directory(new)) = (old, new) {
-        let differ =
-            directories.directory(old)?.attributes != directories.directory(new)?.attributes;
-        return Ok(differ.then_some(ChangeKind::Modified {
-            content: false,
-            attributes: true,
-            links: false,
-        }));
+        let differ = directories.directory(old)?.attributes != directories.directory(new)?.attributes;
+        return Ok(differ.then_some(ChangeKind::Modified { content: false, attributes: true, links: false }));
     }
     let content = match (old, new) {
         (Node::Symlink { target: old, .. }, Node::Symlink { target: new, .. }) => old != new,
@@ -193,10 +160,7 @@ enum Flat {
     Other(Node, Option<PathBuf>),
 }
 
-fn flatten(
-    root: &Blob,
-    directories: &dyn Directories,
-) -> Result<BTreeMap<PathBuf, Flat>, StoreError> {
+fn flatten(root: &Blob, directories: &dyn Directories) -> Result<BTreeMap<PathBuf, Flat>, StoreError> {
     let mut groups: HashMap<u64, Vec<PathBuf>> = HashMap::new();
     let mut flat = BTreeMap::new();
     let own = directories.directory(root)?.attributes.clone();
@@ -206,9 +170,7 @@ fn flatten(
             groups.entry(group).or_default().push(path.to_owned());
         }
         let entry = match node {
-            Node::Directory(blob) => {
-                Flat::Directory(directories.directory(blob)?.attributes.clone())
-            }
+            Node::Directory(blob) => Flat::Directory(directories.directory(blob)?.attributes.clone()),
             node => Flat::Other(without_group(node), None),
         };
         flat.insert(path.to_owned(), entry);
@@ -228,9 +190,9 @@ fn without_group(node: &Node) -> Node {
     let mut node = node.clone();
     match &mut node {
         Node::Directory(_) => {}
-        Node::File { link_group, .. }
-        | Node::Symlink { link_group, .. }
-        | Node::Fifo { link_group, .. } => *link_group = None,
+        Node::File { link_group, .. } | Node::Symlink { link_group, .. } | Node::Fifo { link_group, .. } => {
+            *link_group = None
+        }
     }
     node
 }

@@ -119,9 +119,9 @@ impl Node {
     pub fn attributes(&self) -> Option<&Attributes> {
         match self {
             Self::Directory(_) => None,
-            Self::File { attributes, .. }
-            | Self::Symlink { attributes, .. }
-            | Self::Fifo { attributes, .. } => Some(attributes),
+            Self::File { attributes, .. } | Self::Symlink { attributes, .. } | Self::Fifo { attributes, .. } => {
+                Some(attributes)
+            }
         }
     }
 
@@ -129,9 +129,9 @@ impl Node {
     pub fn link_group(&self) -> Option<u64> {
         match self {
             Self::Directory(_) => None,
-            Self::File { link_group, .. }
-            | Self::Symlink { link_group, .. }
-            | Self::Fifo { link_group, .. } => *link_group,
+            Self::File { link_group, .. } | Self::Symlink { link_group, .. } | Self::Fifo { link_group, .. } => {
+                *link_group
+            }
         }
     }
 
@@ -229,12 +229,6 @@ impl MemoryDirectories {
 
 impl Directories for MemoryDirectories {
     fn directory(&self, blob: &Blob) -> Result<Arc<Directory>, StoreError> {
-        self.map()
-            .get(blob)
-            .cloned()
-            .ok_or_else(|| StoreError::NotFound {
-                blob: *blob,
-                store: "memory".to_owned(),
-            })
+        self.map().get(blob).cloned().ok_or_else(|| StoreError::NotFound { blob: *blob, store: "memory".to_owned() })
     }
 }

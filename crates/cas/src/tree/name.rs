@@ -155,11 +155,7 @@ pub fn unescape(text: &str) -> Result<Vec<u8>, NameError> {
             }
         };
     }
-    if escape(&bytes) == text {
-        Ok(bytes)
-    } else {
-        Err(error())
-    }
+    if escape(&bytes) == text { Ok(bytes) } else { Err(error()) }
 }
 
 #[cfg(test)]
@@ -201,17 +197,7 @@ mod tests {
     #[test]
     fn other_escapes_are_refused() {
         // The last three would decode to bytes that have another text.
-        for bad in [
-            "\\",
-            "a\\n",
-            "\\x",
-            "\\xf",
-            "\\xFF",
-            "\\xg0",
-            "\\x41",
-            "\\xc3\\xa9",
-            "\\x5c",
-        ] {
+        for bad in ["\\", "a\\n", "\\x", "\\xf", "\\xFF", "\\xg0", "\\x41", "\\xc3\\xa9", "\\x5c"] {
             assert!(unescape(bad).is_err(), "{bad}");
         }
     }

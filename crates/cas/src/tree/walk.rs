@@ -36,19 +36,11 @@ pub fn walk<E: From<StoreError>>(
         last: Option<super::Name>,
     }
     let mut path = PathBuf::new();
-    let mut stack = vec![Level {
-        directory: directories.directory(root)?,
-        last: None,
-    }];
+    let mut stack = vec![Level { directory: directories.directory(root)?, last: None }];
     while let Some(level) = stack.last_mut() {
         use std::ops::Bound::{Excluded, Unbounded};
         let from = level.last.as_ref().map_or(Unbounded, Excluded);
-        let Some((name, node)) = level
-            .directory
-            .entries
-            .range::<super::Name, _>((from, Unbounded))
-            .next()
-        else {
+        let Some((name, node)) = level.directory.entries.range::<super::Name, _>((from, Unbounded)).next() else {
             stack.pop();
             path.pop();
             continue;
@@ -62,10 +54,7 @@ pub fn walk<E: From<StoreError>>(
                 if stack.len() >= MAX_DEPTH {
                     return Err(too_deep(root).into());
                 }
-                stack.push(Level {
-                    directory: directories.directory(&blob)?,
-                    last: None,
-                });
+                stack.push(Level { directory: directories.directory(&blob)?, last: None });
             }
             _ => {
                 path.pop();
@@ -80,10 +69,7 @@ pub fn walk<E: From<StoreError>>(
 /// # Errors
 /// Those of `directories`.
 pub fn summary(root: &Blob, directories: &dyn Directories) -> Result<Summary, StoreError> {
-    let mut summary = Summary {
-        directories: 1,
-        ..Default::default()
-    };
+    let mut summary = Summary { directories: 1, ..Default::default() };
     walk(root, directories, |_, node| {
         match node {
             Node::Directory(_) => summary.directories += 1,
@@ -116,11 +102,7 @@ pub fn bottom_up(
     let open = |blob: Blob| -> Result<Open, StoreError> {
         let directory = directories.directory(&blob)?;
         let children: Vec<Blob> = directory.subdirectories().map(|(_, b)| b).collect();
-        Ok(Open {
-            blob,
-            directory,
-            children: children.into_iter(),
-        })
+        Ok(Open { blob, directory, children: children.into_iter() })
     };
     let mut seen = HashSet::new();
     let mut done = Vec::new();
@@ -148,7 +130,5 @@ pub fn bottom_up(
 }
 
 pub(crate) fn too_deep(root: &Blob) -> StoreError {
-    StoreError::Invalid(format!(
-        "tree {root} is deeper than {MAX_DEPTH} directories"
-    ))
+    StoreError::Invalid(format!("tree {root} is deeper than {MAX_DEPTH} directories"))
 }
