@@ -39,6 +39,10 @@ fn encoded(encoder: &mut Encoder<'_>, fields: &[Field]) -> Vec<u8> {
     encoder.encode(fields.iter().map(|(name, value)| (&name[..], &value[..])))
 }
 
+/// The request of RFC 7541, appendix C.4.1: `www.example.com`, compressed with Huffman's code and added to the table.
+const HUFFMAN: &[u8] =
+    &[0x82, 0x86, 0x84, 0x41, 0x8c, 0xf1, 0xe3, 0xc2, 0xe5, 0xf2, 0x3a, 0x6b, 0xa0, 0xab, 0x90, 0xf4, 0xff];
+
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     Header { length: payload.len(), kind, flags, stream }.write(&mut bytes);
@@ -92,6 +96,15 @@ fn authority_is_replaced_and_nothing_else() {
     let [(header, payload)] = &split(&out)[..] else { panic!("one frame") };
     assert_eq!((header.kind, header.flags, header.stream), (HEADERS, END_HEADERS | END_STREAM, 1));
     assert_eq!(decoded(payload), fields(b"localhost"));
+}
+
+#[test]
+fn compressed_strings_are_understood() {
+    let out = rewritten(&[frame(HEADERS, END_HEADERS, 1, HUFFMAN), frame(HEADERS, END_HEADERS, 3, &[0xbe])]).unwrap();
+    let [(_, first), (_, second)] = &split(&out)[..] else { panic!("two frames") };
+    let authority = (b":authority".to_vec(), b"localhost".to_vec());
+    assert_eq!(decoded(first)[3], authority);
+    assert_eq!(decoded(second), [authority], "also when it is named by its index in the table");
 }
 
 #[test]
@@ -290,6 +303,7 @@ fn noise_is_survived() {
         good.extend(frame(CONTINUATION, END_HEADERS, stream, tail));
         good.extend(frame(0, END_STREAM, stream, &[0; 30]));
     }
+    good.extend(frame(HEADERS, END_HEADERS | END_STREAM, 7, HUFFMAN));
     pushed(&mut Authority::new(), &good, 7).expect("undamaged it passes");
     let (mut passed, mut refused) = (0, 0);
     for seed in 1..=20_000_u64 {
