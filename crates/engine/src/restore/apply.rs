@@ -36,12 +36,14 @@ impl Plan {
         }
         let root = walk::open_root(mount)?;
         self.check_room(mount, &root, limit)?;
+        let run = uuid::Uuid::new_v4().simple();
         let mut hands = Hands {
             mount,
             root: Rc::new(root),
             owner,
             contents,
-            temporary: OsString::from(format!("{TEMPORARY}{}", uuid::Uuid::new_v4().simple())),
+            temporary: OsString::from(format!("{TEMPORARY}{run}-new")),
+            aside_name: OsString::from(format!("{TEMPORARY}{run}")),
             aside: None,
             parent: None,
             done: Restored::default(),
@@ -88,6 +90,7 @@ struct Hands<'a> {
     contents: &'a dyn Objects,
     /// Name for what is not finished, in whichever directory it is.
     temporary: OsString,
+    aside_name: OsString,
     /// Where directories wait for their place.
     aside: Option<OwnedFd>,
     /// The directory used last, since steps come directory by directory.
@@ -164,9 +167,9 @@ impl Hands<'_> {
     fn put_aside(&mut self, from: &Path, number: usize) -> Result<()> {
         let (directory, name) = self.at(from)?;
         if self.aside.is_none() {
-            let at = self.mount.join(&self.temporary);
-            rustix::fs::mkdirat(&*self.root, &self.temporary, Mode::RWXU).at("create", &at)?;
-            self.aside = Some(walk::open_directory(self.root.as_fd(), Path::new(&self.temporary)).at("open", &at)?);
+            let at = self.mount.join(&self.aside_name);
+            rustix::fs::mkdirat(&*self.root, &self.aside_name, Mode::RWXU).at("create", &at)?;
+            self.aside = Some(walk::open_directory(self.root.as_fd(), Path::new(&self.aside_name)).at("open", &at)?);
         }
         let aside = self.aside.as_ref().expect("it was opened above");
         self.parent = None;
@@ -188,8 +191,8 @@ impl Hands<'_> {
         if self.aside.take().is_none() {
             return Ok(());
         }
-        rustix::fs::unlinkat(&*self.root, &self.temporary, AtFlags::REMOVEDIR)
-            .at("remove", self.mount.join(&self.temporary))
+        rustix::fs::unlinkat(&*self.root, &self.aside_name, AtFlags::REMOVEDIR)
+            .at("remove", self.mount.join(&self.aside_name))
     }
 
     fn make_directory(&mut self, path: &Path) -> Result<()> {

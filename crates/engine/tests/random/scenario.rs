@@ -6,12 +6,13 @@ use std::path::Path;
 
 use aether_cas::tree::{diff, same_tree};
 use aether_cas::{Blob, MemoryStore};
+use aether_engine::restore;
 use aether_engine::upper::Interpretation;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::operation::{self, Listing, Operation};
-use super::session::{Session, scanned};
+use super::session::{OWNER, Session, scanned};
 
 /// One step.
 #[derive(Clone, Debug)]
@@ -26,11 +27,20 @@ pub enum Step {
     Check,
     /// Compare, and start a session on the result.
     Next,
+    /// Compare, restore to the tree of an earlier comparison, and compare again.
+    Restore(usize),
+}
+
+/// How often out of forty there is a step of another kind than an operation: in order to compare, and to restore.
+#[derive(Clone, Copy)]
+pub struct Habits {
+    pub checks: u32,
+    pub restores: u32,
 }
 
 /// What went wrong, and the steps that led there.
 pub struct Failure {
-    why: String,
+    pub why: String,
     steps: Vec<Step>,
 }
 
@@ -42,7 +52,7 @@ impl fmt::Display for Failure {
 }
 
 /// Runs the scenario that a seed stands for.
-pub fn run(seed: u64, scratch: &Path, interpretation: Interpretation) -> Option<Failure> {
+pub fn run(seed: u64, scratch: &Path, habits: Habits, interpretation: Interpretation) -> Option<Failure> {
     let mut random = StdRng::seed_from_u64(seed);
     let (base, steps) = (random.random_range(5..30), random.random_range(5..35));
     let mut number = 0;
@@ -57,7 +67,8 @@ pub fn run(seed: u64, scratch: &Path, interpretation: Interpretation) -> Option<
                 match random.random_range(0..40) {
                     0 => return Some(Step::Next),
                     1 => return Some(Step::Remount),
-                    2 => return Some(Step::Check),
+                    dice if dice < 2 + habits.checks => return Some(Step::Check),
+                    dice if dice < 2 + habits.checks + habits.restores => return Some(Step::Restore(random.random_range(0..100))),
                     _ => {}
                 }
             }
@@ -100,6 +111,7 @@ fn play(
     let mut steps = Vec::new();
     let mut session: Option<Session> = None;
     let mut generation = 0;
+    let mut trees = Vec::new();
     let mut mounted = |lower: Blob| {
         generation += 1;
         Session::new(&scratch.join(format!("session{generation}")), lower, &store)
@@ -113,11 +125,21 @@ fn play(
             operation.run(&base);
             continue;
         }
-        let at = session.take().unwrap_or_else(|| mounted(scanned(&base, &store).expect("scan the base").root));
+        let at = session.take().unwrap_or_else(|| {
+            trees.push(scanned(&base, &store).expect("scan the base").root);
+            mounted(trees[0])
+        });
         match &step {
             Some(Step::Base(_)) => unreachable!("handled above"),
             Some(Step::Do(operation)) => operation.run(&at.merged()),
             Some(Step::Remount) => at.remount(),
+            Some(Step::Restore(number)) => {
+                let target = trees[number % trees.len()];
+                if let Err(why) = restore(&at, target, &store, interpretation) {
+                    session = Some(at);
+                    break Some(why);
+                }
+            }
             Some(Step::Check | Step::Next) | None => match compare(&at, &store, interpretation) {
                 Ok(root) if matches!(step, Some(Step::Next)) => {
                     at.end();
@@ -131,7 +153,7 @@ fn play(
                     }
                     continue;
                 }
-                Ok(_) => {}
+                Ok(root) => trees.push(root),
                 Err(why) => {
                     session = Some(at);
                     break Some(why);
@@ -161,6 +183,23 @@ fn compare(session: &Session, store: &MemoryStore, interpretation: Interpretatio
         return Err(format!("{} entries left out, {} by the scan", tree.counts.skipped, shown.counts.skipped));
     }
     Ok(tree.root)
+}
+
+/// Restores a session in place; it must then show the target.
+fn restore(
+    session: &Session,
+    target: Blob,
+    store: &MemoryStore,
+    interpretation: Interpretation,
+) -> Result<(), String> {
+    let before = compare(session, store, interpretation)?;
+    let plan = restore::plan(&before, &target, store).map_err(|error| format!("no plan: {error}"))?;
+    plan.apply(&session.merged(), OWNER, store, None).map_err(|error| format!("not applied: {error}\n{plan:#?}"))?;
+    let after = compare(session, store, interpretation)?;
+    restore::verify(&after, &target, store).map_err(|error| {
+        let differences = differences(&target, &after, store);
+        format!("{error}\nrestored (new) is not the target (old):\n{differences}{plan:#?}")
+    })
 }
 
 fn differences(a: &Blob, b: &Blob, store: &MemoryStore) -> String {

@@ -1,18 +1,20 @@
-//! A session on a real overlay mount, made as the product makes it, on whatever tree a test wants below.
+//! A session on a real overlay mount: an EROFS image, a data-only layer of objects and an upper, as in the product.
 
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use aether_cas::tree::{Attributes, Directories, Directory, Node, Owner};
-use aether_cas::{Blob, MemoryStore};
+use aether_cas::transfer::{Object, Objects};
+use aether_cas::tree::{Attributes, Directories, Owner, walk};
+use aether_cas::{Blob, MemoryStore, StoreError};
 use aether_engine::error::Result;
+use aether_engine::image;
+use aether_engine::mount::{Overlay, mount_erofs};
 use aether_engine::scan::{self, Scanned, Sink};
 use aether_engine::upper::{self, Interpretation, NoCache, Upper};
 use bytes::Bytes;
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{UnmountFlags, unmount};
 
 /// Whose files need no mention; some operations give files to others.
 pub const OWNER: Owner = Owner { uid: 0, gid: 0 };
@@ -47,13 +49,15 @@ pub struct Session {
 }
 
 impl Session {
-    /// Makes a lower directory of the tree `lower`, an upper that starts like its root, and mounts them.
+    /// Makes an image of the tree `lower`, an upper that starts like its root, and mounts them.
     pub fn new(home: &Path, lower: Blob, store: &MemoryStore) -> Self {
-        for name in ["image", "upper", "work", "merged"] {
+        for name in ["image", "objects", "upper", "work", "merged"] {
             fs::create_dir_all(home.join(name)).expect("make a session's directory");
         }
-        mount("image", home.join("image"), "tmpfs", MountFlags::empty(), c"mode=0755").expect("mount a lower");
-        materialise(&lower, store, &home.join("image"));
+        put_objects(&lower, store, &home.join("objects"));
+        let (bytes, _) = image::encode(lower, OWNER, store).expect("encode the image");
+        fs::write(home.join("image.erofs"), bytes).expect("write the image");
+        mount_erofs(&home.join("image.erofs"), &home.join("image")).expect("mount the image");
         let root = store.directory(&lower).expect("the root of the lower tree");
         set_attributes(&home.join("upper"), &root.attributes);
         let session = Self { home: home.to_owned(), lower };
@@ -67,14 +71,13 @@ impl Session {
     }
 
     fn mount(&self) {
-        let home = self.home.display();
-        let options = format!(
-            "lowerdir={home}/image,upperdir={home}/upper,workdir={home}/work,\
-             index=off,nfs_export=off,xino=off,metacopy=on,redirect_dir=on"
-        );
-        let options = std::ffi::CString::new(options).expect("no zero byte in a path");
-        mount("overlay", self.merged(), "overlay", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str())
-            .expect("mount the overlay");
+        let overlay = Overlay {
+            name: "session".into(),
+            lower: self.home.join("image").join(image::TREE),
+            data: vec![self.home.join("objects")],
+            upper: Some((self.home.join("upper"), self.home.join("work"))),
+        };
+        overlay.mount(&self.merged()).expect("mount the overlay");
     }
 
     fn unmount(&self) {
@@ -112,50 +115,23 @@ impl Session {
     /// Unmounts and removes all of it.
     pub fn end(self) {
         self.unmount();
-        unmount(self.home.join("image"), UnmountFlags::empty()).expect("unmount the lower");
+        unmount(self.home.join("image"), UnmountFlags::empty()).expect("unmount the image");
         fs::remove_dir_all(&self.home).expect("remove the session");
     }
 }
 
-/// Writes a tree out as plain files.
-fn materialise(root: &Blob, store: &MemoryStore, at: &Path) {
-    let mut groups = std::collections::HashMap::new();
-    let mut todo = vec![(*root, at.to_owned())];
-    let mut made: Vec<(PathBuf, Attributes)> = Vec::new();
-    while let Some((blob, path)) = todo.pop() {
-        let directory: std::sync::Arc<Directory> = store.directory(&blob).expect("a directory of the tree");
-        for (name, node) in &directory.entries {
-            let path = path.join(std::ffi::OsStr::from_bytes(name.as_bytes()));
-            if let Some(first) = node.link_group().and_then(|group| groups.get(&group)) {
-                fs::hard_link(first, &path).expect("link");
-                continue;
-            }
-            match node {
-                Node::Directory(blob) => {
-                    fs::create_dir(&path).expect("mkdir");
-                    todo.push((*blob, path));
-                    continue;
-                }
-                Node::File { content, .. } => {
-                    let data = aether_cas::transfer::Objects::object(store, content).expect("a content of the tree");
-                    let aether_cas::transfer::Object::Bytes(data) = data else { panic!("memory holds bytes") };
-                    fs::write(&path, data).expect("write");
-                }
-                Node::Symlink { target, .. } => {
-                    std::os::unix::fs::symlink(std::ffi::OsStr::from_bytes(target), &path).expect("symlink");
-                }
-                Node::Fifo { .. } => rustix::fs::mkfifoat(CWD, &path, Mode::empty()).expect("mkfifo"),
-            }
-            set_attributes(&path, node.attributes().expect("no directory"));
-            if let Some(group) = node.link_group() {
-                groups.insert(group, path);
-            }
+/// Puts every content of a tree where an image's redirects lead.
+fn put_objects(root: &Blob, store: &MemoryStore, objects: &Path) {
+    walk(root, store, |_, node| {
+        if let Some(content) = node.content().filter(|content| content.size > 0) {
+            let Object::Bytes(data) = store.object(&content)? else { panic!("memory holds bytes") };
+            let path = objects.join(content.digest.object_path());
+            fs::create_dir_all(path.parent().expect("a folder")).expect("make a folder of objects");
+            fs::write(&path, data).expect("write an object");
         }
-        made.push((path, directory.attributes.clone()));
-    }
-    for (path, attributes) in made.iter().rev() {
-        set_attributes(path, attributes);
-    }
+        Ok::<(), StoreError>(())
+    })
+    .expect("walk the tree");
 }
 
 /// Gives an entry its attributes.
