@@ -74,7 +74,7 @@ pub mod reason {
 }
 
 /// A condition as it should be; [`set`] gives it its time.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Wanted {
     /// The condition's type, a constant of this module.
     pub type_: &'static str,
