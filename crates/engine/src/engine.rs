@@ -5,22 +5,34 @@
 //! [`fork_session`](Engine::fork_session) one that begins as a snapshot; [`mount_session`](Engine::mount_session)
 //! joins image, objects and upper; [`publish`](Engine::publish) shows that to a pod;
 //! [`snapshot`](Engine::snapshot) freezes a moment of it, [`digest`](Engine::digest) turns the moment into a tree and
-//! [`upload`](Engine::upload) makes the tree durable; then the same backwards.
+//! [`upload`](Engine::upload) makes the tree durable; then the same backwards. Sessions are in [`crate::session`],
+//! snapshots in [`crate::checkpoint`].
 //!
 //! Every method may be called again: what is done already is success, and what differs is `AlreadyExists`. Methods on
-//! one session wait for each other; different sessions do not. Blocking work runs on threads for blocking work.
+//! one session wait for each other; different sessions do not. Blocking work runs on threads for blocking work, and
+//! goes on to its end if the caller stops waiting.
 
+use std::collections::HashMap;
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use aether_cas::transfer::{OnProgress, Transferred};
+use aether_cas::transfer::{self, OnProgress, Transferred};
 use aether_cas::tree::Owner;
-use aether_cas::{Blob, LocalStore, Store};
+use aether_cas::{Blob, LocalConfig, LocalStore, Store};
 use serde::{Deserialize, Serialize};
+use tokio::sync::OwnedMutexGuard;
 
-use crate::error::{Error, Result};
-use crate::pool::{Kind, PoolConfig, Space};
-pub use crate::state::{Consistency, Digested, Image, ImageId, Session, Snapshot};
+use crate::error::{Context, Error, Result};
+use crate::freeze::Freezer;
+use crate::mount::{self, Overlay, Target};
+use crate::pool::{self, Kind, Pool, PoolConfig, Space};
+use crate::state::{Image, ImageId, State};
+use crate::{hydrate, image, kernel, repair};
+
+/// The mount API takes 255 bytes for a path; the longest of ours adds this much to the root.
+const LONGEST_ROOT: usize = 120;
 
 /// How a node's engine is set up.
 #[derive(Debug, Clone)]
@@ -30,34 +42,22 @@ pub struct Config {
     /// Where writable directories lie.
     pub pool: PoolConfig,
     /// The longest that writers are held still for a snapshot. What cannot be done in this time is done unfrozen and
-    /// reported as [`Consistency::PerFile`].
+    /// reported as [`PerFile`](crate::Consistency::PerFile).
     pub freeze_limit: Duration,
+    /// The longest that writers are held still while a session is restored in place.
+    pub restore_limit: Duration,
 }
 
 impl Config {
-    /// Defaults: automatic pool, freezes of at most two seconds.
+    /// Defaults: automatic pool, freezes of at most two seconds, restores in place of at most a minute.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), pool: PoolConfig::Auto, freeze_limit: Duration::from_secs(2) }
+        Self {
+            root: root.into(),
+            pool: PoolConfig::Auto,
+            freeze_limit: Duration::from_secs(2),
+            restore_limit: Duration::from_secs(60),
+        }
     }
-}
-
-/// A session as it is now.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct SessionStatus {
-    /// Its record.
-    #[serde(flatten)]
-    pub session: Session,
-    /// Where its merged view is mounted, if it is.
-    pub mountpoint: Option<PathBuf>,
-    /// Where it is published.
-    pub targets: Vec<PathBuf>,
-    /// Bytes that its upper takes on disk.
-    pub own_bytes: u64,
-    /// Inodes of its upper.
-    pub own_inodes: u64,
-    /// Bytes of the tree below it, shared with every session of that tree.
-    pub shared_bytes: u64,
 }
 
 /// What a node holds.
@@ -82,195 +82,360 @@ pub struct NodeStatistics {
     pub object_bytes: u64,
 }
 
-/// The result of restoring a mounted session.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct RestoreReport {
-    /// What the session was digested to afterwards; equals the target.
-    pub root: Blob,
-    /// Paths that were changed.
-    pub changed: u64,
-    /// How long the writers were held still.
-    pub frozen: Duration,
-}
-
 /// The session engine of a node. Clones share it.
 #[derive(Clone)]
 pub struct Engine {
-    config: std::sync::Arc<Config>,
+    pub(crate) inner: Arc<Inner>,
 }
 
-fn pending<T>() -> Result<T> {
-    Err(Error::Unsupported { what: "this operation".into(), remedy: "it is being written".into() })
+pub(crate) struct Inner {
+    pub(crate) config: Config,
+    pub(crate) report: kernel::Report,
+    pub(crate) pool: Box<dyn Pool>,
+    pub(crate) objects: LocalStore,
+    pub(crate) state: State,
+    pub(crate) freezer: Freezer,
+    locks: Locks,
 }
 
 impl Engine {
-    /// Probes the kernel, opens the pool and the records, repairs what a crash left, and mounts again what was mounted
-    /// before a reboot. Mounts that are still there are adopted.
+    /// Probes the kernel, opens the pool and the records, and repairs what a crash left. Mounts that are still there
+    /// are adopted when they are next asked for.
+    ///
+    /// # Errors
+    /// `Unsupported` where the kernel lacks what sessions need, `Busy` where another engine has the directory.
     pub async fn open(config: Config) -> Result<Self> {
-        let _ = config;
-        pending()
+        blocking(move || Inner::open(config)).await.map(|inner| Self { inner: Arc::new(inner) })
     }
 
     /// What this node can do: the table that was probed at start.
-    pub fn kernel(&self) -> &crate::kernel::Report {
-        unreachable!()
+    pub fn kernel(&self) -> &kernel::Report {
+        &self.inner.report
     }
 
     /// The node's store of contents and directory messages.
     pub fn objects(&self) -> &LocalStore {
-        unreachable!()
+        &self.inner.objects
     }
 
     /// The configuration.
     pub fn config(&self) -> &Config {
-        &self.config
+        &self.inner.config
     }
 
     /// Brings the tree `root` to this node, makes its image for `owner` and mounts it. Callers that want the same
-    /// image at once share one run. `on_progress` hears of contents fetched.
-    pub async fn ensure_image(&self, root: Blob, owner: Owner, remote: &dyn Store, on_progress: OnProgress<'_>) -> Result<Image> {
-        let _ = (root, owner, remote, on_progress);
-        pending()
+    /// tree at once share one run. `on_progress` hears of contents fetched.
+    ///
+    /// # Errors
+    /// `Store` where something of the tree cannot be had; a later call goes on from there.
+    pub async fn ensure_image(
+        &self,
+        root: Blob,
+        owner: Owner,
+        remote: &dyn Store,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Image> {
+        let id = ImageId::new(root, owner);
+        let guard = self.inner.lock(Lock::Image(root)).await;
+        if self.inner.state.image(id)?.is_none() {
+            hydrate::hydrate(root, remote, &self.inner.objects, on_progress).await?;
+        }
+        self.with(guard, move |inner| {
+            let image = match inner.state.image(id)? {
+                Some(image) => image,
+                None => {
+                    let (bytes, summary) = image::build(&inner.images(), id, &inner.objects)?;
+                    let image = Image::new(id, summary, bytes);
+                    inner.state.put_image(&image)?;
+                    image
+                }
+            };
+            inner.mount_image(id)?;
+            Ok(image)
+        })
+        .await
     }
 
-    /// Makes the session `id` with an empty upper on `image`. Not mounted yet.
-    pub async fn create_session(&self, id: &str, image: &Image) -> Result<Session> {
-        let _ = (id, image);
-        pending()
-    }
-
-    /// Makes the session `id` whose upper begins as a copy of the snapshot's. Not mounted yet. Deleting the snapshot
-    /// afterwards does not touch it.
-    pub async fn fork_session(&self, id: &str, from: &str) -> Result<Session> {
-        let _ = (id, from);
-        pending()
-    }
-
-    /// Makes `image` the base of a session that is not mounted, with an empty upper; what the session had is gone.
-    /// Nothing happens if the session's head is already that tree, digested from exactly this upper.
-    pub async fn reset_session(&self, id: &str, image: &Image) -> Result<Session> {
-        let _ = (id, image);
-        pending()
-    }
-
-    /// Mounts the session and returns where. Mounted already is success.
-    pub async fn mount_session(&self, id: &str) -> Result<PathBuf> {
-        let _ = id;
-        pending()
-    }
-
-    /// Unmounts the session. `Busy` while it is published or processes use it.
-    pub async fn unmount_session(&self, id: &str) -> Result<()> {
-        let _ = id;
-        pending()
-    }
-
-    /// Shows a mounted session at `target` (made if absent) with `nosuid,nodev`. Published there already with the same
-    /// mode is success; anything else mounted there is `AlreadyExists`.
-    pub async fn publish(&self, id: &str, target: &Path, read_only: bool) -> Result<()> {
-        let _ = (id, target, read_only);
-        pending()
-    }
-
-    /// Shows an image read-only at `target`, without any session.
+    /// Shows an image read-only at `target` (made if absent), without any session.
+    ///
+    /// # Errors
+    /// `AlreadyExists` where something else is mounted there.
     pub async fn publish_image(&self, image: &Image, target: &Path) -> Result<()> {
-        let _ = (image, target);
-        pending()
+        let (id, target) = (image.id(), target.to_owned());
+        let guard = self.inner.lock(Lock::Image(id.root)).await;
+        self.with(guard, move |inner| {
+            let lower = inner.mount_image(id)?;
+            let name = id.to_string();
+            if inner.prepare_target(&target, |entry| entry.source == Path::new(&name), true)? {
+                return Ok(());
+            }
+            Overlay { name, lower, data: inner.data_layers(), upper: None }.mount(&target)
+        })
+        .await
     }
 
     /// Takes away what is published at `target` and removes the directory. Nothing there is success.
+    ///
+    /// # Errors
+    /// `Io` where the directory holds something: it is never emptied.
     pub async fn unpublish(&self, target: &Path) -> Result<()> {
-        let _ = target;
-        pending()
-    }
-
-    /// Where the session is published on this node.
-    pub async fn published(&self, id: &str) -> Result<Vec<PathBuf>> {
-        let _ = id;
-        pending()
-    }
-
-    /// Freezes the cgroups (see [`crate::freeze::pod_cgroups`]), copies the session's upper under the name `snapshot`
-    /// and thaws. No cgroup given means that nobody writes; pass what cannot be frozen as `unfrozen`, a reason that the
-    /// snapshot then reports. The same name again returns the snapshot that is there.
-    pub async fn snapshot(&self, session: &str, snapshot: &str, cgroups: &[PathBuf], unfrozen: Option<&str>) -> Result<Snapshot> {
-        let _ = (session, snapshot, cgroups, unfrozen);
-        pending()
-    }
-
-    /// Turns a snapshot into a tree in [`objects`](Self::objects). The result is recorded; a second call returns it.
-    pub async fn digest(&self, snapshot: &str) -> Result<Digested> {
-        let _ = snapshot;
-        pending()
-    }
-
-    /// Snapshots a session that nobody writes to, digests it, forgets the snapshot and records the tree as the
-    /// session's head.
-    pub async fn digest_session(&self, id: &str) -> Result<Digested> {
-        let _ = id;
-        pending()
+        let target = target.to_owned();
+        blocking(move || {
+            while let Target::Mounted(_) = mount::classify(&target)? {
+                mount::unmount_lazy(&target)?;
+            }
+            match fs::remove_dir(&target) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    Err(Error::io("remove directory", &target, error))
+                }
+                _ => Ok(()),
+            }
+        })
+        .await
     }
 
     /// Makes a tree durable: stores in `remote` what of it is missing there.
+    ///
+    /// # Errors
+    /// `Store`; what was stored stays, and the next attempt goes on from there.
     pub async fn upload(&self, root: Blob, remote: &dyn Store, on_progress: OnProgress<'_>) -> Result<Transferred> {
-        let _ = (root, remote, on_progress);
-        pending()
-    }
-
-    /// Makes a mounted session show the tree `target` again, through its mount, with the cgroups frozen. Take a
-    /// snapshot first: a failure in the middle leaves a mixture.
-    pub async fn restore_in_place(&self, id: &str, target: Blob, cgroups: &[PathBuf], remote: &dyn Store) -> Result<RestoreReport> {
-        let _ = (id, target, cgroups, remote);
-        pending()
-    }
-
-    /// Deletes a session that is not published, with its upper. Not there is success.
-    pub async fn delete_session(&self, id: &str) -> Result<()> {
-        let _ = id;
-        pending()
-    }
-
-    /// Deletes a snapshot. Not there is success.
-    pub async fn delete_snapshot(&self, id: &str) -> Result<()> {
-        let _ = id;
-        pending()
-    }
-
-    /// A session's record. `NotFound` if it is not on this node.
-    pub async fn session(&self, id: &str) -> Result<Session> {
-        let _ = id;
-        pending()
-    }
-
-    /// One session as it is now.
-    pub async fn session_status(&self, id: &str) -> Result<SessionStatus> {
-        let _ = id;
-        pending()
-    }
-
-    /// All sessions of this node as they are now.
-    pub async fn sessions(&self) -> Result<Vec<SessionStatus>> {
-        pending()
-    }
-
-    /// All snapshots of this node.
-    pub async fn snapshots(&self) -> Result<Vec<Snapshot>> {
-        pending()
+        transfer::upload_tree(root, Arc::new(self.inner.objects.clone()), remote, on_progress)
+            .await
+            .map_err(|error| Error::store(format!("upload tree {root}"), error))
     }
 
     /// What the node holds.
     pub async fn statistics(&self) -> Result<NodeStatistics> {
-        pending()
+        self.run(|inner| {
+            let sessions = inner.state.sessions()?;
+            let mut mounted = 0;
+            for session in &sessions {
+                mounted += u64::from(mount::is_mountpoint(&inner.mountpoint(&session.id))?);
+            }
+            let objects = inner.objects.statistics();
+            Ok(NodeStatistics {
+                pool: inner.pool.kind(),
+                space: inner.pool.space()?,
+                images: inner.state.images()?.len() as u64,
+                sessions: sessions.len() as u64,
+                mounted,
+                snapshots: inner.state.snapshots()?.len() as u64,
+                objects: objects.file_blobs,
+                object_bytes: objects.file_bytes,
+            })
+        })
+        .await
     }
 
-    /// Compares records, pool, images, objects and mounts. Changes nothing.
+    /// Compares records, pool, images, objects and mounts, and reads every object. Changes nothing. Each line names
+    /// one thing that is wrong and what helps; none means that all is well.
     pub async fn fsck(&self) -> Result<Vec<String>> {
-        pending()
+        self.run(repair::fsck).await
     }
 
-    /// Removes images that no session or snapshot uses, and directories in the pool that no record names.
+    /// Removes images that no session or snapshot uses. Returns what was removed.
     pub async fn gc(&self) -> Result<Vec<String>> {
-        pending()
+        self.run(repair::collect).await
+    }
+
+    /// Runs blocking work.
+    pub(crate) async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let inner = self.inner.clone();
+        blocking(move || work(&inner)).await
+    }
+
+    /// Runs blocking work under a lock, to its end.
+    pub(crate) async fn with<T: Send + 'static>(
+        &self,
+        guard: Guard,
+        work: impl FnOnce(&Inner) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let inner = self.inner.clone();
+        blocking(move || {
+            let _guard = guard;
+            work(&inner)
+        })
+        .await
+    }
+}
+
+impl Inner {
+    fn open(config: Config) -> Result<Self> {
+        let root = &config.root;
+        if !root.is_absolute() || root.as_os_str().len() > LONGEST_ROOT {
+            return Err(Error::Invalid {
+                what: format!("engine directory {}", root.display()),
+                reason: format!("must be an absolute path of at most {LONGEST_ROOT} bytes"),
+            });
+        }
+        for directory in ["index", "mnt"] {
+            fs::create_dir_all(root.join(directory)).at("create", root.join(directory))?;
+        }
+        // First the records: their lock keeps a second engine from repairing under the first one's hands.
+        let state = State::open(&root.join("index/state"))?;
+        mount::isolate(&root.join("mnt"))?;
+        for directory in ["image", "session"] {
+            let path = root.join("mnt").join(directory);
+            fs::create_dir_all(&path).at("create", &path)?;
+        }
+        let freezer = Freezer::open(&root.join("index/frozen"))?;
+        let pool = pool::open(root, &config.pool)?;
+        let report = kernel::probe(&*pool, &root.join("mnt"))?;
+        report.require()?;
+        let objects = LocalStore::open(LocalConfig {
+            objects: pool.root().join("objects"),
+            index: root.join("index/objects"),
+            // Every content is a file, so that the kernel can read it.
+            inline_limit: 0,
+        })
+        .map_err(|error| Error::store(format!("open the objects of {}", root.display()), error))?;
+        let inner = Self { config, report, pool, objects, state, freezer, locks: Locks::default() };
+        repair::repair(&inner)?;
+        Ok(inner)
+    }
+
+    pub(crate) fn images(&self) -> PathBuf {
+        self.pool.root().join("images")
+    }
+
+    /// Where a session's merged view is mounted.
+    pub(crate) fn mountpoint(&self, session: &str) -> PathBuf {
+        self.config.root.join("mnt/session").join(session)
+    }
+
+    pub(crate) fn image_mountpoint(&self, id: ImageId) -> PathBuf {
+        self.config.root.join("mnt/image").join(id.to_string())
+    }
+
+    /// The data-only layers, in the order in which the kernel asks them. A layer that fetches what is not here yet
+    /// goes last.
+    pub(crate) fn data_layers(&self) -> Vec<PathBuf> {
+        vec![self.pool.root().join("objects")]
+    }
+
+    /// Mounts an image if it is not, building it if its file was collected, and returns its tree.
+    pub(crate) fn mount_image(&self, id: ImageId) -> Result<PathBuf> {
+        let mountpoint = self.image_mountpoint(id);
+        let tree = mountpoint.join(image::TREE);
+        if !mount::is_mountpoint(&mountpoint)? {
+            let (bytes, summary) = image::build(&self.images(), id, &self.objects)?;
+            if self.state.image(id)?.is_none() {
+                self.state.put_image(&Image::new(id, summary, bytes))?;
+            }
+            fs::create_dir_all(&mountpoint).at("create", &mountpoint)?;
+            mount::mount_erofs(&image::path(&self.images(), id), &mountpoint)?;
+        }
+        Ok(tree)
+    }
+
+    /// Makes `target` ready to be mounted on. Returns true if what is wanted, by `is_ours`, is mounted there already.
+    pub(crate) fn prepare_target(
+        &self,
+        target: &Path,
+        is_ours: impl Fn(&mount::MountEntry) -> bool,
+        read_only: bool,
+    ) -> Result<bool> {
+        match mount::classify(target)? {
+            Target::Mounted(entry) => {
+                let wrong = if entry.fs_type != "overlay" || !is_ours(&entry) {
+                    format!("{} ({}) is mounted there", entry.source.display(), entry.fs_type)
+                } else if entry.is_read_only() != read_only {
+                    format!("it is published there {}", if read_only { "writable" } else { "read-only" })
+                } else {
+                    return Ok(true);
+                };
+                Err(Error::AlreadyExists { kind: "mount", name: target.display().to_string(), detail: wrong })
+            }
+            Target::Directory => Ok(false),
+            Target::Absent => fs::create_dir_all(target).at("create", target).map(|()| false),
+            Target::Other => Err(Error::Invalid {
+                what: target.display().to_string(),
+                reason: "is not a directory, so nothing can be published there".into(),
+            }),
+        }
+    }
+
+    pub(crate) async fn lock(&self, key: Lock) -> Guard {
+        self.locks.lock(key).await
+    }
+}
+
+/// Runs blocking work on a thread for it; a panic there is one here.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(error) => Err(Error::store("run blocking work: the runtime is shutting down", error)),
+        },
+    }
+}
+
+/// What can be locked.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Lock {
+    /// One tree's images.
+    Image(Blob),
+    /// One session.
+    Session(String),
+    /// One snapshot.
+    Snapshot(String),
+}
+
+#[derive(Default)]
+struct Locks {
+    all: Arc<Mutex<HashMap<Lock, Arc<tokio::sync::Mutex<()>>>>>,
+}
+
+/// Holds a lock until dropped.
+pub(crate) struct Guard {
+    held: Option<OwnedMutexGuard<()>>,
+    key: Lock,
+    all: Arc<Mutex<HashMap<Lock, Arc<tokio::sync::Mutex<()>>>>>,
+}
+
+impl Locks {
+    async fn lock(&self, key: Lock) -> Guard {
+        let mutex = {
+            let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+            all.entry(key.clone()).or_default().clone()
+        };
+        Guard { held: Some(mutex.lock_owned().await), key, all: self.all.clone() }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.held = None;
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        // Nobody waits: only the map knows it, and taking a further reference needs the map.
+        if all.get(&self.key).is_some_and(|mutex| Arc::strong_count(mutex) == 1) {
+            all.remove(&self.key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lock_is_exclusive_and_leaves_nothing_behind() {
+        let locks = Arc::new(Locks::default());
+        let key = || Lock::Session("a".into());
+        let first = locks.lock(key()).await;
+        let other = tokio::spawn({
+            let locks = locks.clone();
+            async move { drop(locks.lock(Lock::Session("a".into())).await) }
+        });
+        tokio::task::yield_now().await;
+        assert!(!other.is_finished());
+        drop(locks.lock(Lock::Session("b".into())).await);
+        drop(first);
+        other.await.unwrap();
+        assert!(locks.all.lock().unwrap().is_empty());
     }
 }

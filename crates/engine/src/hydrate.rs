@@ -1,1 +1,33 @@
-//! Brings a tree's directories and contents onto the node.
+//! Brings a tree to the node: its directory messages, and the contents of its files.
+//!
+//! A session is mounted only when everything of its image is here, so that no read of a pod waits for a network.
+
+use aether_cas::transfer::{self, OnProgress, Transferred};
+use aether_cas::{Blob, LocalStore, Store};
+
+use crate::error::{Error, Result};
+
+/// Fetches what of the tree `root` is not in `local`; nothing is asked of `remote` when all of it is.
+///
+/// # Errors
+/// `Store`; what arrived stays, and the next attempt goes on from there.
+pub async fn hydrate(
+    root: Blob,
+    remote: &dyn Store,
+    local: &LocalStore,
+    on_progress: OnProgress<'_>,
+) -> Result<Transferred> {
+    let directories = fetch_directories(root, remote, local).await?;
+    let contents = transfer::fetch_objects(root, remote, local, on_progress)
+        .await
+        .map_err(|error| Error::store(format!("fetch the contents of tree {root}"), error))?;
+    Ok(Transferred { directories, ..contents })
+}
+
+/// Fetches only the directory messages, and returns how many there were.
+pub async fn fetch_directories(root: Blob, remote: &dyn Store, local: &LocalStore) -> Result<u64> {
+    let fetched = transfer::fetch_directories(root, remote, local)
+        .await
+        .map_err(|error| Error::store(format!("fetch the directories of tree {root}"), error))?;
+    Ok(fetched.directories)
+}

@@ -6,11 +6,12 @@
 //! Read [`engine`] first: it is the facade, and tells the story in the order in which it happens. Below it, from the
 //! kernel upward: [`kernel`] probes what this node can do, [`mount`] talks to the kernel's mount API, [`pool`] keeps
 //! the writable directories, [`image`] turns a tree into an EROFS image, [`freeze`] holds writers still, [`upper`]
-//! turns changes back into a tree, [`restore`] applies a tree to a live session, [`state`] remembers, and [`repair`]
-//! puts right what a crash left half made.
+//! turns changes back into a tree, [`restore`] applies a tree to a live session, [`session`] and [`checkpoint`] join
+//! these into operations, [`state`] remembers, and [`repair`] puts right what a crash left half made.
 
 #![warn(missing_docs)]
 
+pub mod checkpoint;
 pub mod crash;
 mod draft;
 pub mod engine;
@@ -25,10 +26,15 @@ pub mod pool;
 pub mod repair;
 pub mod restore;
 pub mod scan;
+pub mod session;
 pub mod state;
 mod sys;
 pub mod testing;
 pub mod upper;
 mod walk;
 
+pub use checkpoint::RestoreReport;
+pub use engine::{Config, Engine, NodeStatistics};
 pub use error::{Error, Result};
+pub use session::SessionStatus;
+pub use state::{Consistency, Digested, Image, ImageId, Session, Snapshot};

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::CWD;
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount as sysmount;
 use rustix::mount::{
@@ -197,6 +197,25 @@ pub fn unmount_lazy(target: &Path) -> Result<()> {
 /// Unmounts `target`; fails with EBUSY while it is used. Nothing mounted there is success.
 pub fn unmount(target: &Path) -> Result<()> {
     unmount_with(target, UnmountFlags::empty())
+}
+
+/// Unmounts, lazily, everything at and below `directory` in this namespace.
+pub fn unmount_below(directory: &Path) -> Result<()> {
+    for entry in table()?.iter().rev().filter(|entry| entry.target.starts_with(directory)) {
+        unmount_lazy(&entry.target)?;
+    }
+    Ok(())
+}
+
+/// Whether something is mounted at `path`, without reading the mount table. Only for paths under the engine's own
+/// directory, where no file system can hang.
+pub(crate) fn is_mountpoint(path: &Path) -> Result<bool> {
+    let flags = AtFlags::NO_AUTOMOUNT | AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC;
+    match rustix::fs::statx(CWD, path, flags, StatxFlags::empty()) {
+        Ok(stat) => Ok(stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)),
+        Err(Errno::NOENT) => Ok(false),
+        Err(error) => Err(Error::io("look at", path, error)),
+    }
 }
 
 fn unmount_with(target: &Path, flags: UnmountFlags) -> Result<()> {

@@ -1,1 +1,176 @@
-//! Puts right what a crash left half made.
+//! Puts right what a crash left half made, finds what is wrong, and removes what nobody uses.
+//!
+//! The order in which every operation writes makes what is left easy to tell: a directory of the pool without a record
+//! was never acknowledged and goes; a record that says `deleting` was acknowledged as gone and goes; a temporary
+//! snapshot belongs to an operation that has ended. Each [crash point](crate::crash::POINTS) leaves one of these.
+
+use std::collections::HashSet;
+use std::fs;
+
+use crate::engine::Inner;
+use crate::error::{Context, Error, Result};
+use crate::state::ImageId;
+use crate::{image, mount};
+
+/// Repairs. Called once, before anybody else uses the engine.
+pub(crate) fn repair(inner: &Inner) -> Result<()> {
+    let swept = inner.pool.sweep()?;
+    if swept > 0 {
+        tracing::info!(swept, "removed what a crash left half made in the pool");
+    }
+    for entry in fs::read_dir(inner.images()).at("list", inner.images())? {
+        let path = entry.at("list", inner.images())?.path();
+        if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".new-")) {
+            fs::remove_file(&path).at("remove", &path)?;
+        }
+    }
+    for image in inner.state.images()? {
+        if !image::path(&inner.images(), image.id()).exists() {
+            // It is built anew from its directories when it is next wanted.
+            tracing::warn!(image = %image.id(), "the file of an image is gone");
+            inner.state.remove_image(image.id())?;
+        }
+    }
+    let sessions = inner.state.sessions()?;
+    let named: HashSet<&str> = sessions.iter().map(|session| session.directory.as_str()).collect();
+    for directory in inner.pool.listing()?.sessions {
+        if !named.contains(directory.as_str()) {
+            tracing::info!(directory, "removing a session directory that was never acknowledged");
+            unless_busy(inner.require_unused(&directory).and_then(|()| inner.pool.delete_session(&directory)))?;
+        }
+    }
+    for session in sessions.iter().filter(|session| session.deleting) {
+        tracing::info!(session = session.id, "finishing a deletion");
+        unless_busy(inner.finish_deletion(session))?;
+    }
+    let snapshots = inner.state.snapshots()?;
+    let named: HashSet<&str> = snapshots.iter().map(|snapshot| snapshot.id.as_str()).collect();
+    for name in inner.pool.listing()?.snapshots {
+        if !named.contains(name.as_str()) {
+            tracing::info!(snapshot = name, "removing a snapshot that was never acknowledged");
+            inner.pool.delete_snapshot(&name)?;
+        }
+    }
+    for snapshot in snapshots.iter().filter(|snapshot| snapshot.deleting || snapshot.temporary) {
+        inner.finish_snapshot_deletion(snapshot)?;
+    }
+    for problem in records(inner)? {
+        tracing::error!("{problem}");
+    }
+    Ok(())
+}
+
+/// What is still mounted somewhere is removed at a later start.
+fn unless_busy(result: Result<()>) -> Result<()> {
+    match result {
+        Err(Error::Busy { what, by }) => {
+            tracing::warn!("{what} stays for now: {by}");
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// Records and what they name. Cheap.
+fn records(inner: &Inner) -> Result<Vec<String>> {
+    let mut problems = Vec::new();
+    let listing = inner.pool.listing()?;
+    let (directories, copies): (HashSet<String>, HashSet<String>) =
+        (listing.sessions.into_iter().collect(), listing.snapshots.into_iter().collect());
+    let (sessions, snapshots) = (inner.state.sessions()?, inner.state.snapshots()?);
+    for session in &sessions {
+        if !directories.contains(&session.directory) {
+            problems.push(format!(
+                "session {}: its directory {} is gone; delete it, or restore it from its last durable head",
+                session.id, session.directory
+            ));
+        }
+    }
+    for snapshot in &snapshots {
+        if !copies.contains(&snapshot.id) {
+            problems.push(format!("snapshot {}: its directory is gone; delete it", snapshot.id));
+        }
+    }
+    let named: HashSet<&str> = sessions.iter().map(|session| session.directory.as_str()).collect();
+    for directory in directories.iter().filter(|directory| !named.contains(directory.as_str())) {
+        problems.push(format!("session directory {directory} has no record; it goes at the next start"));
+    }
+    let named: HashSet<&str> = snapshots.iter().map(|snapshot| snapshot.id.as_str()).collect();
+    for copy in copies.iter().filter(|copy| !named.contains(copy.as_str())) {
+        problems.push(format!("snapshot directory {copy} has no record; it goes at the next start"));
+    }
+    Ok(problems)
+}
+
+/// Everything that is wrong, also in what the records do not show.
+pub(crate) fn fsck(inner: &Inner) -> Result<Vec<String>> {
+    let mut problems = records(inner)?;
+    for image in inner.state.images()? {
+        let path = image::path(&inner.images(), image.id());
+        match fs::metadata(&path) {
+            Ok(metadata) if metadata.len() == image.image_bytes => {}
+            Ok(metadata) => problems.push(format!(
+                "image {}: {} bytes instead of {}; remove the file when no session uses it, it is built anew",
+                image.id(),
+                metadata.len(),
+                image.image_bytes
+            )),
+            Err(error) => problems.push(format!("image {}: {error}; it is built anew at the next use", image.id())),
+        }
+    }
+    let failed = |error| Error::store("check the objects", error);
+    let mut roots: HashSet<_> = inner.state.sessions()?.iter().map(|session| session.image.root).collect();
+    roots.extend(inner.state.snapshots()?.iter().flat_map(|snapshot| {
+        [Some(snapshot.image.root), snapshot.digested.as_ref().map(|digested| digested.root)].into_iter().flatten()
+    }));
+    roots.extend(inner.state.sessions()?.iter().filter_map(|session| session.head));
+    for root in roots {
+        let mut contents = Vec::new();
+        let walked = aether_cas::tree::walk(&root, &inner.objects, |_, node| {
+            contents.extend(node.content().filter(|content| content.size > 0));
+            Ok::<(), aether_cas::StoreError>(())
+        });
+        if let Err(error) = walked {
+            problems.push(format!("tree {root}: {error}; it is fetched again when it is next wanted"));
+            continue;
+        }
+        contents.sort();
+        contents.dedup();
+        for missing in inner.objects.missing_contents(&contents).map_err(failed)? {
+            problems.push(format!("tree {root}: content {missing} is not here; fetch the tree again"));
+        }
+    }
+    let report = inner.objects.fsck(false).map_err(failed)?;
+    for blob in report.damaged {
+        problems.push(format!("object {blob}: damaged; it is fetched again once it is removed"));
+    }
+    Ok(problems)
+}
+
+/// Removes images that no session and no snapshot uses. They are built anew when they are wanted again.
+pub(crate) fn collect(inner: &Inner) -> Result<Vec<String>> {
+    let mut used: HashSet<ImageId> = inner.state.sessions()?.iter().map(|session| session.image.id()).collect();
+    used.extend(inner.state.snapshots()?.iter().map(|snapshot| snapshot.image.id()));
+    let mut removed = Vec::new();
+    for entry in fs::read_dir(inner.images()).at("list", inner.images())? {
+        let path = entry.at("list", inner.images())?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".erofs")) else { continue };
+        if used.iter().any(|id| id.to_string() == name) {
+            continue;
+        }
+        let mountpoint = inner.config.root.join("mnt/image").join(name);
+        // Not lazily: a read-only view may still show it.
+        if mount::unmount(&mountpoint).is_err() {
+            continue;
+        }
+        if let Some(image) = inner.state.images()?.into_iter().find(|image| image.id().to_string() == name) {
+            inner.state.remove_image(image.id())?;
+        }
+        fs::remove_file(&path).at("remove", &path)?;
+        if mountpoint.exists() {
+            fs::remove_dir(&mountpoint).at("remove directory", &mountpoint)?;
+        }
+        removed.push(format!("image {name}"));
+    }
+    Ok(removed)
+}

@@ -52,7 +52,6 @@ impl std::fmt::Display for ImageId {
 #[serde(rename_all = "camelCase")]
 pub struct Image {
     /// Root of the tree, `<hex>/<size>`.
-    #[serde(with = "text")]
     pub root: Blob,
     /// User id of files that name no owner.
     pub uid: u32,
@@ -87,14 +86,14 @@ pub struct Session {
     pub image: Image,
     /// The directory in the pool; differs from `id` after the upper was swapped.
     pub directory: String,
-    /// What the upper was last digested to, if nothing was mounted writable since.
-    #[serde(with = "text_option", default, skip_serializing_if = "Option::is_none")]
+    /// What the upper was last digested to, if it was not mounted since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head: Option<Blob>,
     /// The snapshot that it was forked from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forked_from: Option<String>,
-    /// Mounted, or to be mounted again after a reboot of the node.
-    pub mounted: bool,
+    /// How often it was mounted: what a digest found holds for the upper only if this is the same before and after.
+    pub generation: u64,
     /// When it was made, in seconds since 1970.
     pub created: i64,
     /// Being deleted: only the rest of the deletion may still happen to it.
@@ -119,6 +118,8 @@ pub struct Snapshot {
     pub id: String,
     /// The session that it shows.
     pub session: String,
+    /// The session's directory in the pool at that time, to which its inode numbers belong.
+    pub directory: String,
     /// The image that its upper belongs to.
     pub image: Image,
     /// How exact a moment.
@@ -133,6 +134,9 @@ pub struct Snapshot {
     /// The tree that it was digested to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digested: Option<Digested>,
+    /// Made for one operation of this engine, and of no use once that has ended or crashed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub temporary: bool,
     /// Being deleted.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub deleting: bool,
@@ -143,49 +147,17 @@ pub struct Snapshot {
 #[serde(rename_all = "camelCase")]
 pub struct Digested {
     /// Root of the tree, `<hex>/<size>`.
-    #[serde(with = "text")]
     pub root: Blob,
-    /// Regular files whose contents are in the upper.
+    /// Files, symbolic links and fifos that differ from the image: new, written, moved or with other attributes.
     pub changed_files: u64,
-    /// Their bytes.
+    /// Names that were taken away from the image.
+    pub deleted_files: u64,
+    /// Bytes of contents that the session has written.
     pub own_bytes: u64,
-    /// Of those files, how many had to be read.
+    /// Files that had to be read; the others were recognised by their stat data.
     pub read_files: u64,
     /// How long it took, in milliseconds.
     pub milliseconds: u64,
-}
-
-mod text {
-    use std::{fmt::Display, str::FromStr};
-
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub(super) fn serialize<T: Display, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(value)
-    }
-
-    pub(super) fn deserialize<'de, T: FromStr<Err: Display>, D: Deserializer<'de>>(d: D) -> Result<T, D::Error> {
-        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-mod text_option {
-    use std::{fmt::Display, str::FromStr};
-
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub(super) fn serialize<T: Display, S: Serializer>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
-        match value {
-            Some(value) => serializer.collect_str(value),
-            None => serializer.serialize_none(),
-        }
-    }
-
-    pub(super) fn deserialize<'de, T: FromStr<Err: Display>, D: Deserializer<'de>>(
-        d: D,
-    ) -> Result<Option<T>, D::Error> {
-        Option::<String>::deserialize(d)?.map(|text| text.parse().map_err(serde::de::Error::custom)).transpose()
-    }
 }
 
 const IMAGES: &str = "images";
@@ -408,7 +380,7 @@ mod tests {
             directory: id.into(),
             head: None,
             forked_from: None,
-            mounted: true,
+            generation: 3,
             created: 1,
             deleting: false,
         }

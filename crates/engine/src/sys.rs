@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use rustix::ioctl::{self, Opcode, opcode};
 
@@ -54,12 +56,14 @@ pub(crate) fn mount_setattr(mount: BorrowedFd<'_>, change: MountChange) -> io::R
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Gives the calling thread, and the threads it starts from now on, a mount namespace of its own.
-pub(crate) fn unshare_mounts() -> io::Result<()> {
-    // SAFETY: a new mount namespace, with the working directory and root no longer shared with other threads; no
-    // descriptor table changes.
-    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS | rustix::thread::UnshareFlags::FS) }
-        .map_err(Into::into)
+/// Makes `command` start in a mount namespace of its own.
+pub(crate) fn with_own_mounts(command: &mut Command) -> &mut Command {
+    let unshare = || {
+        // SAFETY: a new mount namespace for a process that has one thread; no descriptor table changes.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.map_err(io::Error::from)
+    };
+    // SAFETY: between fork and exec this makes one system call and allocates nothing.
+    unsafe { command.pre_exec(unshare) }
 }
 
 // ---------------------------------------------------------------------------------------------------------- btrfs

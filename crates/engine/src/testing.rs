@@ -9,7 +9,7 @@ const INSIDE: &str = "AETHER_TEST_ISOLATED";
 /// Runs the body of the test `name` (the function's name within its test file) as root in its own process and mount
 /// namespace, with a temporary directory that may be mounted under.
 ///
-/// The test binary calls itself for it: `unshare` works for one thread, and other tests run on the others.
+/// The test binary calls itself for it: a mount namespace belongs to a process, and other tests run in this one.
 ///
 /// # Panics
 /// When not root, when the body panics, or when no test of that name ran.
@@ -19,7 +19,6 @@ pub fn isolated(name: &str, body: impl FnOnce(&Path)) {
         "{name} mounts file systems and must run as root; `make check` runs every test that needs no root"
     );
     if std::env::var(INSIDE).as_deref() == Ok(name) {
-        crate::sys::unshare_mounts().expect("a mount namespace of its own");
         rustix::mount::mount_change(
             "/",
             rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC,
@@ -28,11 +27,11 @@ pub fn isolated(name: &str, body: impl FnOnce(&Path)) {
         let directory = tempfile::Builder::new().prefix("aether-").tempdir().expect("a temporary directory");
         body(directory.path());
         // Mounts first: removing through them would delete what they show.
-        unmount_below(directory.path());
+        crate::mount::unmount_below(directory.path()).expect("nothing left mounted");
         println!("isolated test {name} done");
         return;
     }
-    let output = Command::new(std::env::current_exe().expect("own path"))
+    let output = crate::sys::with_own_mounts(&mut Command::new(std::env::current_exe().expect("own path")))
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(INSIDE, name)
         .stdin(Stdio::null())
@@ -43,13 +42,4 @@ pub fn isolated(name: &str, body: impl FnOnce(&Path)) {
     eprintln!("{error}");
     assert!(output.status.success(), "{name} failed inside its namespace ({})", output.status);
     assert!(out.contains(&format!("isolated test {name} done")), "no test is called {name}");
-}
-
-/// Unmounts everything at and below `directory`.
-pub fn unmount_below(directory: &Path) {
-    for entry in crate::mount::table().unwrap_or_default().iter().rev() {
-        if entry.target.starts_with(directory) {
-            let _ = crate::mount::unmount_lazy(&entry.target);
-        }
-    }
 }

@@ -206,7 +206,7 @@ impl Copier {
                     Mode::RUSR | Mode::WUSR,
                 )
                 .at("create", path)?;
-                copy_contents(&source, &target, u64::try_from(stat.st_size).unwrap_or(0)).at("copy", path)?;
+                copy_contents(source.as_fd(), target.as_fd(), u64::try_from(stat.st_size).unwrap_or(0)).at("copy", path)?;
             }
             FileType::Symlink => {
                 let link = rustix::fs::readlinkat(from, name, Vec::new()).at("read link", path)?;
@@ -263,7 +263,7 @@ fn copy_xattrs(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Clones the file, or copies its data and leaves its holes.
-fn copy_contents(from: &OwnedFd, to: &OwnedFd, size: u64) -> rustix::io::Result<()> {
+pub(crate) fn copy_contents(from: BorrowedFd<'_>, to: BorrowedFd<'_>, size: u64) -> rustix::io::Result<()> {
     match rustix::fs::ioctl_ficlone(to, from) {
         Ok(()) => return Ok(()),
         Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::XDEV | Errno::INVAL | Errno::NOSYS) => {}
@@ -285,7 +285,7 @@ fn copy_contents(from: &OwnedFd, to: &OwnedFd, size: u64) -> rustix::io::Result<
     Ok(())
 }
 
-fn copy_range(from: &OwnedFd, to: &OwnedFd, start: u64, end: u64) -> rustix::io::Result<()> {
+fn copy_range(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64) -> rustix::io::Result<()> {
     let (mut read_at, mut write_at) = (start, start);
     let mut buffer = Vec::new();
     while read_at < end {

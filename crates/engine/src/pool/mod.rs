@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Result};
 
 pub use btrfs::Btrfs;
+pub(crate) use directory::copy_contents;
 pub use directory::{Directory, copy_tree};
 
 /// How a pool keeps its sessions.
