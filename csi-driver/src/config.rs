@@ -1,0 +1,241 @@
+//! What the driver is told at its start, parsed once into typed values. A bad value stops the start with a message
+//! that says which and why.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::{Parser, ValueEnum};
+
+const EXAMPLES: &str = "\
+Examples:
+  # On a node of a cluster, as the DaemonSet runs it
+  aether-csi-driver --node-name=$(NODE_NAME) --store=http://aether-store.aether-system:8980
+
+  # Sessions on a disk of their own
+  aether-csi-driver --node-name=node-1 --store=http://10.0.0.7:8980 --pool=btrfs-device --pool-device=/dev/nvme1n1
+
+  # A kernel without btrfs: any file system will do, snapshots are slower
+  aether-csi-driver --node-name=node-1 --store=http://10.0.0.7:8980 --pool=directory";
+
+/// The node driver of Aether: mounts sessions for pods, holds their writer's lease, takes checkpoints and forks.
+#[derive(Parser, Debug)]
+#[command(name = "aether-csi-driver", version, after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    /// Name of this node, as its Node object has it
+    #[arg(long, env = "NODE_NAME")]
+    node_name: String,
+    /// Everything the node keeps: sessions, contents, images, mounts, records
+    #[arg(long, env = "AETHER_STATE_DIR", default_value = "/var/lib/aether")]
+    state_dir: PathBuf,
+    /// Root directory of the kubelet
+    #[arg(long, env = "AETHER_KUBELET_DIR", default_value = "/var/lib/kubelet")]
+    kubelet_dir: PathBuf,
+    /// The cluster's content store: http://HOST:PORT
+    #[arg(long, env = "AETHER_STORE")]
+    store: String,
+    /// Where sessions are written
+    #[arg(long, env = "AETHER_POOL", value_enum, default_value_t = PoolKind::BtrfsImage)]
+    pool: PoolKind,
+    /// Size of the image that --pool=btrfs-image makes at its first start, such as 20Gi
+    #[arg(long, env = "AETHER_POOL_SIZE", default_value = "20Gi")]
+    pool_size: Size,
+    /// The block device of --pool=btrfs-device
+    #[arg(long, env = "AETHER_POOL_DEVICE")]
+    pool_device: Option<PathBuf>,
+    /// The cgroup below which the kubelet keeps its pods, as a directory, to hold them still during a snapshot; found
+    /// by itself unless the node runs several kubelets
+    #[arg(long, env = "AETHER_CGROUP_ROOT")]
+    cgroup_root: Option<PathBuf>,
+    /// Address of health (/healthz, /readyz) and metrics (/metrics)
+    #[arg(long, env = "AETHER_HTTP", default_value = "127.0.0.1:9811")]
+    http: SocketAddr,
+    /// How many volumes the scheduler may place on this node
+    #[arg(long, env = "AETHER_MAX_VOLUMES", default_value_t = 1000)]
+    max_volumes: u32,
+    /// How many digests and uploads run at a time
+    #[arg(long, env = "AETHER_WORKERS", default_value_t = 4)]
+    workers: u16,
+}
+
+/// Where sessions are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PoolKind {
+    /// A preallocated btrfs image in the state directory
+    BtrfsImage,
+    /// A block device, made btrfs at the first start when it is empty
+    BtrfsDevice,
+    /// A directory of whatever file system the state directory is on
+    Directory,
+}
+
+/// A number of bytes with a unit, as Kubernetes writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let split = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(split);
+        let factor: u64 = match unit {
+            "" => 1,
+            "Ki" => 1 << 10,
+            "Mi" => 1 << 20,
+            "Gi" => 1 << 30,
+            "Ti" => 1 << 40,
+            "k" => 1_000,
+            "M" => 1_000_000,
+            "G" => 1_000_000_000,
+            "T" => 1_000_000_000_000,
+            other => return Err(format!("unit {other:?} is none of Ki, Mi, Gi, Ti, k, M, G, T")),
+        };
+        let number: u64 = number.parse().map_err(|_| format!("{text:?} does not begin with a number"))?;
+        number.checked_mul(factor).map(Self).ok_or_else(|| format!("{text} is too large"))
+    }
+}
+
+/// Where sessions are written, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Pool {
+    /// A preallocated image of so many bytes.
+    BtrfsImage(u64),
+    /// A block device.
+    BtrfsDevice(PathBuf),
+    /// A directory.
+    Directory,
+}
+
+/// The configuration, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub node: String,
+    pub state_dir: PathBuf,
+    pub kubelet_dir: PathBuf,
+    pub store: String,
+    pub pool: Pool,
+    pub cgroup_root: Option<PathBuf>,
+    pub http: SocketAddr,
+    pub max_volumes: i64,
+    pub workers: usize,
+}
+
+/// How long before the caller's deadline a waiting publish gives up, so that its answer still arrives.
+const MARGIN: Duration = Duration::from_secs(10);
+/// The kubelet's limit for a publish, when the call does not say.
+const PUBLISH_LIMIT: Duration = Duration::from_secs(120);
+
+impl Config {
+    /// The configuration of the command line and the environment.
+    ///
+    /// # Errors
+    /// Names the value that cannot be used, and why.
+    pub(crate) fn new(arguments: Arguments) -> anyhow::Result<Self> {
+        let pool = match (arguments.pool, arguments.pool_device) {
+            (PoolKind::BtrfsDevice, None) => bail!("--pool=btrfs-device needs --pool-device=/dev/…"),
+            (PoolKind::BtrfsDevice, Some(device)) => Pool::BtrfsDevice(device),
+            (_, Some(device)) => bail!("--pool-device={} is for --pool=btrfs-device only", device.display()),
+            (PoolKind::BtrfsImage, None) => {
+                if arguments.pool_size.0 < 256 << 20 {
+                    bail!("--pool-size={} is below the 256Mi that btrfs needs", arguments.pool_size.0);
+                }
+                Pool::BtrfsImage(arguments.pool_size.0)
+            }
+            (PoolKind::Directory, None) => Pool::Directory,
+        };
+        if arguments.node_name.is_empty() {
+            bail!("--node-name is empty");
+        }
+        for (option, path) in [("--state-dir", &arguments.state_dir), ("--kubelet-dir", &arguments.kubelet_dir)] {
+            if !path.is_absolute() {
+                bail!("{option}={} is not an absolute path", path.display());
+            }
+        }
+        if !arguments.store.starts_with("http://") && !arguments.store.starts_with("https://") {
+            bail!("--store={} is not of the form http://HOST:PORT", arguments.store);
+        }
+        std::fs::create_dir_all(&arguments.state_dir)
+            .with_context(|| format!("cannot make --state-dir {}", arguments.state_dir.display()))?;
+        Ok(Self {
+            node: arguments.node_name,
+            state_dir: arguments.state_dir,
+            kubelet_dir: arguments.kubelet_dir,
+            store: arguments.store,
+            pool,
+            cgroup_root: arguments.cgroup_root,
+            http: arguments.http,
+            max_volumes: i64::from(arguments.max_volumes),
+            workers: usize::from(arguments.workers.max(1)),
+        })
+    }
+
+    /// The socket of `aether-node`.
+    pub(crate) fn admin_socket(&self) -> PathBuf {
+        admin_socket(&self.state_dir)
+    }
+}
+
+/// The socket of `aether-node` for a state directory.
+pub(crate) fn admin_socket(state_dir: &Path) -> PathBuf {
+    state_dir.join("admin.sock")
+}
+
+/// How long a publish may wait, given the `grpc-timeout` header of its call: until 10 s before its end, or half of it
+/// when it is short.
+pub(crate) fn patience(grpc_timeout: Option<&str>) -> Duration {
+    let limit = grpc_timeout.and_then(parse_grpc_timeout).unwrap_or(PUBLISH_LIMIT);
+    if limit >= 2 * MARGIN { limit - MARGIN } else { limit / 2 }
+}
+
+/// `<digits><unit>` of the gRPC specification, unit one of H, M, S, m, u, n.
+fn parse_grpc_timeout(text: &str) -> Option<Duration> {
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let number: u64 = number.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(number.checked_mul(3600)?),
+        "M" => Duration::from_secs(number.checked_mul(60)?),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_kubernetes_writes_them() {
+        assert_eq!("20Gi".parse(), Ok(Size(20 << 30)));
+        assert_eq!("512".parse(), Ok(Size(512)));
+        assert_eq!("2G".parse(), Ok(Size(2_000_000_000)));
+        assert!("20GB".parse::<Size>().unwrap_err().contains("GB"));
+        assert!("Gi".parse::<Size>().unwrap_err().contains("number"));
+    }
+
+    #[test]
+    fn a_waiting_publish_answers_before_the_deadline_of_its_caller() {
+        assert_eq!(patience(None), Duration::from_secs(110));
+        assert_eq!(patience(Some("119999999u")), Duration::from_micros(109_999_999));
+        assert_eq!(patience(Some("15S")), Duration::from_millis(7_500));
+        assert_eq!(patience(Some("nonsense")), Duration::from_secs(110));
+    }
+
+    #[test]
+    fn a_pool_that_contradicts_itself_stops_the_start() {
+        let arguments = |extra: &[&str]| {
+            let mut all = vec!["aether-csi-driver", "--node-name=n", "--store=http://s:1", "--state-dir=/nonexistent/aether"];
+            all.extend(extra);
+            Arguments::try_parse_from(all).expect("arguments parse")
+        };
+        let message = |extra: &[&str]| Config::new(arguments(extra)).expect_err("must not start").to_string();
+        assert!(message(&["--pool=btrfs-device"]).contains("--pool-device"));
+        assert!(message(&["--pool=directory", "--pool-device=/dev/x"]).contains("btrfs-device only"));
+        assert!(message(&["--pool-size=1Mi"]).contains("256Mi"));
+    }
+}

@@ -1,0 +1,147 @@
+//! Checkpoints of sessions that this node holds: taken at once, `Durable` when the store has them. The snapshot's name is
+//! the object's uid, so a driver that was killed in between finds it again.
+
+use std::sync::Arc;
+
+use aether_api::conditions::{self, DURABLE, FAILED, READY, Wanted, reason};
+use aether_api::session::Durability;
+use aether_api::{AetherCheckpoint, AetherSession, names};
+use aether_engine::Snapshot;
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::ResourceExt as _;
+use kube::runtime::events::EventType;
+use serde_json::json;
+
+use crate::cluster::update_status;
+use crate::driver::Driver;
+use crate::failure::{Failure, Result};
+use crate::moments::{full_name, taken_at, uid};
+use crate::release::local_status;
+
+/// Takes a checkpoint that was asked for, or brings one that was taken to the store.
+pub(super) async fn reconcile(checkpoint: Arc<AetherCheckpoint>, driver: Arc<Driver>) -> Result<()> {
+    let status = checkpoint.status.clone().unwrap_or_default();
+    if checkpoint.metadata.deletion_timestamp.is_some() || conditions::is_true(&status.conditions, FAILED) {
+        return Ok(());
+    }
+    let taken = match status.durability {
+        Some(Durability::Durable) => return Ok(()),
+        Some(Durability::Local) if status.node.as_deref() == Some(driver.node()) => checkpoint,
+        Some(Durability::Local) => return Ok(()),
+        None => match take(&checkpoint, &driver).await? {
+            Some(taken) => taken,
+            None => return Ok(()),
+        },
+    };
+    bring_to_store(taken, &driver).await
+}
+
+/// Takes a checkpoint; `None` when that is not for this node to do.
+pub(super) async fn take(checkpoint: &Arc<AetherCheckpoint>, driver: &Arc<Driver>) -> Result<Option<Arc<AetherCheckpoint>>> {
+    // What a node had unsaved is no moment of the session as it is now: the node that made the object fills it in.
+    if checkpoint.labels().get(names::ORIGIN_LABEL).is_some_and(|origin| origin == names::ORIGIN_RECOVERED) {
+        return Ok(None);
+    }
+    let namespace = checkpoint.namespace().unwrap_or_default();
+    let Some(session) = driver.cluster.sessions.get(&namespace, &checkpoint.spec.session) else { return Ok(None) };
+    let session_uid = uid(&*session);
+    let _lock = driver.session_locks.lock(&session_uid).await;
+    if !driver.holds(&session_uid) {
+        return Ok(None);
+    }
+    // The automatic ones are filled in by the task that makes them, under the same lock.
+    let mut checkpoint = checkpoint.clone();
+    if checkpoint.labels().contains_key(names::ORIGIN_LABEL) {
+        match driver.cluster.checkpoints.read(&namespace, &checkpoint.name_any()).await? {
+            Some(newest) => checkpoint = newest,
+            None => return Ok(None),
+        }
+        if checkpoint.status.as_ref().is_some_and(|status| status.durability.is_some()) {
+            return Ok(Some(checkpoint));
+        }
+    }
+    let snapshot = driver.snapshot(&session_uid, &uid(&*checkpoint)).await?;
+    stamp_local(&checkpoint, &session, &snapshot, driver).await.map(Some)
+}
+
+/// Says that a checkpoint is taken.
+pub(super) async fn stamp_local(
+    checkpoint: &Arc<AetherCheckpoint>,
+    session: &AetherSession,
+    snapshot: &Snapshot,
+    driver: &Driver,
+) -> Result<Arc<AetherCheckpoint>> {
+    let api = driver.cluster.checkpoints.api(&checkpoint.namespace().unwrap_or_default());
+    update_status(&api, checkpoint.clone(), names::DRIVER_MANAGER, |checkpoint| {
+        let taken = checkpoint.status.as_ref().is_some_and(|status| status.durability.is_some());
+        (!taken).then(|| json!(local_status(driver.node(), session, snapshot, checkpoint)))
+    })
+    .await
+}
+
+/// Brings a checkpoint that was taken here to the store and moves its session's head on.
+async fn bring_to_store(checkpoint: Arc<AetherCheckpoint>, driver: &Arc<Driver>) -> Result<()> {
+    let status = checkpoint.status.clone().unwrap_or_default();
+    let (Some(name), Some(Durability::Local)) = (&status.snapshot, status.durability) else { return Ok(()) };
+    if status.node.as_deref() != Some(driver.node()) {
+        return Ok(());
+    }
+    let Some(snapshot) = driver.engine.snapshots().await?.into_iter().find(|snapshot| &snapshot.id == name) else {
+        return give_up(&checkpoint, driver, format!("snapshot {name} is not on node {} any more", driver.node())).await;
+    };
+    let digested = driver.make_durable(name).await?;
+    let base = status.base.as_ref().and_then(|base| base.root.as_deref());
+    let account = driver.account(base, digested.root).await?;
+    let root = digested.root.to_string();
+
+    let api = driver.cluster.checkpoints.api(&checkpoint.namespace().unwrap_or_default());
+    let generation = checkpoint.metadata.generation;
+    update_status(&api, checkpoint.clone(), names::DRIVER_MANAGER, |checkpoint| {
+        let status = checkpoint.status.as_ref()?;
+        (status.durability == Some(Durability::Local)).then(|| {
+            let mut all = status.conditions.clone();
+            conditions::set(&mut all, Wanted::yes(DURABLE, reason::DONE, "the tree is in the store"), generation);
+            json!({
+                "root": root,
+                "durability": Durability::Durable,
+                "durableTime": Time(Timestamp::now()),
+                "node": null,
+                "snapshot": null,
+                "changedFiles": account.changed_files,
+                "ownBytes": account.own_bytes,
+                "conditions": all,
+            })
+        })
+    })
+    .await?;
+
+    if let Some(mut record) = status.session_uid.as_deref().and_then(|uid| driver.sessions.get(uid)).filter(|_| driver.holds(&snapshot.session)) {
+        if let Some(session) = driver.session_of(&record).await? {
+            driver.move_head(&session, &record, digested.root, taken_at(&snapshot), account).await?;
+        }
+        let _lock = driver.session_locks.lock(&record.uid).await;
+        if let Some(current) = driver.sessions.get(&record.uid) {
+            record = current;
+            record.last_root = Some(root);
+            driver.sessions.put(record)?;
+        }
+    }
+    driver.drop_snapshot(name).await;
+    Ok(())
+}
+
+async fn give_up(checkpoint: &Arc<AetherCheckpoint>, driver: &Driver, message: String) -> Result<()> {
+    let api = driver.cluster.checkpoints.api(&checkpoint.namespace().unwrap_or_default());
+    let generation = checkpoint.metadata.generation;
+    update_status(&api, checkpoint.clone(), names::DRIVER_MANAGER, |checkpoint| {
+        let mut all = checkpoint.status.as_ref()?.conditions.clone();
+        conditions::set(&mut all, Wanted::yes(FAILED, reason::NODE_FAILED, message.clone()), generation);
+        conditions::set(&mut all, Wanted::no(READY, reason::NODE_FAILED, message.clone()), generation);
+        conditions::set(&mut all, Wanted::no(DURABLE, reason::NODE_FAILED, message.clone()), generation);
+        Some(json!({"conditions": all}))
+    })
+    .await?;
+    driver.events.on(&**checkpoint, EventType::Warning, "CheckpointLost", message.clone()).await;
+    Err(Failure::NotFound(format!("checkpoint {}: {message}", full_name(&**checkpoint))))
+}

@@ -1,0 +1,121 @@
+//! Puts away what nothing speaks of any more: sessions of deleted objects, snapshots that no checkpoint or fork needs,
+//! views of mounts that are gone. Runs at the start, when sessions are deleted, and once a minute.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aether_api::session::Durability;
+use aether_runtime::CancellationToken;
+use jiff::{SignedDuration, Timestamp};
+
+use crate::attach::absent;
+use crate::driver::Driver;
+use crate::failure::{Result, chain};
+use crate::moments::{taken_at, uid};
+use crate::records::Upper;
+
+/// How often to look, beside the changes that bring it here at once.
+const PERIOD: Duration = Duration::from_secs(60);
+/// A snapshot younger than this may belong to work under way.
+const YOUNG: SignedDuration = SignedDuration::from_mins(10);
+/// How long the snapshot of a fork that is in the store already stays, for a mount that is faster than from the store.
+const UNMOUNTED_FORK: SignedDuration = SignedDuration::from_hours(1);
+
+/// Runs until `stop`.
+pub(super) async fn run(driver: Arc<Driver>, stop: CancellationToken) {
+    driver.resume_inline();
+    let mut changes = driver.cluster.sessions.changes();
+    let mut known = HashSet::new();
+    loop {
+        if let Err(failure) = tidy(&driver).await {
+            tracing::warn!(error = chain(&failure), "housekeeping");
+        }
+        let next = tokio::time::sleep(PERIOD);
+        tokio::pin!(next);
+        // Deletions are seen by what is missing, since a watch that was cut off does not tell of them.
+        loop {
+            tokio::select! {
+                () = &mut next => break,
+                () = stop.cancelled() => return,
+                _ = changes.changed() => {
+                    let now: HashSet<String> = driver.cluster.sessions.all().iter().map(|session| uid(&**session)).collect();
+                    let gone = known.difference(&now).any(|uid: &String| driver.sessions.get(uid).is_some());
+                    known = now;
+                    if gone {
+                        break;
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn tidy(driver: &Arc<Driver>) -> Result<()> {
+    driver.tidy_publishes().await?;
+    drop_deleted(driver).await?;
+    drop_unrecorded(driver).await?;
+    drop_snapshots(driver).await
+}
+
+/// Sessions whose object is gone. The API server is asked, since the cache may be behind.
+async fn drop_deleted(driver: &Arc<Driver>) -> Result<()> {
+    for record in driver.sessions.all() {
+        let cached = driver.cluster.sessions.get(&record.namespace, &record.name);
+        if cached.is_none_or(|session| uid(&*session) != record.uid) && driver.session_of(&record).await?.is_none() {
+            driver.discard(&record.uid).await?;
+        }
+    }
+    Ok(())
+}
+
+/// What the engine has and no record speaks of: views whose mount is gone, sessions of an attach that was killed.
+async fn drop_unrecorded(driver: &Arc<Driver>) -> Result<()> {
+    for session in driver.engine.sessions().await? {
+        let id = session.session.id;
+        let spoken_of = |id: &str| {
+            driver.sessions.get(id).is_some()
+                || !driver.publishes.select(|publish| publish.view.as_deref() == Some(id) || publish.uid.as_deref() == Some(id)).is_empty()
+        };
+        let _lock = driver.session_locks.lock(&id).await;
+        if !spoken_of(&id) && session.targets.is_empty() {
+            tracing::info!(session = id, "nothing speaks of it any more");
+            driver.engine.unmount_session(&id).await.or_else(absent)?;
+            driver.engine.delete_session(&id).await.or_else(absent)?;
+        }
+    }
+    Ok(())
+}
+
+async fn drop_snapshots(driver: &Arc<Driver>) -> Result<()> {
+    let now = Timestamp::now();
+    let mut needed = HashSet::new();
+    for checkpoint in driver.cluster.checkpoints.all() {
+        let status = checkpoint.status.clone().unwrap_or_default();
+        if status.durability != Some(Durability::Durable) {
+            needed.insert(uid(&*checkpoint));
+            needed.extend(status.snapshot);
+        }
+    }
+    for fork in driver.cluster.sessions.all() {
+        let Some(status) = &fork.status else { continue };
+        let Some(forked) = &status.forked_from else { continue };
+        let mounted = status.attachment.as_ref().is_some_and(|attachment| attachment.epoch > 0);
+        let recent = now.duration_since(forked.time.0) < UNMOUNTED_FORK;
+        if !forked.durable || (!mounted && recent) {
+            needed.extend(forked.snapshot.clone());
+        }
+    }
+    for record in driver.sessions.all() {
+        if let Upper::Fenced { snapshot } = record.upper {
+            needed.insert(snapshot);
+        }
+    }
+    for snapshot in driver.engine.snapshots().await? {
+        if !needed.contains(&snapshot.id) && now.duration_since(taken_at(&snapshot)) > YOUNG {
+            tracing::info!(snapshot = snapshot.id, "nothing needs it any more");
+            driver.drop_snapshot(&snapshot.id).await;
+        }
+    }
+    Ok(())
+}

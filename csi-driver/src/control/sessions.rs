@@ -1,0 +1,91 @@
+//! Sessions that this node has: dropped when their object is deleted, recovered when another node took them over, let go
+//! when their last writer is gone.
+
+use std::sync::Arc;
+
+use aether_api::AetherSession;
+use kube::ResourceExt as _;
+
+use crate::driver::Driver;
+use crate::failure::Result;
+use crate::moments::uid;
+use crate::records::{SessionRecord, Upper};
+
+/// Deletion, loss, and the return of what was lost.
+pub(super) async fn reconcile(session: Arc<AetherSession>, driver: Arc<Driver>) -> Result<()> {
+    let uid = uid(&*session);
+    let held = session.holder() == Some(driver.node());
+    let Some(record) = driver.sessions.get(&uid) else {
+        // Taken by a driver that was killed before it wrote so down, or by a node that lost its disk: nothing is here.
+        if held && (session.metadata.deletion_timestamp.is_some() || !attaching(&driver, &session)) {
+            driver.disclaim(&session).await?;
+        }
+        return Ok(());
+    };
+    if session.metadata.deletion_timestamp.is_some() {
+        if driver.discard(&uid).await? && held {
+            driver.disclaim(&session).await?;
+        }
+        return Ok(());
+    }
+    match record.upper {
+        Upper::Dirty if driver.lost(&session, &record) => recover(&driver, &session).await,
+        Upper::Fenced { .. } => recover(&driver, &session).await,
+        // The session has moved on elsewhere: the copy here is of no use any more.
+        Upper::Clean { ref root } if outdated(&session, &record, root) => forget_copy(&driver, &session, &record).await,
+        _ => Ok(()),
+    }
+}
+
+/// Lets go of a session without writers.
+pub(super) async fn release(session: Arc<AetherSession>, driver: Arc<Driver>) -> Result<()> {
+    let uid = uid(&*session);
+    let Some(record) = driver.sessions.get(&uid) else { return Ok(()) };
+    let held = session.holder() == Some(driver.node());
+    let to_do = match record.upper {
+        Upper::Dirty => !driver.lost(&session, &record),
+        Upper::Clean { .. } => held,
+        Upper::Fenced { .. } => false,
+    };
+    // Sessions of inline volumes end with their volume.
+    let inline = driver.publishes.select(|publish| publish.inline && publish.uid.as_deref() == Some(&uid));
+    if !to_do || driver.published_for_writing(&uid) || session.metadata.deletion_timestamp.is_some() || !inline.is_empty() {
+        return Ok(());
+    }
+    driver.release(&session).await
+}
+
+/// A publish of the session is under way and will write the record.
+fn attaching(driver: &Driver, session: &AetherSession) -> bool {
+    let name = session.name_any();
+    let namespace = session.namespace();
+    !driver
+        .publishes
+        .select(|publish| publish.session == name && Some(&publish.namespace) == namespace.as_ref() && !publish.unpublished)
+        .is_empty()
+}
+
+async fn recover(driver: &Arc<Driver>, session: &Arc<AetherSession>) -> Result<()> {
+    let uid = uid(&**session);
+    let _lock = driver.session_locks.lock(&uid).await;
+    match driver.sessions.get(&uid) {
+        Some(record) if !matches!(record.upper, Upper::Clean { .. }) => driver.recover(session, &record).await,
+        _ => Ok(()),
+    }
+}
+
+fn outdated(session: &AetherSession, record: &SessionRecord, root: &str) -> bool {
+    let epoch = session.status.as_ref().and_then(|status| status.attachment.as_ref()).map_or(0, |attachment| attachment.epoch);
+    epoch > record.epoch && session.head_root() != Some(root)
+}
+
+async fn forget_copy(driver: &Arc<Driver>, session: &AetherSession, seen: &SessionRecord) -> Result<()> {
+    let _lock = driver.session_locks.lock(&seen.uid).await;
+    match driver.sessions.get(&seen.uid) {
+        Some(record) if record == *seen => {
+            tracing::info!(session = session.name_any(), "moved on elsewhere; the copy here goes");
+            driver.recover(&Arc::new(session.clone()), &record).await
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,231 @@
+//! What every part of the driver shares: engine, store, caches, records, locks.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use aether_api::AetherSession;
+use aether_cas::{Blob, RemoteStore};
+use aether_engine::{Engine, freeze};
+use aether_runtime::{CancellationToken, Stage, Tasks};
+use kube::ResourceExt as _;
+use tokio::sync::{OwnedMutexGuard, Semaphore, watch};
+
+use crate::cluster::Cluster;
+use crate::config::Config;
+use crate::events::Events;
+use crate::failure::{Failure, Result};
+use crate::metrics::Metrics;
+use crate::moments::Moments;
+use crate::records::{PublishRecord, Records, SessionRecord, Upper};
+
+/// The driver of one node.
+pub(crate) struct Driver {
+    pub config: Config,
+    pub engine: Engine,
+    pub remote: RemoteStore,
+    pub cluster: Cluster,
+    pub events: Events,
+    pub metrics: Metrics,
+    /// What this node has of sessions, by uid.
+    pub sessions: Records<SessionRecord>,
+    /// What pods have mounted, by target.
+    pub publishes: Records<PublishRecord>,
+    /// Held while a session's upper, mount, record or lease changes.
+    pub session_locks: Locks,
+    /// Held while a target changes.
+    pub target_locks: Locks,
+    /// Publishes under way, by target, so that an unpublish can end their wait.
+    pub underway: Mutex<HashMap<String, CancellationToken>>,
+    /// Bounds digests and uploads.
+    pub workers: Semaphore,
+    pub moments: Moments,
+    /// Wakes the automatic checkpoints when a session is attached or let go here.
+    pub attached: watch::Sender<u64>,
+    /// Every task of the process.
+    pub tasks: Tasks,
+    /// Cancelled when the process begins to end: who waits stops waiting, what can be resumed later stops.
+    pub stop: CancellationToken,
+}
+
+impl Driver {
+    /// Opens the records and puts everything together. The caches are empty until they are followed.
+    pub(crate) fn new(
+        config: Config,
+        engine: Engine,
+        remote: RemoteStore,
+        client: kube::Client,
+        metrics: Metrics,
+        tasks: Tasks,
+    ) -> Result<Self> {
+        let directory = config.state_dir.join("driver");
+        Ok(Self {
+            sessions: Records::open(&directory.join("sessions"))?,
+            publishes: Records::open(&directory.join("publishes"))?,
+            events: Events::new(client.clone(), &config.node),
+            cluster: Cluster::new(client),
+            workers: Semaphore::new(config.workers),
+            session_locks: Locks::default(),
+            target_locks: Locks::default(),
+            underway: Mutex::default(),
+            moments: Moments::default(),
+            attached: watch::Sender::new(0),
+            config,
+            engine,
+            remote,
+            metrics,
+            stop: tasks.token(Stage::Intake),
+            tasks,
+        })
+    }
+
+    /// This node's name.
+    pub(crate) fn node(&self) -> &str {
+        &self.config.node
+    }
+
+    /// Whether this node holds the session for writing, as its own record says.
+    pub(crate) fn holds(&self, uid: &str) -> bool {
+        self.sessions.get(uid).is_some_and(|record| record.upper == Upper::Dirty)
+    }
+
+    /// The mounts of a session in pods here.
+    pub(crate) fn mounts_of(&self, uid: &str) -> Vec<PublishRecord> {
+        self.publishes.select(|publish| publish.uid.as_deref() == Some(uid) && !publish.unpublished)
+    }
+
+    /// Whether a pod here may write the session.
+    pub(crate) fn published_for_writing(&self, uid: &str) -> bool {
+        self.mounts_of(uid).iter().any(|publish| !publish.read_only)
+    }
+
+    /// The pods here that may write the session.
+    pub(crate) async fn writers(&self, uid: &str) -> Result<Writers> {
+        let pods: BTreeSet<String> = self
+            .mounts_of(uid)
+            .iter()
+            .filter(|publish| !publish.read_only)
+            .filter_map(|publish| {
+                publish
+                    .pod
+                    .as_ref()
+                    .map(|pod| pod.uid.clone())
+                    .or_else(|| crate::volume::pod_uid_of_target(&publish.target))
+            })
+            .collect();
+        if pods.is_empty() {
+            return Ok(Writers::default());
+        }
+        let root = self.config.cgroup_root.clone();
+        tokio::task::spawn_blocking(move || {
+            let pods: Vec<String> = pods.into_iter().collect();
+            let found = root.map_or_else(freeze::hierarchy, Ok).and_then(|root| freeze::pod_cgroups(&root, &pods));
+            let cgroups = found.unwrap_or_else(|error| {
+                // A snapshot that says that it is not exact is better than none.
+                tracing::warn!(%error, "cgroups of pods");
+                vec![None; pods.len()]
+            });
+            let mut writers = Writers::default();
+            for (pod, cgroup) in pods.iter().zip(cgroups) {
+                match cgroup {
+                    Some(cgroup) => writers.cgroups.push(cgroup),
+                    None => writers.without_cgroup.push(pod.clone()),
+                }
+            }
+            Ok(writers)
+        })
+        .await
+        .map_err(|_| Failure::Lost("the search for cgroups"))?
+    }
+
+    /// The session that a record speaks of, if it still exists: from the cache, or from the API server when the cache
+    /// does not have it.
+    pub(crate) async fn session_of(&self, record: &SessionRecord) -> Result<Option<Arc<AetherSession>>> {
+        let same = |session: &Arc<AetherSession>| session.uid().as_deref() == Some(&record.uid);
+        match self.cluster.sessions.get(&record.namespace, &record.name).filter(same) {
+            Some(session) => Ok(Some(session)),
+            None => Ok(self.cluster.sessions.read(&record.namespace, &record.name).await?.filter(same)),
+        }
+    }
+
+    /// Tells the control loops to look at a session, and at what waits for it, again.
+    pub(crate) fn poke(&self, namespace: &str, name: &str) {
+        self.cluster.sessions.poke_name(namespace, name);
+    }
+
+    /// What waits for a session to be attached here: checkpoints, restores and forks that were seen before.
+    pub(crate) fn poke_dependents(&self, namespace: &str, name: &str) {
+        let of = |spec_session: &str, object_namespace: Option<String>| {
+            spec_session == name && object_namespace.as_deref() == Some(namespace)
+        };
+        for checkpoint in self.cluster.checkpoints.all() {
+            if of(&checkpoint.spec.session, checkpoint.namespace())
+                && checkpoint.status.as_ref().is_none_or(|status| status.durability.is_none())
+            {
+                self.cluster.checkpoints.poke(checkpoint.as_ref());
+            }
+        }
+        for restore in self.cluster.restores.all() {
+            if of(&restore.spec.session, restore.namespace()) && !restore.finished() {
+                self.cluster.restores.poke(restore.as_ref());
+            }
+        }
+        for fork in self.cluster.sessions.all() {
+            if fork.spec.session.as_ref().is_some_and(|parent| of(parent, fork.namespace()))
+                && fork.status.as_ref().is_none_or(|status| status.forked_from.is_none())
+            {
+                self.cluster.sessions.poke(fork.as_ref());
+            }
+        }
+        self.attached.send_modify(|version| *version += 1);
+        self.count();
+    }
+
+    /// Brings the gauges up to date.
+    pub(crate) fn count(&self) {
+        self.metrics.sessions.set(i64::try_from(self.sessions.all().len()).unwrap_or(i64::MAX));
+        self.metrics.published.set(i64::try_from(self.publishes.all().len()).unwrap_or(i64::MAX));
+    }
+}
+
+/// The pods that may write a session.
+#[derive(Debug, Default)]
+pub(crate) struct Writers {
+    /// By which they can be held still.
+    pub cgroups: Vec<PathBuf>,
+    /// Uids of pods that cannot be.
+    pub without_cgroup: Vec<String>,
+}
+
+/// A tree's name as it stands in a status.
+///
+/// # Errors
+/// [`Failure::Invalid`] names the object that says it.
+pub(crate) fn parse_root(text: &str, object: &str) -> Result<Blob> {
+    text.parse().map_err(|error| Failure::Invalid(format!("{object} names the tree {text:?}: {error}")))
+}
+
+/// A lock for every name that is asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Locks {
+    locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+impl Locks {
+    /// Waits for the lock of `name`.
+    pub(crate) async fn lock(&self, name: &str) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+            if locks.len() > 4096 {
+                locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            }
+            locks.entry(name.to_owned()).or_default().clone()
+        };
+        lock.lock_owned().await
+    }
+
+    /// As [`Self::lock`], for a path.
+    pub(crate) async fn lock_path(&self, path: &Path) -> OwnedMutexGuard<()> {
+        self.lock(&path.to_string_lossy()).await
+    }
+}

@@ -1,0 +1,51 @@
+//! The driver's metrics, as a table: name, unit, what it tells.
+
+use aether_runtime::metrics::{Counter, Gauge, Labelled, Timer};
+
+aether_runtime::label! {
+    /// How a call ended.
+    pub(crate) enum Outcome: "outcome" {
+        /// As asked.
+        Ok = "ok",
+        /// With an error.
+        Failed = "failed",
+    }
+}
+
+impl<T, E> From<&Result<T, E>> for Outcome {
+    fn from(result: &Result<T, E>) -> Self {
+        if result.is_ok() { Self::Ok } else { Self::Failed }
+    }
+}
+
+/// What is counted.
+pub(crate) struct Metrics {
+    pub publish: Labelled<(Outcome,), Timer>,
+    pub frozen: Timer,
+    pub digest: Timer,
+    pub upload: Timer,
+    pub uploaded: Counter,
+    pub lease_wait: Timer,
+    pub takeovers: Counter,
+    pub recovered: Counter,
+    pub sessions: Gauge,
+    pub published: Gauge,
+}
+
+impl Metrics {
+    /// Adds the metrics to the table of the process.
+    pub(crate) fn new(table: &aether_runtime::Metrics) -> Self {
+        Self {
+            publish: table.timers("aether_driver_publish", "Time of NodePublishVolume, waiting included"),
+            frozen: table.timer("aether_driver_frozen", "How long pods stood still for a snapshot"),
+            digest: table.timer("aether_driver_digest", "Time from a snapshot to its tree"),
+            upload: table.timer("aether_driver_upload", "Time to bring a tree to the store"),
+            uploaded: table.counter("aether_driver_uploaded_bytes", "Bytes of contents sent to the store"),
+            lease_wait: table.timer("aether_driver_lease_wait", "How long a publish waited for another node"),
+            takeovers: table.counter("aether_driver_takeovers", "Sessions taken over from lost nodes"),
+            recovered: table.counter("aether_driver_recovered", "Sessions lost with unsaved work, kept as a checkpoint"),
+            sessions: table.gauge("aether_driver_sessions", None, "Sessions with an upper on this node"),
+            published: table.gauge("aether_driver_published", None, "Mounts in pods"),
+        }
+    }
+}

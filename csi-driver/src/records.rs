@@ -1,0 +1,229 @@
+//! What the driver must remember across its own end and the machine's: one JSON file per session and per publish,
+//! replaced whole and synced before a call returns. The API holds everything else.
+//!
+//! A record says what this node may have written, so it is put before the deed: a session is marked [`Upper::Dirty`]
+//! before it is mounted, a publish is recorded before the bind mount.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::failure::{Failure, Result};
+
+/// A kind of record.
+pub(crate) trait Record: Clone + Serialize + DeserializeOwned {
+    /// Unique among the records of its kind.
+    fn key(&self) -> String;
+}
+
+/// What this node has of a session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct SessionRecord {
+    /// The session object's uid, and the session's id in the engine.
+    pub uid: String,
+    pub namespace: String,
+    pub name: String,
+    /// The lease epoch under which the upper was last written.
+    pub epoch: i64,
+    pub upper: Upper,
+    /// The tree of the last digest, to tell whether anything changed since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_root: Option<String>,
+}
+
+/// What the node's upper of a session is worth.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", tag = "state")]
+pub(crate) enum Upper {
+    /// It may hold changes that exist nowhere else.
+    Dirty,
+    /// It is exactly this tree, which is in the store, and has not been mounted for writing since.
+    Clean { root: String },
+    /// Another node took the session over. What was unsaved is in this snapshot, kept for the checkpoint
+    /// `recovered-<epoch>`; the upper goes as soon as nothing uses it.
+    Fenced { snapshot: String },
+}
+
+impl Record for SessionRecord {
+    fn key(&self) -> String {
+        self.uid.clone()
+    }
+}
+
+/// A pod's mount.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PublishRecord {
+    /// Where the pod has it.
+    pub target: PathBuf,
+    pub volume_id: String,
+    pub namespace: String,
+    /// The session's name.
+    pub session: String,
+    /// Its uid, once it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<String>,
+    pub read_only: bool,
+    /// The engine session that is mounted here when it is not the session itself: the frozen view of a read-only mount.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub view: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<Pod>,
+    /// The session object was made for this volume and goes with it.
+    #[serde(default)]
+    pub inline: bool,
+    /// The mount is gone; what is left is to delete the session object.
+    #[serde(default)]
+    pub unpublished: bool,
+}
+
+impl Record for PublishRecord {
+    fn key(&self) -> String {
+        self.target.to_string_lossy().into_owned()
+    }
+}
+
+/// A pod, as the kubelet names it at publish.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Pod {
+    pub namespace: String,
+    pub name: String,
+    pub uid: String,
+}
+
+/// All records of one kind: a directory of files, with a copy in memory.
+#[derive(Debug)]
+pub(crate) struct Records<R> {
+    directory: PathBuf,
+    known: Mutex<HashMap<String, R>>,
+}
+
+impl<R: Record> Records<R> {
+    /// Reads the records of `directory`, which is made when it is missing. What a kill left half-written is removed:
+    /// it was never acknowledged.
+    ///
+    /// # Errors
+    /// A file that cannot be read or understood, by name: it may speak of unsaved work, so it is never skipped.
+    pub(crate) fn open(directory: &Path) -> Result<Self> {
+        fs::create_dir_all(directory).map_err(Failure::io("make directory", directory))?;
+        let mut known = HashMap::new();
+        for entry in fs::read_dir(directory).map_err(Failure::io("read directory", directory))? {
+            let path = entry.map_err(Failure::io("read directory", directory))?.path();
+            if path.extension().is_some_and(|extension| extension == "new") {
+                fs::remove_file(&path).map_err(Failure::io("remove", &path))?;
+                continue;
+            }
+            let text = fs::read(&path).map_err(Failure::io("read", &path))?;
+            let record: R = serde_json::from_slice(&text).map_err(|error| Failure::Io {
+                action: "understand record",
+                path: path.display().to_string(),
+                source: error.into(),
+            })?;
+            known.insert(record.key(), record);
+        }
+        Ok(Self { directory: directory.to_owned(), known: Mutex::new(known) })
+    }
+
+    pub(crate) fn get(&self, key: &str) -> Option<R> {
+        self.lock().get(key).cloned()
+    }
+
+    pub(crate) fn all(&self) -> Vec<R> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// Those for which `keep` says yes.
+    pub(crate) fn select(&self, keep: impl Fn(&R) -> bool) -> Vec<R> {
+        self.lock().values().filter(|record| keep(record)).cloned().collect()
+    }
+
+    /// Stores a record; it is on the disk when this returns.
+    pub(crate) fn put(&self, record: R) -> Result<()> {
+        let path = self.path(&record.key());
+        let new = path.with_extension("new");
+        let text = serde_json::to_vec_pretty(&record).expect("a record is plain data");
+        let mut known = self.lock();
+        (|| {
+            let mut file = File::create(&new)?;
+            file.write_all(&text)?;
+            file.sync_all()?;
+            fs::rename(&new, &path)?;
+            File::open(&self.directory)?.sync_all()
+        })()
+        .map_err(Failure::io("write record", &path))?;
+        known.insert(record.key(), record);
+        Ok(())
+    }
+
+    /// Forgets a record; removing what is not there is no error.
+    pub(crate) fn remove(&self, key: &str) -> Result<()> {
+        let path = self.path(key);
+        let mut known = self.lock();
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Failure::io("remove record", &path)(error));
+            }
+            _ => {}
+        }
+        known.remove(key);
+        Ok(())
+    }
+
+    /// Keys are paths and ids of others: the file's name is their digest.
+    fn path(&self, key: &str) -> PathBuf {
+        self.directory.join(format!("{}.json", aether_cas::Digest::of(key.as_bytes())))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, R>> {
+        self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(uid: &str) -> SessionRecord {
+        SessionRecord {
+            uid: uid.into(),
+            namespace: "team".into(),
+            name: "fix".into(),
+            epoch: 3,
+            upper: Upper::Clean { root: "ab/12".into() },
+            last_root: None,
+        }
+    }
+
+    #[test]
+    fn records_survive_a_reopen_and_half_written_ones_do_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let records = Records::open(directory.path()).unwrap();
+        records.put(record("one")).unwrap();
+        records.put(record("../two/with slash")).unwrap();
+        records.put(SessionRecord { epoch: 4, upper: Upper::Dirty, ..record("one") }).unwrap();
+        fs::write(directory.path().join("half.new"), "{\"uid\":").unwrap();
+        records.remove("absent").unwrap();
+
+        let again = Records::<SessionRecord>::open(directory.path()).unwrap();
+        assert_eq!(again.all().len(), 2);
+        assert_eq!(again.get("one").unwrap().epoch, 4);
+        assert_eq!(again.get("one").unwrap().upper, Upper::Dirty);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+        again.remove("one").unwrap();
+        assert!(Records::<SessionRecord>::open(directory.path()).unwrap().get("one").is_none());
+    }
+
+    #[test]
+    fn a_damaged_record_is_named_and_never_skipped() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("bad.json"), "{}").unwrap();
+        let message = Records::<SessionRecord>::open(directory.path()).unwrap_err().to_string();
+        assert!(message.contains("bad.json"), "{message}");
+    }
+}

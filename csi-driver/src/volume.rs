@@ -1,0 +1,241 @@
+//! What a publish asks for, read from the attributes of its volume. Pure: nothing is looked up here.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use aether_api::names;
+use aether_api::session::Owner;
+
+use crate::failure::{Failure, Result};
+use crate::records::Pod;
+
+const POD_NAME: &str = "csi.storage.k8s.io/pod.name";
+const POD_NAMESPACE: &str = "csi.storage.k8s.io/pod.namespace";
+const POD_UID: &str = "csi.storage.k8s.io/pod.uid";
+const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
+
+/// Which session a volume is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// One that exists.
+    Session { namespace: String, name: String, uid: Option<String> },
+    /// One of its own, made from a source, that lives and dies with the pod.
+    Own { pod: Pod, source_namespace: String, source: String, owner: Owner },
+}
+
+/// The attributes of a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Volume {
+    pub wanted: Wanted,
+    /// The pod, where the kubelet says which.
+    pub pod: Option<Pod>,
+}
+
+impl Volume {
+    /// Reads the attributes of a volume.
+    ///
+    /// # Errors
+    /// [`Failure::Invalid`] names the attribute that is missing or wrong.
+    pub(crate) fn parse(attributes: &HashMap<String, String>) -> Result<Self> {
+        let pod = pod(attributes);
+        if attributes.get(EPHEMERAL).is_some_and(|value| value == "true") {
+            let pod = pod.ok_or_else(|| {
+                Failure::Invalid(format!(
+                    "an inline volume needs the pod's name, but the kubelet did not send it: set podInfoOnMount on CSIDriver {}",
+                    names::CSI_DRIVER
+                ))
+            })?;
+            return Ok(Self { wanted: inline(attributes, &pod)?, pod: Some(pod) });
+        }
+        let required = |key: &str| {
+            attributes
+                .get(key)
+                .filter(|value| !value.is_empty())
+                .cloned()
+                .ok_or_else(|| Failure::Invalid(format!("the volume lacks the attribute {key}: was it made by aether-operator?")))
+        };
+        let wanted = Wanted::Session {
+            namespace: required(names::ATTRIBUTE_NAMESPACE)?,
+            name: required(names::ATTRIBUTE_SESSION)?,
+            uid: attributes.get(names::ATTRIBUTE_SESSION_UID).filter(|uid| !uid.is_empty()).cloned(),
+        };
+        Ok(Self { wanted, pod })
+    }
+}
+
+fn pod(attributes: &HashMap<String, String>) -> Option<Pod> {
+    let value = |key: &str| attributes.get(key).filter(|value| !value.is_empty()).cloned();
+    Some(Pod { namespace: value(POD_NAMESPACE)?, name: value(POD_NAME)?, uid: value(POD_UID)? })
+}
+
+/// Only `source`, `session` and `owner` may be said: a misspelt attribute must not be ignored.
+fn inline(attributes: &HashMap<String, String>, pod: &Pod) -> Result<Wanted> {
+    let known = [names::INLINE_SOURCE, names::INLINE_SESSION, names::INLINE_OWNER];
+    if let Some(unknown) = attributes
+        .keys()
+        .filter(|key| !key.starts_with("csi.storage.k8s.io/") && !known.contains(&key.as_str()))
+        .min()
+    {
+        return Err(Failure::Invalid(format!(
+            "volumeAttributes of pod {}/{} has {unknown:?}, but an inline volume knows {} only",
+            pod.namespace,
+            pod.name,
+            known.join(", ")
+        )));
+    }
+    let source = attributes.get(names::INLINE_SOURCE);
+    let session = attributes.get(names::INLINE_SESSION);
+    match (source, session) {
+        (Some(source), None) => {
+            let (source_namespace, source) = match source.split_once('/') {
+                Some((namespace, name)) => (namespace.to_owned(), name.to_owned()),
+                None => (pod.namespace.clone(), source.clone()),
+            };
+            if source.is_empty() || source_namespace.is_empty() || source.contains('/') {
+                return Err(Failure::Invalid(format!(
+                    "volumeAttributes of pod {}/{}: source must be NAME or NAMESPACE/NAME",
+                    pod.namespace, pod.name
+                )));
+            }
+            let owner = attributes.get(names::INLINE_OWNER).map_or_else(
+                || Ok(Owner { uid: names::DEFAULT_OWNER.0, gid: names::DEFAULT_OWNER.1 }),
+                |text| parse_owner(text),
+            )?;
+            Ok(Wanted::Own { pod: pod.clone(), source_namespace, source, owner })
+        }
+        (None, Some(session)) if attributes.contains_key(names::INLINE_OWNER) => Err(Failure::Invalid(format!(
+            "volumeAttributes of pod {}/{}: session {session} has its owner already, so owner goes with source only",
+            pod.namespace, pod.name
+        ))),
+        (None, Some(session)) if !session.is_empty() && !session.contains('/') => {
+            Ok(Wanted::Session { namespace: pod.namespace.clone(), name: session.clone(), uid: None })
+        }
+        (None, Some(session)) => Err(Failure::Invalid(format!(
+            "volumeAttributes of pod {}/{}: session {session:?} is not the name of a session in the pod's namespace",
+            pod.namespace, pod.name
+        ))),
+        _ => Err(Failure::Invalid(format!(
+            "volumeAttributes of pod {}/{} must have exactly one of source and session",
+            pod.namespace, pod.name
+        ))),
+    }
+}
+
+fn parse_owner(text: &str) -> Result<Owner> {
+    text.split_once(':')
+        .and_then(|(uid, gid)| Some(Owner { uid: uid.parse().ok()?, gid: gid.parse().ok()? }))
+        .filter(|owner| owner.uid != u32::MAX && owner.gid != u32::MAX)
+        .ok_or_else(|| Failure::Invalid(format!("owner {text:?} is not of the form UID:GID, such as 1000:1000")))
+}
+
+/// The name of the session of an inline volume: the pod's name, so that a person finds it, and enough of the volume
+/// id to tell the volumes of one pod, and of two pods of one name, apart.
+pub(crate) fn inline_session_name(pod: &str, volume_id: &str) -> String {
+    let hash = aether_cas::Digest::of(volume_id.as_bytes()).to_string();
+    // Names of objects end at 253 characters, but the session's name is also a label value: 63.
+    let mut stem: String = pod.chars().take(63 - 9).collect();
+    while stem.ends_with(['-', '.']) {
+        stem.pop();
+    }
+    format!("{stem}-{}", &hash[..8])
+}
+
+/// The pod's uid as it stands in a target path: `…/pods/<uid>/volumes/kubernetes.io~csi/<name>/mount`.
+pub(crate) fn pod_uid_of_target(target: &Path) -> Option<String> {
+    let mut parts = target.components().map(|part| part.as_os_str().to_string_lossy());
+    while let Some(part) = parts.next() {
+        if part == "pods" {
+            let uid = parts.next()?.into_owned();
+            return (parts.next()? == "volumes").then_some(uid);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attributes(extra: &[(&str, &str)]) -> HashMap<String, String> {
+        [(POD_NAME, "agent-7"), (POD_NAMESPACE, "team"), (POD_UID, "u-7"), ("csi.storage.k8s.io/serviceAccount.name", "default")]
+            .iter()
+            .chain(extra)
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+            .collect()
+    }
+
+    fn ephemeral(extra: &[(&str, &str)]) -> Result<Wanted> {
+        let mut all = vec![(EPHEMERAL, "true")];
+        all.extend(extra);
+        Volume::parse(&attributes(&all)).map(|volume| volume.wanted)
+    }
+
+    #[test]
+    fn a_volume_of_a_claim_names_its_session() {
+        let volume = Volume::parse(&attributes(&[
+            (EPHEMERAL, "false"),
+            (names::ATTRIBUTE_NAMESPACE, "team"),
+            (names::ATTRIBUTE_SESSION, "fix"),
+            (names::ATTRIBUTE_SESSION_UID, "s-1"),
+        ]))
+        .unwrap();
+        assert_eq!(
+            volume.wanted,
+            Wanted::Session { namespace: "team".into(), name: "fix".into(), uid: Some("s-1".into()) }
+        );
+        assert_eq!(volume.pod.unwrap().name, "agent-7");
+        let message = Volume::parse(&attributes(&[(names::ATTRIBUTE_NAMESPACE, "team")])).unwrap_err().to_string();
+        assert!(message.contains(names::ATTRIBUTE_SESSION), "{message}");
+    }
+
+    #[test]
+    fn an_inline_volume_is_a_source_or_a_session() {
+        let own = |namespace: &str, uid, gid| Wanted::Own {
+            pod: Pod { namespace: "team".into(), name: "agent-7".into(), uid: "u-7".into() },
+            source_namespace: namespace.into(),
+            source: "kubernetes".into(),
+            owner: Owner { uid, gid },
+        };
+        assert_eq!(ephemeral(&[("source", "kubernetes")]).unwrap(), own("team", 1000, 1000));
+        assert_eq!(ephemeral(&[("source", "platform/kubernetes"), ("owner", "0:5")]).unwrap(), own("platform", 0, 5));
+        assert_eq!(
+            ephemeral(&[("session", "fix")]).unwrap(),
+            Wanted::Session { namespace: "team".into(), name: "fix".into(), uid: None }
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_with_an_inline_volume_is_said() {
+        for (extra, word) in [
+            (vec![], "exactly one"),
+            (vec![("source", "a"), ("session", "b")], "exactly one"),
+            (vec![("source", "a/b/c")], "NAMESPACE/NAME"),
+            (vec![("source", "/b")], "NAMESPACE/NAME"),
+            (vec![("source", "a"), ("owner", "me")], "UID:GID"),
+            (vec![("session", "other/fix")], "pod's namespace"),
+            (vec![("session", "fix"), ("owner", "1:1")], "source only"),
+            (vec![("sorce", "a")], "sorce"),
+        ] {
+            let message = ephemeral(&extra).unwrap_err().to_string();
+            assert!(message.contains(word), "{extra:?}: {message}");
+            assert!(message.contains("agent-7") || message.contains("owner"), "{message}");
+        }
+    }
+
+    #[test]
+    fn inline_names_are_stable_distinct_and_valid() {
+        let first = inline_session_name("agent-7", "csi-aa");
+        assert_eq!(first, inline_session_name("agent-7", "csi-aa"));
+        assert_ne!(first, inline_session_name("agent-7", "csi-bb"));
+        assert!(first.starts_with("agent-7-"));
+        let long = inline_session_name(&format!("{}.{}", "a".repeat(53), "b".repeat(80)), "csi-aa");
+        assert!(long.len() <= 63 && !long.contains(".-"), "{long}");
+    }
+
+    #[test]
+    fn a_target_tells_its_pod() {
+        let target = Path::new("/var/lib/kubelet/pods/1-2-3/volumes/kubernetes.io~csi/pv/mount");
+        assert_eq!(pod_uid_of_target(target).as_deref(), Some("1-2-3"));
+        assert_eq!(pod_uid_of_target(Path::new("/var/lib/kubelet/plugins/x")), None);
+    }
+}
