@@ -1,2 +1,72 @@
-//! placeholder
-fn main() {}
+//! The operator's process: settings, leader election, controllers, health and metrics, and an orderly end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use aether_operator::config::Config;
+use aether_operator::context::Context;
+use aether_operator::controllers;
+use aether_operator::leader::{Candidate, Times};
+use aether_operator::pins::Pins;
+use aether_runtime::{Metrics, Readiness, Stage, Tasks, http, logs, signals};
+use anyhow::Context as _;
+use clap::Parser;
+use kube::{Api, Client};
+use tokio::sync::oneshot;
+
+/// How long reconciles that have begun may take to end.
+const GRACE: Duration = Duration::from_secs(10);
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let config = Config::parse();
+    logs::init()?;
+    let client = Client::try_default().await.context("no cluster: neither a pod's service account nor a KUBECONFIG was found")?;
+    let pins = Pins::connect(&config.store)?;
+    let (readiness, metrics) = (Readiness::new(), Metrics::new());
+    let shutdown = signals::shutdown()?;
+    let tasks = Tasks::new();
+
+    let serving = http::routes(readiness.clone(), metrics.clone());
+    let address = config.listen;
+    tasks.essential(Stage::Foundation, "health and metrics", |token| http::serve(address, serving, token));
+
+    let (elected, election) = oneshot::channel();
+    let mut candidate = Candidate::new(Api::namespaced(client.clone(), &config.namespace), config.identity.clone(), Times::default());
+    let api = readiness.part("kubernetes");
+    let asked = client.clone();
+    tasks.essential(Stage::Foundation, "leader election", |token| async move {
+        // A replica that waits for its turn is ready: it serves health, and takes over when asked.
+        while let Err(error) = asked.apiserver_version().await {
+            api.not_ready(format!("the API server does not answer: {error}"));
+            tokio::select! {
+                () = token.cancelled() => return Ok(()),
+                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            }
+        }
+        api.ready();
+        tokio::select! {
+            () = token.cancelled() => return Ok(()),
+            () = candidate.acquire() => {}
+        }
+        let _ = elected.send(());
+        tokio::select! {
+            () = token.cancelled() => candidate.release().await.context("give the leader's Lease back"),
+            lost = candidate.hold() => {
+                // At once, because another replica may lead in a few seconds.
+                tracing::error!("leadership lost: {}", lost.err().map(|error| format!("{error:#}")).unwrap_or_default());
+                std::process::exit(1)
+            }
+        }
+    });
+
+    let context = Arc::new(Context::new(client, config, pins));
+    tasks.essential(Stage::Work, "controllers", |token| async move {
+        tokio::select! {
+            () = token.cancelled() => return Ok(()),
+            elected = election => elected.context("the election ended")?,
+        }
+        controllers::run(context, metrics, token).await
+    });
+    tasks.run(shutdown, GRACE).await
+}

@@ -1,0 +1,194 @@
+//! AetherCommand: one pod, once. The pod is made before the status says so and is never made again once the status
+//! names it; what became of it is read from its container.
+
+mod build;
+mod outcome;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aether_api::conditions::{self, COMPLETE, FAILED, Wanted, reason};
+use aether_api::names::{COMMAND_LABEL, DEFAULT_OWNER, ORIGIN_COMMAND, ORIGIN_LABEL};
+use aether_api::session::{ClaimPolicy, Owner};
+use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherCommand, AetherCommandStatus, AetherSession};
+use k8s_openapi::api::core::v1::Pod;
+use kube::core::ObjectMeta;
+use kube::runtime::controller::Action;
+use kube::{Api, Resource, ResourceExt};
+
+use crate::checkpoint::GRACE;
+use crate::context::Context;
+use crate::error::Result;
+use crate::{objects, schedule};
+use outcome::{Ended, Outcome};
+
+const POLL: Duration = Duration::from_secs(2);
+
+/// Runs a command.
+///
+/// # Errors
+/// The read or write that failed.
+pub async fn reconcile(seen: Arc<AetherCommand>, context: Arc<Context>) -> Result<Action> {
+    let namespace = seen.namespace().unwrap_or_default();
+    let commands: Api<AetherCommand> = objects::namespaced(&context.client, &namespace);
+    let Some(command) = objects::get(&commands, &seen.name_any()).await? else { return Ok(Action::await_change()) };
+    if command.meta().deletion_timestamp.is_some() {
+        return Ok(Action::await_change());
+    }
+    let status = command.status.clone().unwrap_or_default();
+    if command.finished() {
+        return schedule::collect(&commands, &command, status.finished, command.spec.ttl_seconds_after_finished).await;
+    }
+    let pods: Api<Pod> = objects::namespaced(&context.client, &namespace);
+    let pod = objects::get(&pods, &build::pod_name(&command)).await?;
+    let outcome = match (pod, &status.pod_name) {
+        (Some(pod), _) if objects::is_owned_by(&pod, &command) => outcome::outcome(Some(&pod), command.spec.timeout.is_some()),
+        (None, None) => match start(&command, &pods, &context).await? {
+            Start::Started => Outcome::Pending(None),
+            Start::Wait(why, message) => return wait(&commands, &command, why, message).await,
+            Start::Never(wanted) if wanted.reason == reason::SESSION_NOT_FOUND && objects::age(&command) < GRACE => return Ok(Action::requeue(POLL)),
+            Start::Never(condition) => Outcome::Ended(Ended { exit_code: None, started: None, finished: None, condition }),
+        },
+        (Some(pod), None) => {
+            let message = format!("a pod named {} exists and is not the command's: delete it, or give the command another name", pod.name_any());
+            Outcome::Ended(Ended { exit_code: None, started: None, finished: None, condition: Wanted::yes(FAILED, reason::NAME_TAKEN, message) })
+        }
+        (_, Some(_)) => outcome::outcome(None, false),
+    };
+    let ended = matches!(outcome, Outcome::Ended(_));
+    // What never began left nothing to keep.
+    let began = status.pod_name.is_some() || matches!(&outcome, Outcome::Ended(Ended { exit_code: Some(_), .. }));
+    let checkpoint = match ended && began && command.spec.checkpoint_after {
+        true => take_checkpoint(&command, &context).await?,
+        false => None,
+    };
+    let wanted = next_status(&command, outcome, checkpoint);
+    if objects::write_status(&commands, &command, &wanted).await?.is_some() {
+        if let Some(failed) = conditions::get(&wanted.conditions, FAILED).filter(|_| ended) {
+            context.warn(&command, &Wanted::yes(FAILED, failed.reason.clone(), failed.message.clone())).await;
+        }
+    }
+    match ended {
+        true => schedule::collect(&commands, &command, wanted.finished, command.spec.ttl_seconds_after_finished).await,
+        // Events of the pod tell of everything else.
+        false => Ok(Action::requeue(Duration::from_secs(30))),
+    }
+}
+
+enum Start {
+    Started,
+    Wait(&'static str, String),
+    Never(Wanted),
+}
+
+/// Makes the pod, if the session is ready for it.
+async fn start(command: &AetherCommand, pods: &Api<Pod>, context: &Context) -> Result<Start> {
+    let never = |why: &str, message: String| Ok(Start::Never(Wanted::yes(FAILED, why, message)));
+    if let Some(violation) = build::violation(&command.spec) {
+        return never(reason::INVALID, violation);
+    }
+    let name = &command.spec.session;
+    let sessions: Api<AetherSession> = objects::namespaced(&context.client, &command.namespace().unwrap_or_default());
+    let Some(session) = objects::get(&sessions, name).await? else {
+        return never(reason::SESSION_NOT_FOUND, format!("AetherSession {name} does not exist in this namespace"));
+    };
+    if session.meta().deletion_timestamp.is_some() {
+        return never(reason::SESSION_NOT_FOUND, format!("AetherSession {name} is being deleted"));
+    }
+    if session.spec.claim == ClaimPolicy::None {
+        return never(reason::INVALID, format!("AetherSession {name} has no claim (spec.claim is None), so no other pod can mount it: fork it and run there"));
+    }
+    let about = session.status.clone().unwrap_or_default();
+    if !conditions::is_true(&about.conditions, conditions::READY) {
+        let why = conditions::get(&about.conditions, conditions::READY).map_or("its claim is not bound yet", |ready| &ready.message);
+        return Ok(Start::Wait(reason::SESSION_NOT_READY, format!("AetherSession {name} is not ready: {why}")));
+    }
+    let (uid, gid) = DEFAULT_OWNER;
+    let owner = about.base.map_or(Owner { uid, gid }, |base| base.owner);
+    // Should one of that name have appeared just now, the next activation finds out whose it is.
+    objects::create(pods, &build::pod(command, &session, owner, &context.config)).await?;
+    Ok(Start::Started)
+}
+
+/// Notes what a command that has no pod waits for.
+async fn wait(commands: &Api<AetherCommand>, command: &AetherCommand, why: &str, message: String) -> Result<Action> {
+    if objects::age(command) < GRACE {
+        return Ok(Action::requeue(Duration::from_millis(500)));
+    }
+    let mut status = command.status.clone().unwrap_or_default();
+    status.phase = Some("Pending".into());
+    conditions::set(&mut status.conditions, Wanted::no(COMPLETE, why, message), command.meta().generation);
+    objects::write_status(commands, command, &status).await?;
+    Ok(Action::requeue(POLL))
+}
+
+/// The status that says what became of the command.
+fn next_status(command: &AetherCommand, outcome: Outcome, checkpoint: Option<String>) -> AetherCommandStatus {
+    let generation = command.meta().generation;
+    let mut status = command.status.clone().unwrap_or_default();
+    match outcome {
+        Outcome::Pending(trouble) => {
+            status.pod_name = Some(build::pod_name(command));
+            status.phase = Some("Pending".into());
+            let wanted = match trouble {
+                Some(trouble) => Wanted::no(COMPLETE, reason::POD_FAILED, trouble),
+                None => Wanted::no(COMPLETE, reason::IN_PROGRESS, "the pod is starting"),
+            };
+            conditions::set(&mut status.conditions, wanted, generation);
+        }
+        Outcome::Running(started) => {
+            status.pod_name = Some(build::pod_name(command));
+            status.phase = Some("Running".into());
+            status.started = started;
+            conditions::set(&mut status.conditions, Wanted::no(COMPLETE, reason::IN_PROGRESS, "the command runs"), generation);
+        }
+        Outcome::Ended(ended) => {
+            let complete = ended.condition.type_ == COMPLETE;
+            status.phase = Some(if complete { "Succeeded" } else { "Failed" }.into());
+            if ended.exit_code.is_some() {
+                status.pod_name = Some(build::pod_name(command));
+            }
+            status.exit_code = ended.exit_code;
+            status.started = ended.started.or(status.started);
+            status.finished = Some(ended.finished.unwrap_or_else(objects::now));
+            status.checkpoint = checkpoint;
+            if !complete {
+                conditions::set(&mut status.conditions, Wanted::no(COMPLETE, ended.condition.reason.clone(), ended.condition.message.clone()), generation);
+            }
+            conditions::set(&mut status.conditions, ended.condition, generation);
+        }
+    }
+    status
+}
+
+/// Takes the checkpoint that the command asks for; its name, unless one of that name is somebody else's.
+async fn take_checkpoint(command: &AetherCommand, context: &Context) -> Result<Option<String>> {
+    let checkpoints: Api<AetherCheckpoint> = objects::namespaced(&context.client, &command.namespace().unwrap_or_default());
+    let name = command.name_any();
+    let label = objects::label_value(&name);
+    let wanted = AetherCheckpoint {
+        metadata: ObjectMeta {
+            name: Some(name.clone()),
+            namespace: command.namespace(),
+            labels: Some(BTreeMap::from([(ORIGIN_LABEL.into(), ORIGIN_COMMAND.into()), (COMMAND_LABEL.into(), label.clone())])),
+            ..ObjectMeta::default()
+        },
+        spec: AetherCheckpointSpec {
+            session: command.spec.session.clone(),
+            message: Some(format!("after AetherCommand {name}: {}", command.spec.command.join(" ")).chars().take(1000).collect()),
+            ..AetherCheckpointSpec::default()
+        },
+        status: None,
+    };
+    if objects::create(&checkpoints, &wanted).await?.is_some() {
+        return Ok(Some(name));
+    }
+    let there = objects::get(&checkpoints, &name).await?;
+    if there.is_some_and(|there| there.labels().get(COMMAND_LABEL) == Some(&label) && there.spec.session == command.spec.session) {
+        return Ok(Some(name));
+    }
+    let message = format!("AetherCheckpoint {name} exists already and is not of this command, so none was taken");
+    context.warn(command, &Wanted::no(COMPLETE, reason::NAME_TAKEN, message)).await;
+    Ok(None)
+}

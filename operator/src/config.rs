@@ -1,0 +1,87 @@
+//! The operator's settings: parsed once, from flags or environment, into typed values.
+
+use std::net::SocketAddr;
+
+use clap::{Parser, ValueEnum};
+
+/// Reconciles the sources, sessions, checkpoints, restores and commands of Aether.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "aether-operator", version, after_help = EXAMPLES)]
+pub struct Config {
+    /// The namespace that holds the leader's Lease.
+    #[arg(long, env = "POD_NAMESPACE", default_value = "aether-system")]
+    pub namespace: String,
+    /// What this replica calls itself in the Lease; the pod's name.
+    #[arg(long, env = "POD_NAME", default_value = "aether-operator")]
+    pub identity: String,
+    /// Address of the store, such as http://aether-store.aether-system.svc:8980.
+    #[arg(long, env = "AETHER_STORE")]
+    pub store: String,
+    /// Image of the Jobs that import sources; its entry point is aether-importer.
+    #[arg(long, env = "AETHER_IMPORTER_IMAGE")]
+    pub importer_image: String,
+    /// Image that brings aether-worker into the pods of commands; its entry point is aether-worker.
+    #[arg(long, env = "AETHER_WORKER_IMAGE")]
+    pub worker_image: String,
+    /// Image in which a command runs when it names none.
+    #[arg(long, env = "AETHER_COMMAND_IMAGE")]
+    pub command_image: String,
+    /// When nodes pull these images.
+    #[arg(long, env = "AETHER_IMAGE_PULL_POLICY", default_value = "IfNotPresent")]
+    pub image_pull_policy: PullPolicy,
+    /// Where health (/healthz), readiness (/readyz) and metrics (/metrics) are served.
+    #[arg(long, env = "AETHER_LISTEN", default_value = "0.0.0.0:8080")]
+    pub listen: SocketAddr,
+    /// How many objects of one kind are reconciled at the same time.
+    #[arg(long, env = "AETHER_CONCURRENCY", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
+    pub concurrency: u16,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  In a cluster, as the chart runs it:
+    aether-operator --store http://aether-store.aether-system.svc:8980 \\
+      --importer-image aether/importer:0.1.0 --worker-image aether/worker:0.1.0 --command-image aether/tools:0.1.0
+
+  On a machine, against the cluster of the current KUBECONFIG:
+    aether-operator --namespace aether-system --identity $(hostname) --listen 127.0.0.1:8080 --store http://127.0.0.1:8980 \\
+      --importer-image aether/importer:dev --worker-image aether/worker:dev --command-image aether/tools:dev";
+
+/// When a node pulls an image, as Kubernetes names it.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PullPolicy {
+    /// Each time a container starts.
+    #[value(name = "Always")]
+    Always,
+    /// When the node has no image of that name.
+    #[value(name = "IfNotPresent")]
+    IfNotPresent,
+    /// Never.
+    #[value(name = "Never")]
+    Never,
+}
+
+impl PullPolicy {
+    /// The name in a pod's spec.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Always => "Always",
+            Self::IfNotPresent => "IfNotPresent",
+            Self::Never => "Never",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_value_stops_the_start_and_says_which() {
+        let arguments = ["aether-operator", "--store", "s", "--importer-image", "i", "--worker-image", "w", "--command-image", "c"];
+        let config = Config::try_parse_from(arguments).unwrap();
+        assert_eq!(config.image_pull_policy.name(), "IfNotPresent");
+        let error = Config::try_parse_from(arguments.into_iter().chain(["--listen", "nowhere"])).unwrap_err().to_string();
+        assert!(error.contains("--listen") && error.contains("nowhere"), "{error}");
+    }
+}

@@ -1,0 +1,85 @@
+//! What every reconciler is given: the client, the settings, events, and the store's pins.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use aether_api::conditions::Wanted;
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::Client;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+
+use crate::config::Config;
+use crate::objects::Object;
+use crate::pins::Pins;
+
+/// What every reconciler is given.
+pub struct Context {
+    /// The Kubernetes API.
+    pub client: Client,
+    /// The operator's settings.
+    pub config: Config,
+    /// The store's pins.
+    pub pins: Pins,
+    /// Keeps the progress of imports from being written more often than people can read.
+    pub progress: Throttle,
+    recorder: Recorder,
+}
+
+impl Context {
+    /// A context for this client and these settings.
+    pub fn new(client: Client, config: Config, pins: Pins) -> Self {
+        let reporter = Reporter { controller: aether_api::names::OPERATOR_MANAGER.into(), instance: Some(config.identity.clone()) };
+        Self {
+            recorder: Recorder::new(client.clone(), reporter),
+            progress: Throttle::new(Duration::from_secs(1)),
+            client,
+            config,
+            pins,
+        }
+    }
+
+    /// Tells people about `object`. An object that is being deleted gets no events, because its namespace may be
+    /// going too; an event that cannot be written is only logged.
+    pub async fn tell<K: Object>(&self, object: &K, type_: EventType, reason: &str, message: &str) {
+        if object.meta().deletion_timestamp.is_some() {
+            return;
+        }
+        let reference: ObjectReference = object.object_ref(&());
+        // The API server takes notes of up to 1 kB.
+        let note: String = message.chars().take(900).collect();
+        let event = Event { type_, reason: reason.into(), note: Some(note), action: "Reconcile".into(), secondary: None };
+        if let Err(error) = self.recorder.publish(&event, &reference).await {
+            tracing::debug!(name = reference.name, reason, %error, "event not written");
+        }
+    }
+
+    /// A warning about `object`.
+    pub async fn warn<K: Object>(&self, object: &K, wanted: &Wanted) {
+        self.tell(object, EventType::Warning, &wanted.reason, &wanted.message).await;
+    }
+}
+
+/// Says at most once per period and key that something is due. Forgetting does no harm.
+pub struct Throttle {
+    period: Duration,
+    last: Mutex<HashMap<String, Instant>>,
+}
+
+impl Throttle {
+    fn new(period: Duration) -> Self {
+        Self { period, last: Mutex::default() }
+    }
+
+    /// Whether it is due for `key`; if so, it is not for the next period.
+    pub fn due(&self, key: &str) -> bool {
+        let mut last = self.last.lock().expect("no holder panics");
+        let now = Instant::now();
+        last.retain(|_, then| now.duration_since(*then) < self.period);
+        if last.contains_key(key) {
+            return false;
+        }
+        last.insert(key.into(), now);
+        true
+    }
+}

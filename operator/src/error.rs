@@ -1,0 +1,71 @@
+//! The one error of reconcilers: a read or write of the Kubernetes API that failed, named once.
+
+use kube::core::response::reason;
+
+/// Result of a reconcile step.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a step of a reconciler did not come to its end. The next activation is the retry.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The API server refused, or did not answer.
+    #[error("cannot {action} {what}: {}", said(source))]
+    Kube {
+        /// A verb: `read`, `create`, `delete`.
+        action: &'static str,
+        /// Kind, namespace and name.
+        what: String,
+        /// What the server or the connection said.
+        #[source]
+        source: Box<kube::Error>,
+    },
+}
+
+impl Error {
+    fn reason(&self) -> Option<&str> {
+        let Self::Kube { source, .. } = self;
+        match source.as_ref() {
+            kube::Error::Api(status) => Some(&status.reason),
+            _ => None,
+        }
+    }
+
+    /// The object changed since it was read: reading it again is all there is to do.
+    pub fn is_conflict(&self) -> bool {
+        self.reason() == Some(reason::CONFLICT)
+    }
+
+    /// An object of that name exists already.
+    pub fn is_already_exists(&self) -> bool {
+        self.reason() == Some(reason::ALREADY_EXISTS)
+    }
+
+    /// The object does not exist.
+    pub fn is_not_found(&self) -> bool {
+        self.reason() == Some(reason::NOT_FOUND)
+    }
+
+    /// The namespace is being deleted and takes no new objects: ours will be deleted too, and nothing is wrong.
+    pub fn is_terminating_namespace(&self) -> bool {
+        let Self::Kube { source, .. } = self;
+        match source.as_ref() {
+            kube::Error::Api(status) => {
+                status.reason == reason::FORBIDDEN
+                    && (status.message.contains("being terminated")
+                        || status
+                            .details
+                            .as_ref()
+                            .is_some_and(|details| details.causes.iter().any(|cause| cause.reason == "NamespaceTerminating")))
+            }
+            _ => false,
+        }
+    }
+}
+
+/// What went wrong, without the client's debugging output.
+fn said(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        other => other.to_string(),
+    }
+}

@@ -1,0 +1,127 @@
+//! Pins: the trees that the store must keep, each named by the uid of the object that needs it.
+//!
+//! Pinning is a promise kept in the background. A pin that the store did not take is tried again with the object's
+//! next activation, which the reconciler asks for; the sweep forgets pins whose object is gone. What is remembered
+//! here only saves calls: after a restart every pin is sent once more, which changes nothing.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use aether_proto::store::v1::store_admin_client::StoreAdminClient;
+use aether_proto::store::v1::{ListRootsRequest, PinRootRequest, Root, UnpinRootsRequest};
+use tonic::transport::{Channel, Endpoint};
+
+/// A revision of a source.
+pub const SOURCE_REVISION: &str = "SourceRevision";
+/// What a session is now, and (by the name `base`) what its differences are shown against.
+pub const SESSION_HEAD: &str = "SessionHead";
+/// A checkpoint, and (by the name `base`) what its differences are shown against.
+pub const CHECKPOINT: &str = "Checkpoint";
+
+/// When to try again what the store did not take.
+pub const RETRY: Duration = Duration::from_secs(15);
+/// How long one call may take.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// A tree that must stay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pin {
+    /// The uid of the object that needs it.
+    pub owner: String,
+    /// What it is to that object.
+    pub kind: &'static str,
+    /// Tells several trees of one owner and kind apart.
+    pub name: String,
+    /// `<hex>/<size>`.
+    pub tree: String,
+}
+
+/// The pins of one store.
+pub struct Pins {
+    client: Option<StoreAdminClient<Channel>>,
+    taken: Mutex<HashMap<(String, &'static str, String), String>>,
+}
+
+impl Pins {
+    /// Pins in the store at this address, connected when first needed.
+    ///
+    /// # Errors
+    /// An address that is not one.
+    pub fn connect(address: &str) -> anyhow::Result<Self> {
+        let address = match address.strip_prefix("grpc://") {
+            Some(rest) => format!("http://{rest}"),
+            None => address.to_owned(),
+        };
+        let endpoint = Endpoint::from_shared(address.clone()).map_err(|error| anyhow::anyhow!("--store {address:?} is not an address: {error}"))?;
+        let channel = endpoint.connect_timeout(DEADLINE).timeout(DEADLINE).connect_lazy();
+        Ok(Self { client: Some(StoreAdminClient::new(channel)), taken: Mutex::default() })
+    }
+
+    /// No store: every pin counts as taken. For tests.
+    pub fn nowhere() -> Self {
+        Self { client: None, taken: Mutex::default() }
+    }
+
+    /// Pins what is not known to be pinned. `false` when the store did not take all of it.
+    pub async fn keep(&self, pins: Vec<Pin>) -> bool {
+        let Some(client) = &self.client else { return true };
+        let mut all = true;
+        for pin in pins {
+            let key = (pin.owner.clone(), pin.kind, pin.name.clone());
+            if self.taken.lock().expect("no holder panics").get(&key) == Some(&pin.tree) {
+                continue;
+            }
+            let root = Root { owner_uid: pin.owner, kind: pin.kind.into(), name: pin.name, tree: pin.tree.clone(), pinned_at: 0 };
+            match client.clone().pin_root(PinRootRequest { root: Some(root) }).await {
+                Ok(_) => {
+                    self.taken.lock().expect("no holder panics").insert(key, pin.tree);
+                }
+                Err(status) => {
+                    tracing::warn!(owner = key.0, kind = key.1, name = key.2, tree = pin.tree, code = %status.code(), message = status.message(), "the store did not take a pin; it is tried again");
+                    all = false;
+                }
+            }
+        }
+        all
+    }
+
+    /// The uids of the objects that pinned something at least `grace` ago.
+    ///
+    /// # Errors
+    /// What the store said.
+    pub async fn owners(&self, grace: Duration) -> Result<Vec<String>, tonic::Status> {
+        let Some(client) = &self.client else { return Ok(Vec::new()) };
+        let latest = jiff::Timestamp::now().as_second() - grace.as_secs() as i64;
+        let roots = client.clone().list_roots(ListRootsRequest::default()).await?.into_inner().roots;
+        let kinds = [SOURCE_REVISION, SESSION_HEAD, CHECKPOINT];
+        let ours = roots.into_iter().filter(|root| root.pinned_at <= latest && kinds.contains(&root.kind.as_str()));
+        let mut owners: Vec<String> = ours.map(|root| root.owner_uid).collect();
+        owners.sort_unstable();
+        owners.dedup();
+        Ok(owners)
+    }
+
+    /// Forgets everything that the object pinned.
+    ///
+    /// # Errors
+    /// What the store said.
+    pub async fn forget(&self, owner: &str) -> Result<(), tonic::Status> {
+        self.taken.lock().expect("no holder panics").retain(|(uid, ..), _| uid != owner);
+        let Some(client) = &self.client else { return Ok(()) };
+        client.clone().unpin_roots(UnpinRootsRequest { owner_uid: owner.into(), kind: String::new(), name: None }).await?;
+        Ok(())
+    }
+
+    /// Forgets one tree that the object pinned and needs no more.
+    ///
+    /// # Errors
+    /// What the store said.
+    pub async fn forget_one(&self, owner: &str, kind: &'static str, name: &str) -> Result<(), tonic::Status> {
+        self.taken.lock().expect("no holder panics").remove(&(owner.into(), kind, name.into()));
+        let Some(client) = &self.client else { return Ok(()) };
+        let request = UnpinRootsRequest { owner_uid: owner.into(), kind: kind.into(), name: Some(name.into()) };
+        client.clone().unpin_roots(request).await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,155 @@
+//! Claims that ask for a session of their own: any claim whose StorageClass has the provisioner `csi.aether.dev` and
+//! whose annotation `aether.dev/source` names a source. The session is made here; it belongs to the claim and goes
+//! with it, and its own reconciler makes the volume.
+
+use std::sync::Arc;
+
+use aether_api::conditions::{Wanted, reason};
+use aether_api::names::{self, CLAIM_OWNER_ANNOTATION, CLAIM_SOURCE_ANNOTATION};
+use aether_api::session::{ClaimPolicy, Owner, SourceReference};
+use aether_api::{AetherSession, AetherSessionSpec};
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use k8s_openapi::api::storage::v1::StorageClass;
+use kube::core::ObjectMeta;
+use kube::runtime::controller::Action;
+use kube::{Resource, ResourceExt};
+
+use crate::context::Context;
+use crate::error::Result;
+use crate::objects;
+
+/// Makes the session of a claim that asks for one.
+///
+/// # Errors
+/// The read or write that failed.
+pub async fn reconcile(seen: Arc<PersistentVolumeClaim>, context: Arc<Context>) -> Result<Action> {
+    if !may_ask(&seen) {
+        return Ok(Action::await_change());
+    }
+    let class = seen.spec.as_ref().and_then(|spec| spec.storage_class_name.clone()).unwrap_or_default();
+    let class = objects::get::<StorageClass>(&objects::cluster(&context.client), &class).await?;
+    if class.is_none_or(|class| class.provisioner != names::CSI_DRIVER) {
+        return Ok(Action::await_change());
+    }
+    let session = match build(&seen) {
+        Ok(session) => session,
+        Err(message) => {
+            context.warn(seen.as_ref(), &Wanted::no(aether_api::conditions::READY, reason::INVALID, message)).await;
+            return Ok(Action::await_change());
+        }
+    };
+    let sessions = objects::namespaced::<AetherSession>(&context.client, &seen.namespace().unwrap_or_default());
+    let there = match objects::get(&sessions, &session.name_any()).await? {
+        Some(there) => Some(there),
+        None => objects::create(&sessions, &session).await?,
+    };
+    if there.is_some_and(|there| !objects::is_owned_by(&there, seen.as_ref())) {
+        let name = session.name_any();
+        let message = format!("an AetherSession named {name} exists and is not of this claim: mount its own claim, or give this claim another name");
+        context.warn(seen.as_ref(), &Wanted::no(aether_api::conditions::READY, reason::NAME_TAKEN, message)).await;
+    }
+    Ok(Action::await_change())
+}
+
+/// Whether it is worth asking for the claim's class: it names one, is not bound, and is not going.
+fn may_ask(claim: &PersistentVolumeClaim) -> bool {
+    let spec = claim.spec.as_ref();
+    claim.meta().deletion_timestamp.is_none()
+        && spec.is_some_and(|spec| spec.storage_class_name.as_deref().is_some_and(|class| !class.is_empty()) && spec.volume_name.as_deref().unwrap_or_default().is_empty())
+}
+
+/// The session that the claim asks for, or what is wrong with the question.
+fn build(claim: &PersistentVolumeClaim) -> std::result::Result<AetherSession, String> {
+    let name = claim.name_any();
+    let annotation = |key: &str| claim.annotations().get(key).map(|value| value.trim()).filter(|value| !value.is_empty());
+    let Some(source) = annotation(CLAIM_SOURCE_ANNOTATION) else {
+        return Err(format!("claim {name} says not what to start from: annotate it with {CLAIM_SOURCE_ANNOTATION}: NAMESPACE/NAME of an AetherSource"));
+    };
+    let (namespace, source) = match source.split_once('/') {
+        None => (None, source),
+        Some((namespace, source)) => (Some(namespace), source),
+    };
+    if source.is_empty() || source.contains('/') || namespace.is_some_and(str::is_empty) {
+        return Err(format!("annotation {CLAIM_SOURCE_ANNOTATION} of claim {name} must be NAMESPACE/NAME or NAME of an AetherSource"));
+    }
+    let owner = annotation(CLAIM_OWNER_ANNOTATION).map(|owner| parse_owner(owner).ok_or_else(|| format!("annotation {CLAIM_OWNER_ANNOTATION} of claim {name} is {owner:?}: say UID:GID, such as 1000:1000"))).transpose()?;
+    if claim.spec.as_ref().is_some_and(|spec| spec.volume_mode.as_deref() == Some("Block")) {
+        return Err(format!("claim {name} asks for a block device, but a session is a directory: leave volumeMode out"));
+    }
+    Ok(AetherSession {
+        metadata: ObjectMeta {
+            name: claim.meta().name.clone(),
+            namespace: claim.meta().namespace.clone(),
+            owner_references: Some(objects::owned_by(claim)),
+            ..ObjectMeta::default()
+        },
+        spec: AetherSessionSpec {
+            source: Some(SourceReference { namespace: namespace.map(Into::into), name: source.into(), revision: None }),
+            owner,
+            claim: ClaimPolicy::Existing,
+            ..AetherSessionSpec::default()
+        },
+        status: None,
+    })
+}
+
+fn parse_owner(text: &str) -> Option<Owner> {
+    let (uid, gid) = text.split_once(':')?;
+    let id = |text: &str| text.parse::<u32>().ok().filter(|id| *id != u32::MAX);
+    Some(Owner { uid: id(uid)?, gid: id(gid)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::api::core::v1::PersistentVolumeClaimSpec;
+
+    fn claim(annotations: &[(&str, &str)]) -> PersistentVolumeClaim {
+        PersistentVolumeClaim {
+            metadata: ObjectMeta {
+                name: Some("work".into()),
+                namespace: Some("agents".into()),
+                uid: Some("c-1".into()),
+                annotations: Some(annotations.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect()),
+                ..Default::default()
+            },
+            spec: Some(PersistentVolumeClaimSpec { storage_class_name: Some("aether".into()), ..Default::default() }),
+            status: None,
+        }
+    }
+
+    #[test]
+    fn the_annotation_names_the_source() {
+        let session = build(&claim(&[(CLAIM_SOURCE_ANNOTATION, "platform/linux"), (CLAIM_OWNER_ANNOTATION, "1001:100")])).unwrap();
+        let source = session.spec.source.clone().unwrap();
+        assert_eq!((source.namespace.as_deref(), source.name.as_str()), (Some("platform"), "linux"));
+        assert_eq!(session.spec.owner, Some(Owner { uid: 1001, gid: 100 }));
+        assert!(objects::is_owned_by(&session, &claim(&[])), "it goes with the claim");
+        let own = build(&claim(&[(CLAIM_SOURCE_ANNOTATION, "linux")])).unwrap();
+        assert_eq!(own.spec.source.unwrap().namespace, None);
+    }
+
+    #[test]
+    fn a_wrong_annotation_is_answered_with_the_right_form() {
+        for (bad, says) in [
+            (&[][..], "annotate it with"),
+            (&[(CLAIM_SOURCE_ANNOTATION, "a/b/c")], "NAMESPACE/NAME"),
+            (&[(CLAIM_SOURCE_ANNOTATION, "/b")], "NAMESPACE/NAME"),
+            (&[(CLAIM_SOURCE_ANNOTATION, "b"), (CLAIM_OWNER_ANNOTATION, "root")], "UID:GID"),
+        ] {
+            let message = build(&claim(bad)).unwrap_err();
+            assert!(message.contains(says), "{message}");
+        }
+    }
+
+    #[test]
+    fn only_an_unbound_claim_with_a_class_may_ask() {
+        assert!(may_ask(&claim(&[])));
+        let mut bound = claim(&[]);
+        bound.spec.as_mut().unwrap().volume_name = Some("v".into());
+        assert!(!may_ask(&bound));
+        let mut ours = claim(&[]);
+        ours.spec.as_mut().unwrap().storage_class_name = Some(String::new());
+        assert!(!may_ask(&ours));
+    }
+}
