@@ -61,7 +61,11 @@ impl Draft {
     }
 
     /// Encodes every directory, children first, and hands each message to `each`. Returns the root.
-    pub(crate) fn finish(mut self, salt: &[u8], mut each: impl FnMut(&Path, Blob, Bytes) -> Result<()>) -> Result<Blob> {
+    pub(crate) fn finish(
+        mut self,
+        salt: &[u8],
+        mut each: impl FnMut(&Path, Blob, Bytes) -> Result<()>,
+    ) -> Result<Blob> {
         let groups = self.groups(salt);
         let mut blobs: Vec<Option<Blob>> = vec![None; self.directories.len()];
         while let Some(drafted) = self.directories.pop() {
@@ -82,10 +86,11 @@ impl Draft {
             each(&drafted.path, blob, message)?;
             blobs[self.directories.len()] = Some(blob);
         }
-        blobs.first().copied().flatten().ok_or_else(|| Error::Invalid {
-            what: "the tree".into(),
-            reason: "it has no root directory".into(),
-        })
+        blobs
+            .first()
+            .copied()
+            .flatten()
+            .ok_or_else(|| Error::Invalid { what: "the tree".into(), reason: "it has no root directory".into() })
     }
 
     /// The inodes that more than one name leads to, with the name of their group.
@@ -107,7 +112,11 @@ impl Draft {
             let digest = Digest::of(&[b"aether hard-link group 1\0", salt, b"\0", path].concat());
             u64::from_le_bytes(digest.0[..8].try_into().expect("a digest has 32 bytes"))
         };
-        first.into_iter().filter(|(_, (_, members))| *members > 1).map(|(inode, (path, _))| (inode, name(&path))).collect()
+        first
+            .into_iter()
+            .filter(|(_, (_, members))| *members > 1)
+            .map(|(inode, (path, _))| (inode, name(&path)))
+            .collect()
     }
 }
 

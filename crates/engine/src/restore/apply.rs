@@ -179,8 +179,7 @@ impl Hands<'_> {
     fn place(&mut self, number: usize, to: &Path) -> Result<()> {
         let (directory, name) = self.at(to)?;
         let aside = self.aside.as_ref().expect("what is placed was put aside before");
-        let rename =
-            || rustix::fs::renameat_with(aside, number.to_string(), &*directory, name, RenameFlags::NOREPLACE);
+        let rename = || rustix::fs::renameat_with(aside, number.to_string(), &*directory, name, RenameFlags::NOREPLACE);
         self.parent = None;
         self.done.moved += 1;
         unless_in_the_way(&directory, name, rename).at("move back", self.mount.join(to))
@@ -350,7 +349,8 @@ fn remove(root: std::os::fd::BorrowedFd<'_>, path: &Path) -> io::Result<()> {
         next += 1;
     }
     for path in directories.iter().rev() {
-        let parent = walk::open_beneath(root, path.parent().unwrap_or(Path::new("")), OFlags::PATH | OFlags::DIRECTORY)?;
+        let parent =
+            walk::open_beneath(root, path.parent().unwrap_or(Path::new("")), OFlags::PATH | OFlags::DIRECTORY)?;
         rustix::fs::unlinkat(&parent, path.file_name().unwrap_or_default(), AtFlags::REMOVEDIR)?;
     }
     Ok(())

@@ -5,11 +5,13 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use aether_cas::tree::{Directory, Node};
+use aether_cas::Blob;
+use aether_cas::tree::Node;
 
 use super::moves::Moves;
-use super::plan::{Trees, alike};
+use super::plan::{Old, Trees, alike};
 use crate::error::Result;
 use crate::walk::join;
 
@@ -32,7 +34,7 @@ pub(super) struct Links {
 impl Links {
     /// Reads both trees if the difference between them has to do with hard links.
     pub(super) fn find(trees: Trees<'_>, moves: &Moves) -> Result<Self> {
-        if !in_difference(trees)? {
+        if !in_difference(trees, moves)? {
             return Ok(Self::default());
         }
         let (old, new) = (Leaves::of(trees, trees.from)?, Leaves::of(trees, trees.to)?);
@@ -82,7 +84,7 @@ struct Leaves {
 }
 
 impl Leaves {
-    fn of(trees: Trees<'_>, root: aether_cas::Blob) -> Result<Self> {
+    fn of(trees: Trees<'_>, root: Blob) -> Result<Self> {
         let mut leaves = Self { nodes: HashMap::new(), groups: HashMap::new() };
         let mut todo = vec![(PathBuf::new(), root)];
         while let Some((path, blob)) = todo.pop() {
@@ -134,30 +136,48 @@ impl Moves {
     }
 }
 
-/// Whether any leaf that differs is part of a group.
-fn in_difference(trees: Trees<'_>) -> Result<bool> {
-    let mut todo = vec![(Some(trees.from), Some(trees.to))];
-    while let Some((a, b)) = todo.pop() {
-        if a == b {
+/// Whether any leaf that differs is part of a group. What moves as a whole keeps its links.
+fn in_difference(trees: Trees<'_>, moves: &Moves) -> Result<bool> {
+    let root = Old { path: PathBuf::new(), blob: trees.from };
+    let mut todo = vec![(Some(root), PathBuf::new(), Some(trees.to))];
+    while let Some((old, path, new)) = todo.pop() {
+        if old.as_ref().is_some_and(|old| Some(old.blob) == new && !moves.disturbs(&old.path)) {
             continue;
         }
-        let read = |blob: Option<aether_cas::Blob>| -> Result<std::sync::Arc<Directory>> {
-            blob.map_or_else(|| Ok(Default::default()), |blob| trees.read(&blob))
-        };
-        let (a, b) = (read(a)?, read(b)?);
-        for name in a.entries.keys().chain(b.entries.keys().filter(|name| !a.entries.contains_key(name.as_bytes()))) {
-            let (a, b) = (a.entries.get(name.as_bytes()), b.entries.get(name.as_bytes()));
-            if a == b {
-                continue;
-            }
-            if [a, b].into_iter().flatten().any(|node| node.link_group().is_some()) {
+        let read = |blob: Option<Blob>| blob.map_or_else(|| Ok(Arc::default()), |blob| trees.read(&blob));
+        let (before, after) = (read(old.as_ref().map(|old| old.blob))?, read(new)?);
+        let linked = |node: &Node, other: Option<&Node>| node.link_group().is_some() && other != Some(node);
+
+        for (name, node) in &before.entries {
+            let opposite = after.entries.get(name.as_bytes());
+            if linked(node, opposite) {
                 return Ok(true);
             }
-            let directory = |node: Option<&Node>| match node {
-                Some(Node::Directory(blob)) => Some(*blob),
+            let below = join(&path, name.as_bytes());
+            let stays = matches!(opposite, Some(Node::Directory(_))) && moves.source(&below).is_none();
+            if let (Node::Directory(blob), Some(old), false) = (node, &old, stays) {
+                let old = Old { path: join(&old.path, name.as_bytes()), blob: *blob };
+                if !moves.takes(&old.path) {
+                    todo.push((Some(old), below, None));
+                }
+            }
+        }
+        for (name, node) in &after.entries {
+            let opposite = before.entries.get(name.as_bytes());
+            if linked(node, opposite) {
+                return Ok(true);
+            }
+            let Node::Directory(blob) = node else { continue };
+            let below = join(&path, name.as_bytes());
+            let source = match (moves.source(&below), opposite, &old) {
+                (Some(moved), ..) => Some(Old { path: moved.path.clone(), blob: moved.blob }),
+                (None, Some(Node::Directory(blob)), Some(old)) => {
+                    Some(Old { path: join(&old.path, name.as_bytes()), blob: *blob })
+                        .filter(|old| !moves.takes(&old.path))
+                }
                 _ => None,
             };
-            todo.push((directory(a), directory(b)));
+            todo.push((source, below, Some(*blob)));
         }
     }
     Ok(false)

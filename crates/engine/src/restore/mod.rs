@@ -64,19 +64,46 @@ pub struct Restored {
 #[derive(Debug, PartialEq, Eq)]
 enum Step {
     /// Move a directory, found where the old tree has it, out of the way under a number.
-    Aside { from: PathBuf, number: usize },
+    Aside {
+        from: PathBuf,
+        number: usize,
+    },
     /// Move it to where the new tree has it.
-    Place { number: usize, to: PathBuf },
+    Place {
+        number: usize,
+        to: PathBuf,
+    },
     /// Remove an entry and all that is in it.
-    Remove { path: PathBuf },
-    MakeDirectory { path: PathBuf },
-    File { path: PathBuf, content: Blob, attributes: Attributes },
-    Symlink { path: PathBuf, target: Vec<u8>, attributes: Attributes },
-    Fifo { path: PathBuf, attributes: Attributes },
+    Remove {
+        path: PathBuf,
+    },
+    MakeDirectory {
+        path: PathBuf,
+    },
+    File {
+        path: PathBuf,
+        content: Blob,
+        attributes: Attributes,
+    },
+    Symlink {
+        path: PathBuf,
+        target: Vec<u8>,
+        attributes: Attributes,
+    },
+    Fifo {
+        path: PathBuf,
+        attributes: Attributes,
+    },
     /// Make `path` another name of `first`.
-    Link { first: PathBuf, path: PathBuf },
+    Link {
+        first: PathBuf,
+        path: PathBuf,
+    },
     /// Change the attributes of a leaf in place.
-    Attributes { path: PathBuf, attributes: Attributes },
+    Attributes {
+        path: PathBuf,
+        attributes: Attributes,
+    },
 }
 
 /// Compares tree `from`, which is what the session shows, with tree `to`, which it is to show.
@@ -133,7 +160,11 @@ impl Plan {
                 self.room.inodes += 1;
             }
             Step::MakeDirectory { .. } | Step::Symlink { .. } | Step::Fifo { .. } => self.room.inodes += 1,
-            Step::Aside { .. } | Step::Place { .. } | Step::Remove { .. } | Step::Link { .. } | Step::Attributes { .. } => {}
+            Step::Aside { .. }
+            | Step::Place { .. }
+            | Step::Remove { .. }
+            | Step::Link { .. }
+            | Step::Attributes { .. } => {}
         }
         self.steps.push(step);
     }

@@ -171,8 +171,12 @@ fn expand(trees: Trees<'_>, sides: &mut Vec<Side>, from: usize) -> Result<()> {
 
 /// Matches directories that share at least half of their names, most alike first come first served from the top.
 fn match_similar(old: &mut [Side], new: &mut [Side], matches: &mut Vec<(usize, usize)>) {
-    let in_place: HashMap<PathBuf, usize> =
-        old.iter().enumerate().filter(|(_, side)| side.paired).map(|(number, side)| (side.path.clone(), number)).collect();
+    let in_place: HashMap<PathBuf, usize> = old
+        .iter()
+        .enumerate()
+        .filter(|(_, side)| side.paired)
+        .map(|(number, side)| (side.path.clone(), number))
+        .collect();
     let mut by_name: HashMap<&Name, Vec<usize>> = HashMap::new();
     let directories: Vec<Arc<Directory>> = old.iter().map(|side| side.directory.clone()).collect();
     for (number, directory) in directories.iter().enumerate() {

@@ -47,7 +47,14 @@ pub(super) fn make(from: &Blob, to: &Blob, directories: &dyn Directories) -> Res
     let moves = Moves::find(trees)?;
     let links = Links::find(trees, &moves)?;
 
-    let mut planner = Planner { trees, moves: &moves, links: &links, plan: Plan::default(), numbers: HashMap::new(), late: Vec::new() };
+    let mut planner = Planner {
+        trees,
+        moves: &moves,
+        links: &links,
+        plan: Plan::default(),
+        numbers: HashMap::new(),
+        late: Vec::new(),
+    };
     planner.put_aside();
     let root = Old { path: PathBuf::new(), blob: *from };
     planner.directory(Some(root), PathBuf::new(), *to)?;

@@ -16,7 +16,7 @@ use rustix::fs::{AtFlags, CWD, Mode, RenameFlags, Timespec, Timestamps, XattrFla
 
 /// One operation, on paths relative to the root.
 #[derive(Clone, Debug)]
-pub enum Operation {
+pub(crate) enum Operation {
     Write { path: PathBuf, fill: u8, size: u64 },
     Append { path: PathBuf, fill: u8, size: u64 },
     Overwrite { path: PathBuf, offset: u64, fill: u8, size: u64 },
@@ -57,15 +57,15 @@ impl fmt::Display for Operation {
 
 /// What is there to operate on.
 #[derive(Default)]
-pub struct Listing {
-    pub files: Vec<PathBuf>,
-    pub directories: Vec<PathBuf>,
-    pub others: Vec<PathBuf>,
+pub(crate) struct Listing {
+    pub(crate) files: Vec<PathBuf>,
+    pub(crate) directories: Vec<PathBuf>,
+    pub(crate) others: Vec<PathBuf>,
 }
 
 impl Listing {
     /// Lists a hierarchy; the root is not in it.
-    pub fn of(root: &Path) -> Self {
+    pub(crate) fn of(root: &Path) -> Self {
         let mut listing = Self::default();
         let mut todo = vec![PathBuf::new()];
         while let Some(directory) = todo.pop() {
@@ -111,7 +111,7 @@ impl Listing {
 }
 
 /// Picks an operation; `None` if what it needs is not there.
-pub fn pick(random: &mut StdRng, listing: &Listing) -> Option<Operation> {
+pub(crate) fn pick(random: &mut StdRng, listing: &Listing) -> Option<Operation> {
     let fill = random.random();
     let size = *[0, 1, 7, 100, 5000].choose(random).expect("sizes");
     Some(match random.random_range(0..44) {
@@ -148,7 +148,9 @@ pub fn pick(random: &mut StdRng, listing: &Listing) -> Option<Operation> {
             seconds: random.random_range(0..2_000_000_000),
             nanos: random.random_range(0..1_000_000_000),
         },
-        36 | 37 => SetXattr { path: listing.any(random)?, name: random.random_range(0..3), size: size.min(300) as usize },
+        36 | 37 => {
+            SetXattr { path: listing.any(random)?, name: random.random_range(0..3), size: size.min(300) as usize }
+        }
         38 => RemoveXattr { path: listing.any(random)?, name: random.random_range(0..3) },
         39 => Symlink { path: listing.place(random), target: format!("../t{}", random.random_range(0..9)) },
         40 | 41 => Link { from: listing.file(random)?, to: listing.place(random) },
@@ -160,7 +162,7 @@ pub fn pick(random: &mut StdRng, listing: &Listing) -> Option<Operation> {
 
 impl Operation {
     /// Does it. A refusal by the file system is as good an outcome as any.
-    pub fn run(&self, root: &Path) {
+    pub(crate) fn run(&self, root: &Path) {
         let _refused = self.attempt(root);
     }
 

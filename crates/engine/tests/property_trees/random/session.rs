@@ -17,10 +17,10 @@ use rustix::fs::{AtFlags, CWD, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags}
 use rustix::mount::{UnmountFlags, unmount};
 
 /// Whose files need no mention; some operations give files to others.
-pub const OWNER: Owner = Owner { uid: 0, gid: 0 };
+pub(crate) const OWNER: Owner = Owner { uid: 0, gid: 0 };
 
 /// Everything a scan hands out, kept in memory.
-pub struct Keep<'a>(pub &'a MemoryStore);
+pub(crate) struct Keep<'a>(pub(crate) &'a MemoryStore);
 
 impl Sink for Keep<'_> {
     fn content(&self, content: &Blob, path: &Path, file: &fs::File) -> Result<()> {
@@ -38,19 +38,19 @@ impl Sink for Keep<'_> {
 }
 
 /// Reads a directory file by file.
-pub fn scanned(directory: &Path, store: &MemoryStore) -> Result<Scanned> {
+pub(crate) fn scanned(directory: &Path, store: &MemoryStore) -> Result<Scanned> {
     scan::scan(directory, scan::Options { owner: OWNER, mtime: None, progress: None }, &Keep(store))
 }
 
 /// A mounted session.
-pub struct Session {
+pub(crate) struct Session {
     home: PathBuf,
     lower: Blob,
 }
 
 impl Session {
     /// Makes an image of the tree `lower`, an upper that starts like its root, and mounts them.
-    pub fn new(home: &Path, lower: Blob, store: &MemoryStore) -> Self {
+    pub(crate) fn new(home: &Path, lower: Blob, store: &MemoryStore) -> Self {
         for name in ["image", "objects", "upper", "work", "merged"] {
             fs::create_dir_all(home.join(name)).expect("make a session's directory");
         }
@@ -66,7 +66,7 @@ impl Session {
     }
 
     /// Where a user works.
-    pub fn merged(&self) -> PathBuf {
+    pub(crate) fn merged(&self) -> PathBuf {
         self.home.join("merged")
     }
 
@@ -85,24 +85,15 @@ impl Session {
     }
 
     /// As a pod that ends and another that begins.
-    pub fn remount(&self) {
+    pub(crate) fn remount(&self) {
         self.unmount();
         self.mount();
     }
 
     /// The tree of the upper; new messages and contents go to the store.
-    pub fn tree(&self, store: &MemoryStore, interpretation: Interpretation) -> Result<upper::Tree> {
+    pub(crate) fn tree(&self, store: &MemoryStore, interpretation: Interpretation) -> Result<upper::Tree> {
         let path = self.home.join("upper");
-        let upper = Upper {
-            path: &path,
-            lower: self.lower,
-            owner: OWNER,
-            directories: store,
-            cache: &NoCache,
-            taken: SystemTime::now(),
-            interpretation,
-        };
-        let tree = upper.tree()?;
+        let tree = self.upper(&path, store, interpretation).tree()?;
         for (blob, message) in &tree.directories {
             assert_eq!(store.put(message.clone()), *blob);
         }
@@ -112,8 +103,26 @@ impl Session {
         Ok(tree)
     }
 
+    /// What the tree is computed from, without a stat cache.
+    pub(crate) fn upper<'a>(
+        &self,
+        path: &'a Path,
+        directories: &'a dyn Directories,
+        interpretation: Interpretation,
+    ) -> Upper<'a> {
+        Upper {
+            path,
+            lower: self.lower,
+            owner: OWNER,
+            directories,
+            cache: &NoCache,
+            taken: SystemTime::now(),
+            interpretation,
+        }
+    }
+
     /// Unmounts and removes all of it.
-    pub fn end(self) {
+    pub(crate) fn end(self) {
         self.unmount();
         unmount(self.home.join("image"), UnmountFlags::empty()).expect("unmount the image");
         fs::remove_dir_all(&self.home).expect("remove the session");
@@ -135,7 +144,7 @@ fn put_objects(root: &Blob, store: &MemoryStore, objects: &Path) {
 }
 
 /// Gives an entry its attributes.
-pub fn set_attributes(path: &Path, attributes: &Attributes) {
+pub(crate) fn set_attributes(path: &Path, attributes: &Attributes) {
     let owner = attributes.owner.unwrap_or(OWNER);
     let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
     rustix::fs::chownat(CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).expect("chown");

@@ -13,10 +13,11 @@ use rand::{Rng, SeedableRng};
 
 use super::operation::{self, Listing, Operation};
 use super::session::{OWNER, Session, scanned};
+use crate::random;
 
 /// One step.
 #[derive(Clone, Debug)]
-pub enum Step {
+pub(crate) enum Step {
     /// On the base, before there is a session.
     Base(Operation),
     /// In the session.
@@ -33,14 +34,14 @@ pub enum Step {
 
 /// How often out of forty there is a step of another kind than an operation: in order to compare, and to restore.
 #[derive(Clone, Copy)]
-pub struct Habits {
-    pub checks: u32,
-    pub restores: u32,
+pub(crate) struct Habits {
+    pub(crate) checks: u32,
+    pub(crate) restores: u32,
 }
 
 /// What went wrong, and the steps that led there.
-pub struct Failure {
-    pub why: String,
+pub(crate) struct Failure {
+    pub(crate) why: String,
     steps: Vec<Step>,
 }
 
@@ -51,8 +52,24 @@ impl fmt::Display for Failure {
     }
 }
 
+/// Runs as many seeds as the environment asks for; a failure is shrunk and ends the test.
+pub(crate) fn must_hold(habits: Habits) {
+    let right = Interpretation::default();
+    let failed = match random::number("AETHER_SEED") {
+        Some(seed) => random::alone(|scratch| run(seed, scratch, habits, right)).map(|failure| (seed, failure)),
+        None => {
+            let seeds = random::number("AETHER_SEEDS").unwrap_or(2000);
+            random::search(seeds, |seed, scratch| run(seed, scratch, habits, right))
+        }
+    };
+    if let Some((seed, failure)) = failed {
+        let shrunk = random::alone(|scratch| shrink(failure, scratch, right));
+        panic!("AETHER_SEED={seed}: {shrunk}");
+    }
+}
+
 /// Runs the scenario that a seed stands for.
-pub fn run(seed: u64, scratch: &Path, habits: Habits, interpretation: Interpretation) -> Option<Failure> {
+pub(crate) fn run(seed: u64, scratch: &Path, habits: Habits, interpretation: Interpretation) -> Option<Failure> {
     let mut random = StdRng::seed_from_u64(seed);
     let (base, steps) = (random.random_range(5..30), random.random_range(5..35));
     let mut number = 0;
@@ -68,7 +85,9 @@ pub fn run(seed: u64, scratch: &Path, habits: Habits, interpretation: Interpreta
                     0 => return Some(Step::Next),
                     1 => return Some(Step::Remount),
                     dice if dice < 2 + habits.checks => return Some(Step::Check),
-                    dice if dice < 2 + habits.checks + habits.restores => return Some(Step::Restore(random.random_range(0..100))),
+                    dice if dice < 2 + habits.checks + habits.restores => {
+                        return Some(Step::Restore(random.random_range(0..100)));
+                    }
                     _ => {}
                 }
             }
@@ -81,7 +100,7 @@ pub fn run(seed: u64, scratch: &Path, habits: Habits, interpretation: Interpreta
 }
 
 /// Takes steps out of a failure's list for as long as it still fails.
-pub fn shrink(mut failure: Failure, scratch: &Path, interpretation: Interpretation) -> Failure {
+fn shrink(mut failure: Failure, scratch: &Path, interpretation: Interpretation) -> Failure {
     let mut size = failure.steps.len() / 2;
     while size > 0 {
         let mut from = 0;
@@ -146,7 +165,8 @@ fn play(
                     let after = mounted(root);
                     let shown = scanned(&after.merged(), &store).expect("scan").root;
                     let same = same_tree(&root, &shown, &store).expect("compare");
-                    let why = format!("a session on the tree does not show it:\n{}", differences(&root, &shown, &store));
+                    let why =
+                        format!("a session on the tree does not show it:\n{}", differences(&root, &shown, &store));
                     session = Some(after);
                     if !same {
                         break Some(why);
@@ -177,7 +197,10 @@ fn compare(session: &Session, store: &MemoryStore, interpretation: Interpretatio
     let tree = session.tree(store, interpretation).map_err(|error| format!("no tree of the upper: {error}"))?;
     let shown = scanned(&session.merged(), store).map_err(|error| format!("no tree of the merged view: {error}"))?;
     if !same_tree(&tree.root, &shown.root, store).expect("compare") {
-        return Err(format!("merged view (new) is not the upper's tree (old):\n{}", differences(&tree.root, &shown.root, store)));
+        return Err(format!(
+            "merged view (new) is not the upper's tree (old):\n{}",
+            differences(&tree.root, &shown.root, store)
+        ));
     }
     if tree.counts.skipped != shown.counts.skipped {
         return Err(format!("{} entries left out, {} by the scan", tree.counts.skipped, shown.counts.skipped));
@@ -186,12 +209,7 @@ fn compare(session: &Session, store: &MemoryStore, interpretation: Interpretatio
 }
 
 /// Restores a session in place; it must then show the target.
-fn restore(
-    session: &Session,
-    target: Blob,
-    store: &MemoryStore,
-    interpretation: Interpretation,
-) -> Result<(), String> {
+fn restore(session: &Session, target: Blob, store: &MemoryStore, interpretation: Interpretation) -> Result<(), String> {
     let before = compare(session, store, interpretation)?;
     let plan = restore::plan(&before, &target, store).map_err(|error| format!("no plan: {error}"))?;
     plan.apply(&session.merged(), OWNER, store, None).map_err(|error| format!("not applied: {error}\n{plan:#?}"))?;

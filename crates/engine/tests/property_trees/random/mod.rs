@@ -1,8 +1,8 @@
 //! Random operations on real mounts: what the property tests of uppers and of restores share.
 
-pub mod operation;
-pub mod scenario;
-pub mod session;
+pub(crate) mod operation;
+pub(crate) mod scenario;
+pub(crate) mod session;
 
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
@@ -13,13 +13,13 @@ use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::UnshareFlags;
 
 /// A number from the environment.
-pub fn number(variable: &str) -> Option<u64> {
+pub(crate) fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
     Some(text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")))
 }
 
 /// Tries seeds on every core until one fails; returns the first failure found.
-pub fn search<F: Send>(seeds: u64, run: impl Fn(u64, &Path) -> Option<F> + Sync) -> Option<(u64, F)> {
+pub(crate) fn search<F: Send>(seeds: u64, run: impl Fn(u64, &Path) -> Option<F> + Sync) -> Option<(u64, F)> {
     let next = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
     let found = Mutex::new(None);
@@ -46,8 +46,9 @@ pub fn search<F: Send>(seeds: u64, run: impl Fn(u64, &Path) -> Option<F> + Sync)
 }
 
 /// Runs something once, on a thread with a mount namespace of its own.
-pub fn alone<T: Send>(run: impl FnOnce(&Path) -> T + Send) -> T {
-    std::thread::scope(|scope| scope.spawn(|| private(run)).join().expect("the worker ends without a panic"))
+pub(crate) fn alone<T: Send>(run: impl FnOnce(&Path) -> T + Send) -> T {
+    std::thread::scope(|scope| scope.spawn(|| private(run)).join())
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Gives the calling thread a mount namespace of its own with an empty tmpfs in it. Everything mounted in it goes with

@@ -1,1 +1,0 @@
-//! Applies the difference between two trees to a live session through its merged mount.
