@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use k8s_openapi::api::core::v1 as core;
 use kube::{
     Api, Client, Config,
-    api::PostParams,
+    api::{Patch, PatchParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use serde::{Deserialize, Serialize};
@@ -110,24 +110,28 @@ impl Cluster {
         network::create().await?;
         let pki = Pki::at(paths.pki());
         let processes = Processes::new(paths.processes(), paths.logs());
-        control_plane::start(paths, &pki, &programs, options, &processes).await?;
+        control_plane::configure(paths, &pki)?;
         let client = client(Kubeconfig::read_from(paths.kubeconfig())?).await?;
         let cluster = Self { paths: paths.clone(), options: options.clone(), programs, client };
-        wait::until("the API server is ready", Duration::from_secs(60), async || cluster.api_ready().await.map(Some)).await?;
-        progress.say("the control plane is ready");
 
+        let control_plane = async {
+            control_plane::start(paths, &pki, &cluster.programs, options, &processes).await?;
+            wait::until("the API server is ready", Duration::from_secs(60), async || cluster.api_ready().await.map(Some)).await?;
+            progress.say("the control plane is ready");
+            Ok(())
+        };
+        // A kubelet looks for Docker for five seconds before anything else; the API server starts meanwhile.
         let sandbox = images::sandbox(paths, &cluster.programs)?;
         let start = |node: Node| {
             let (cluster, pki, sandbox) = (&cluster, &pki, &sandbox);
             async move {
                 node.configure(pki, SERVER, &cluster.programs, options, harness)?;
-                cluster.register(&node).await?;
                 node.start(options.nodes).await?;
-                images::load(&cluster.paths, &node, std::slice::from_ref(sandbox)).await
+                images::load(&cluster.paths, &node, std::slice::from_ref(sandbox)).await?;
+                cluster.assign_pods(&node).await
             }
         };
-        futures::future::try_join_all(cluster.nodes().into_iter().map(start)).await?;
-        progress.say("nodes are started");
+        tokio::try_join!(control_plane, futures::future::try_join_all(cluster.nodes().into_iter().map(start)))?;
         wait::until("all nodes are Ready", Duration::from_secs(90), async || cluster.ready().await.map(Some)).await?;
         let record = Record { options: options.clone(), programs: cluster.programs.clone() };
         fs::write(paths.record(), serde_json::to_vec_pretty(&record)?)?;
@@ -211,15 +215,17 @@ impl Cluster {
         client(Kubeconfig::read_from(self.kubeconfig_for(user, group)?)?).await
     }
 
-    /// Makes the node's object, with the addresses of its pods: a kubelet that finds them becomes Ready without waiting for its
-    /// next report, ten seconds later.
-    async fn register(&self, node: &Node) -> Result<()> {
-        let object = serde_json::from_value(json!({
-            "metadata": {"name": node.name()},
-            "spec": {"podCIDR": node.network().pods(), "podCIDRs": [node.network().pods()]},
-        }))?;
-        Api::<core::Node>::all(self.client.clone()).create(&PostParams::default(), &object).await?;
-        Ok(())
+    /// Tells a node's object the addresses of its pods: a kubelet that sees them becomes Ready at once, and without them with
+    /// its next report, ten seconds later.
+    async fn assign_pods(&self, node: &Node) -> Result<()> {
+        let pods = node.network().pods();
+        let patch = Patch::Merge(json!({"spec": {"podCIDR": pods, "podCIDRs": [pods]}}));
+        let api = Api::<core::Node>::all(self.client.clone());
+        wait::until(&format!("{} registers", node.name()), Duration::from_secs(60), async || {
+            Ok(Some(api.patch(&node.name(), &PatchParams::default(), &patch).await?))
+        })
+        .await
+        .map(drop)
     }
 
     /// The program of the control plane that has ended, if any.

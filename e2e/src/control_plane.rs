@@ -20,47 +20,32 @@ const ETCD: &str = "http://127.0.0.1:23790";
 /// In the order of their start.
 pub const PROGRAMS: [&str; 4] = ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"];
 
-/// Makes certificates and configuration, and starts everything. Does not wait until it is ready.
-pub async fn start(paths: &Paths, pki: &Pki, programs: &Programs, options: &Options, processes: &Processes) -> Result<()> {
+/// Makes certificates, kubeconfigs and the audit policy.
+pub fn configure(paths: &Paths, pki: &Pki) -> Result<()> {
     pki.create()?;
-    let host = HOST.parse()?;
-    pki.issue(
-        "ca",
-        "kube-apiserver",
-        Subject {
-            name: "kube-apiserver",
-            group: None,
-            names: &["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"],
-            addresses: &[host, API_SERVICE.parse()?],
-        },
-    )?;
+    let server = Subject {
+        name: "kube-apiserver",
+        group: None,
+        names: &["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"],
+        addresses: &[HOST.parse()?, API_SERVICE.parse()?],
+    };
+    pki.issue("ca", "kube-apiserver", server)?;
     pki.issue("ca", "kubelet-client", Subject::user("kube-apiserver-kubelet-client", Some("system:masters")))?;
     pki.issue("front-proxy-ca", "front-proxy-client", Subject::user("front-proxy-client", None))?;
-    let admin = pki.kubeconfig(SERVER, Subject::user("kubernetes-admin", Some("system:masters")))?;
-    write_private(&paths.kubeconfig(), &admin)?;
+    write_private(&paths.kubeconfig(), &pki.kubeconfig(SERVER, Subject::user("kubernetes-admin", Some("system:masters")))?)?;
+    Ok(fs::write(audit_policy_file(paths), serde_json::to_vec_pretty(&audit_policy())?)?)
+}
+
+/// Starts everything. Does not wait until it is ready.
+pub async fn start(paths: &Paths, pki: &Pki, programs: &Programs, options: &Options, processes: &Processes) -> Result<()> {
     let manager = pki.component(SERVER, Subject::user("system:kube-controller-manager", None))?;
     let scheduler = pki.component(SERVER, Subject::user("system:kube-scheduler", None))?;
-    let policy = paths.cluster().join("audit-policy.json");
-    fs::write(&policy, serde_json::to_vec_pretty(&audit_policy())?)?;
-
     processes.start("etcd", &etcd(paths))?;
-    processes.start("kube-apiserver", &api_server(paths, pki, programs, &policy))?;
+    processes.start("kube-apiserver", &api_server(paths, pki, programs))?;
     // Both wait for the API server by themselves, but end when it takes long.
     answers(processes).await?;
     processes.start("kube-controller-manager", &controller_manager(paths, pki, programs, options, &manager))?;
-    processes.start(
-        "kube-scheduler",
-        &line(
-            &programs.kubernetes("kube-scheduler"),
-            &[
-                ("kubeconfig", scheduler),
-                ("leader-elect", "false".into()),
-                ("bind-address", "127.0.0.1".into()),
-                ("port", "0".into()),
-                ("cert-dir", paths.cluster().join("scheduler").display().to_string()),
-            ],
-        ),
-    )?;
+    processes.start("kube-scheduler", &self::scheduler(paths, programs, &scheduler))?;
     Ok(())
 }
 
@@ -97,7 +82,7 @@ fn etcd(paths: &Paths) -> Vec<String> {
     )
 }
 
-fn api_server(paths: &Paths, pki: &Pki, programs: &Programs, policy: &std::path::Path) -> Vec<String> {
+fn api_server(paths: &Paths, pki: &Pki, programs: &Programs) -> Vec<String> {
     line(
         &programs.kubernetes("kube-apiserver"),
         &[
@@ -127,7 +112,7 @@ fn api_server(paths: &Paths, pki: &Pki, programs: &Programs, policy: &std::path:
             ("requestheader-username-headers", "X-Remote-User".into()),
             ("requestheader-group-headers", "X-Remote-Group".into()),
             ("requestheader-extra-headers-prefix", "X-Remote-Extra-".into()),
-            ("audit-policy-file", policy.display().to_string()),
+            ("audit-policy-file", audit_policy_file(paths).display().to_string()),
             ("audit-log-path", paths.audit_log().display().to_string()),
             ("cert-dir", paths.cluster().join("apiserver").display().to_string()),
         ],
@@ -156,6 +141,23 @@ fn controller_manager(paths: &Paths, pki: &Pki, programs: &Programs, options: &O
             ("flex-volume-plugin-dir", folder.join("volume-plugins").display().to_string()),
         ],
     )
+}
+
+fn scheduler(paths: &Paths, programs: &Programs, kubeconfig: &str) -> Vec<String> {
+    line(
+        &programs.kubernetes("kube-scheduler"),
+        &[
+            ("kubeconfig", kubeconfig.to_owned()),
+            ("leader-elect", "false".into()),
+            ("bind-address", "127.0.0.1".into()),
+            ("port", "0".into()),
+            ("cert-dir", paths.cluster().join("scheduler").display().to_string()),
+        ],
+    )
+}
+
+fn audit_policy_file(paths: &Paths) -> PathBuf {
+    paths.cluster().join("audit-policy.json")
 }
 
 /// Every write, once, when it is answered; reads and what the control plane does for itself are left out.

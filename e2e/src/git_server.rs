@@ -14,7 +14,7 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use futures::TryStreamExt;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, BufReader},
     net::TcpListener,
     process::Command,
     task::JoinHandle,
@@ -128,7 +128,8 @@ async fn backend(served: &Served, request: Request) -> Result<Response> {
         let mut body = StreamReader::new(body.into_data_stream().map_err(std::io::Error::other));
         // A backend that has its answer may end before it has read everything.
         let _ = tokio::io::copy(&mut body, &mut stdin).await;
-        let _ = stdin.shutdown().await;
+        // Its closing is the end of the body.
+        drop(stdin);
         let _ = child.wait().await;
     });
 

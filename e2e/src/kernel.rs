@@ -18,7 +18,7 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 const SETTINGS: [&str; 6] =
     ["vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes"];
 
-/// Makes a node's cgroup in every v1 hierarchy; its kubelet keeps all pods below it.
+/// Makes a node's cgroup in every hierarchy; its kubelet keeps all pods below it.
 pub fn create_cgroup(name: &str) -> Result<()> {
     for hierarchy in hierarchies()? {
         let group = hierarchy.join(name);
@@ -75,9 +75,9 @@ pub async fn remove_cgroup(name: &str) -> Result<()> {
 
 fn hierarchies() -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(CGROUPS).with_context(|| format!("cannot read {CGROUPS}"))?;
-    // `unified` is the v2 hierarchy beside them, which a v1 kubelet does not use.
-    let found: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| p.join("tasks").exists()).collect();
-    if found.is_empty() {
+    // `unified`, the v2 hierarchy beside them, is among them: runc makes groups there too.
+    let found: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| p.join("cgroup.procs").exists()).collect();
+    if !found.iter().any(|hierarchy| hierarchy.join("tasks").exists()) {
         bail!("Kubernetes 1.20 needs cgroup v1, and {CGROUPS} has no v1 hierarchy");
     }
     Ok(found)

@@ -5,7 +5,7 @@
 //! specific than it. Nodes have no default route. On a node the service range points to a device that drops: the kernel wants a
 //! route before kube-proxy's rules rewrite the address, and what they do not rewrite is dropped there.
 
-use std::{net::IpAddr, path::Path};
+use std::{fs, net::IpAddr, path::Path};
 
 use anyhow::Result;
 
@@ -119,6 +119,10 @@ pub async fn create() -> Result<()> {
 pub async fn remove() -> Result<()> {
     if link_exists(BRIDGE) {
         ip(&format!("link del {BRIDGE}")).await?;
+    }
+    // `ip netns` keeps a mount for its names; ours were the last.
+    if fs::read_dir("/run/netns").is_ok_and(|mut names| names.next().is_none()) && run("umount", ["/run/netns"]).await.is_ok() {
+        fs::remove_dir("/run/netns")?;
     }
     if !run("ip", ["route", "show", "type", "blackhole", EVERYTHING]).await?.trim().is_empty() {
         ip(&format!("route del blackhole {EVERYTHING}")).await?;

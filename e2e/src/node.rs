@@ -252,6 +252,8 @@ impl Node {
             "kubeAPIQPS": options.kubelet_qps,
             "kubeAPIBurst": 2 * options.kubelet_qps,
             "nodeLeaseDurationSeconds": options.node_lease_seconds,
+            // Looks often, so that a node is Ready soon; writes only what changed.
+            "nodeStatusUpdateFrequency": "2s",
             "nodeStatusReportFrequency": "1m",
             "serializeImagePulls": false,
             "imageGCHighThresholdPercent": 100,

@@ -23,7 +23,7 @@ if [ ! -e "$out" ]; then
     SOURCE_DATE_EPOCH=1700000000 mmdebstrap --mode=root --variant=minbase --format=tar --include="$include" "${trim[@]}" \
         --customize-hook="$finish" bookworm "$out.part" /etc/apt/sources.list.d/debian.sources >"$log" 2>&1 ||
         { tail -20 "$log" >&2; say "mmdebstrap failed; its log is $log"; rm -f "$out.part"; exit 1; }
-    find "$AETHER_CACHE" -maxdepth 1 -name 'base-image-*.tar' -delete
     mv "$out.part" "$out"
+    find "$AETHER_CACHE" -maxdepth 1 -name 'base-image-*.tar' ! -path "$out" -delete
 fi
 echo "$out"

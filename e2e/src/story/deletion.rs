@@ -4,7 +4,8 @@ use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
 use kube::api::{Api, ListParams};
 
-use super::{SYSTEM_NAMESPACE, Story, limit};
+use super::{Story, limit};
+use crate::testing::SYSTEM_NAMESPACE;
 
 /// A claim deleted by a user is made anew; objects end in any order; a namespace ends, also when the operator was away.
 pub async fn leave_nothing(story: &Story) -> Result<String> {

@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::{SYSTEM_NAMESPACE, Story, limit};
+use super::{Story, limit};
+use crate::testing::SYSTEM_NAMESPACE;
 
 /// A driver, an operator and a store node that are killed are not noticed by a running pod, and come back.
 pub async fn kill_our_parts(story: &Story) -> Result<String> {

@@ -23,20 +23,21 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use aether_api::{AetherSource, conditions};
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use futures::future::BoxFuture;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::api::{Api, ListParams};
 use kube::{Resource, ResourceExt};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::cluster::Cluster;
 use crate::command::{self as program, Output};
+use crate::testing::{SYSTEM_NAMESPACE, Test, pod_ready};
+use crate::{product, wait};
 
-/// Where the chart is installed.
-pub const SYSTEM_NAMESPACE: &str = "aether-system";
 /// Where the shared source lives, as a platform team would have it.
 pub const PLATFORM_NAMESPACE: &str = "platform";
 /// The image of agents' pods.
@@ -99,23 +100,26 @@ pub struct Story {
     pub cluster: Cluster,
     /// The namespace.
     pub namespace: String,
+    test: Test,
     figures: Mutex<BTreeMap<&'static str, Value>>,
 }
 
 impl Story {
-    /// Makes the namespace.
-    pub async fn begin(cluster: &Cluster, namespace: &str) -> Result<Self> {
-        let story = Self { cluster: cluster.clone(), namespace: namespace.into(), figures: Mutex::default() };
-        // Left behind by a run that was killed.
-        story.end().await?;
-        story.kubectl(&["create", "namespace", namespace]).await?;
-        Ok(story)
+    /// Makes a namespace whose name begins like this.
+    pub async fn begin(cluster: &Cluster, name: &str) -> Result<Self> {
+        let test = Test::begin(cluster.clone(), name).await?;
+        Ok(Self { cluster: cluster.clone(), namespace: test.namespace.clone(), test, figures: Mutex::default() })
     }
 
     /// Removes the namespace and waits until it is gone.
     pub async fn end(&self) -> Result<()> {
         self.kubectl(&["delete", "namespace", &self.namespace, "--ignore-not-found", "--timeout=180s"]).await?;
         Ok(())
+    }
+
+    /// Objects, events and logs, for a step that failed.
+    pub async fn dump(&self) -> String {
+        self.test.dump().await
     }
 
     /// Keeps a figure of the report.
@@ -138,7 +142,7 @@ impl Story {
     /// The imported Kubernetes source, shared by all namespaces.
     pub async fn source(&self) -> Result<()> {
         let manifest = self.sample("source.yaml")?;
-        self.kubectl_input(&["apply", "-f", "-"], &manifest).await?;
+        self.apply(&manifest).await?;
         let sources: Api<AetherSource> = Api::namespaced(self.cluster.client.clone(), PLATFORM_NAMESPACE);
         let begun = Instant::now();
         let mut shown = String::new();
@@ -207,41 +211,34 @@ impl Story {
 
     /// Runs kubectl in the namespace; what it printed.
     pub async fn kubectl(&self, args: &[&str]) -> Result<String> {
-        Ok(program::expect_success(&mut self.program("kubectl", args)).await?.stdout)
-    }
-
-    async fn kubectl_input(&self, args: &[&str], input: &str) -> Result<String> {
-        let mut command = self.program("kubectl", args);
-        let output = program::output(&mut command, Some(input.as_bytes())).await?;
-        ensure!(output.code == 0, "{} exited with {}: {}", program::describe(&command), output.code, output.stderr.trim());
-        Ok(output.stdout)
+        self.test.tools.kubectl(args).await
     }
 
     /// Runs `kubectl aether` in the namespace; a failing exit code is an error.
     pub async fn aether(&self, args: &[&str]) -> Result<Output> {
-        let args: Vec<&str> = std::iter::once("aether").chain(args.iter().copied()).collect();
-        program::expect_success(&mut self.program("kubectl", &args)).await
+        program::expect_success(&mut self.test.tools.aether_command(args)).await
     }
 
     /// Runs `kubectl aether` in the namespace, whatever its exit code.
     pub async fn aether_code(&self, args: &[&str]) -> Result<Output> {
-        let args: Vec<&str> = std::iter::once("aether").chain(args.iter().copied()).collect();
-        program::output(&mut self.program("kubectl", &args), None).await
+        program::output(&mut self.test.tools.aether_command(args), None).await
     }
 
     /// Applies YAML or JSON.
     pub async fn apply(&self, manifest: &str) -> Result<()> {
-        self.kubectl_input(&["apply", "-f", "-"], manifest).await.map(drop)
+        self.test.tools.apply(manifest).await
     }
 
     /// Runs a shell script in a pod; what it printed.
     pub async fn exec(&self, pod: &str, script: &str) -> Result<String> {
-        self.kubectl(&["exec", pod, "--", "sh", "-c", script]).await
+        self.test.tools.exec(pod, script).await
     }
 
     /// Runs a shell script in a pod with this on its standard input.
     pub async fn exec_with_input(&self, pod: &str, script: &str, input: &str) -> Result<String> {
-        self.kubectl_input(&["exec", "-i", pod, "--", "sh", "-c", script], input).await
+        let output = self.test.tools.kubectl_output(&["exec", "-i", pod, "--", "sh", "-c", script], Some(input)).await?;
+        ensure!(output.code == 0, "{script} in {pod} exited with {}: {}", output.code, output.stderr.trim());
+        Ok(output.stdout)
     }
 
     /// Deletes a pod and waits until it is gone.
@@ -249,35 +246,12 @@ impl Story {
         self.kubectl(&["delete", "pod", name, "--timeout=120s"]).await.map(drop)
     }
 
-    /// A command line of the namespace, as a user of the cluster types it.
-    fn program(&self, program: &str, args: &[&str]) -> tokio::process::Command {
-        // `kubectl aether` passes flags on as they are, so the namespace comes last for it and first for all others.
-        let mut line: Vec<&str> = Vec::new();
-        match args.split_first() {
-            Some((&"aether", rest)) => {
-                line.extend(["aether", "-n", &self.namespace]);
-                line.extend(rest);
-            }
-            _ if args.first() == Some(&"-n") => line.extend(args),
-            _ => {
-                line.extend(["-n", &self.namespace]);
-                line.extend(args);
-            }
-        }
-        let mut command = program::command(program, line);
-        for (name, value) in self.cluster.environment() {
-            command.env(name, value);
-        }
-        command
-    }
-
     // Waiting.
 
     /// An object of the namespace.
     pub async fn get<K>(&self, name: &str) -> Result<K>
     where
-        K: Resource<Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
-        K::DynamicType: Default,
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Debug,
     {
         self.get_in(&self.namespace, name).await
     }
@@ -285,44 +259,27 @@ impl Story {
     /// An object of another namespace.
     pub async fn get_in<K>(&self, namespace: &str, name: &str) -> Result<K>
     where
-        K: Resource<Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
-        K::DynamicType: Default,
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Debug,
     {
         Ok(Api::<K>::namespaced(self.cluster.client.clone(), namespace).get(name).await?)
     }
 
     /// Waits, by a watch, until an object of the namespace is as described; the object.
-    pub async fn until<K>(&self, name: &str, what: &str, limit: Duration, is: impl Fn(&K) -> bool + Send + Clone) -> Result<K>
+    pub async fn until<K>(&self, name: &str, what: &str, limit: Duration, is: impl Fn(&K) -> bool) -> Result<K>
     where
-        K: Resource<Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
-        K::DynamicType: Default,
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned + Serialize + Send + 'static,
     {
-        let api = Api::<K>::namespaced(self.cluster.client.clone(), &self.namespace);
-        let wanted = kube::runtime::wait::await_condition(api.clone(), name, |object: Option<&K>| object.is_some_and(&is));
-        match tokio::time::timeout(limit, wanted).await {
-            Ok(found) => found?.with_context(|| format!("{name} vanished")),
-            Err(_) => {
-                let now = api.get_opt(name).await?;
-                bail!("waited {} s until {} {name} {what}; it is {now:#?}", limit.as_secs(), K::kind(&K::DynamicType::default()))
-            }
-        }
+        wait::object(&self.test.api::<K>(), name, what, limit, is).await
     }
 
     /// Waits until a check passes; its last error says why it did not.
     pub async fn poll<T>(&self, what: &str, limit: Duration, check: impl AsyncFn() -> Result<T>) -> Result<T> {
-        let until = Instant::now() + limit;
-        loop {
-            match check().await {
-                Ok(value) => return Ok(value),
-                Err(error) if Instant::now() > until => return Err(error.context(format!("waited {} s until {what}", limit.as_secs()))),
-                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-            }
-        }
+        wait::until(what, limit, async || check().await.map(Some)).await
     }
 
     /// Waits until a pod is ready.
     pub async fn until_pod_ready(&self, name: &str, limit: Duration) -> Result<()> {
-        let waited = self.until(name, "is ready", limit, |pod: &Pod| pod_condition(pod, "Ready")).await;
+        let waited = self.until(name, "is ready", limit, pod_ready).await;
         if waited.is_err() {
             let told = self.kubectl(&["describe", "pod", name]).await.unwrap_or_default();
             return Err(anyhow!("{told}")).context(format!("pod {name} is not ready after {} s", limit.as_secs()));
@@ -342,7 +299,7 @@ impl Story {
 
     /// Whether a pod is ready now.
     pub async fn pod_is_ready(&self, name: &str) -> Result<bool> {
-        Ok(pod_condition(&self.get::<Pod>(name).await?, "Ready"))
+        Ok(pod_ready(&self.get::<Pod>(name).await?))
     }
 
     /// The drivers' pods, node 1 first.
@@ -359,7 +316,7 @@ impl Story {
         let found = pods.list(&ListParams::default().labels("app.kubernetes.io/name=aether")).await?.items;
         ensure!(!found.is_empty(), "Aether is not installed");
         for pod in found {
-            ensure!(pod_condition(&pod, "Ready"), "{} is not ready", pod.name_any());
+            ensure!(pod_ready(&pod), "{} is not ready", pod.name_any());
         }
         Ok(())
     }
@@ -368,7 +325,7 @@ impl Story {
 
     /// How many files git tracks in the imported repository.
     pub async fn tracked_files(&self) -> Result<i64> {
-        let repository = self.cluster.repositories().join("kubernetes.git");
+        let repository = product::repositories(&self.cluster.paths).join("kubernetes.git");
         let list = program::run("git", ["--git-dir", &repository.display().to_string(), "ls-tree", "-r", "--name-only", "main"]).await?;
         Ok(i64::try_from(list.lines().count())?)
     }
@@ -382,12 +339,12 @@ impl Story {
 
     /// Where the git server of the cluster answers, without a password.
     pub fn git_url(&self) -> String {
-        self.cluster.git_url()
+        product::git_url()
     }
 
     /// Where it answers to those who have one.
     pub fn locked_git_url(&self) -> String {
-        self.cluster.locked_git_url()
+        product::locked_git_url()
     }
 }
 
@@ -423,9 +380,4 @@ fn head(text: &str) -> String {
 fn already_gone(error: anyhow::Error) -> Result<String> {
     let text = format!("{error:#}");
     if text.contains("not found") || text.contains("no matching resources") { Ok(String::new()) } else { Err(error) }
-}
-
-fn pod_condition(pod: &Pod, type_: &str) -> bool {
-    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
-    conditions.iter().any(|condition| condition.type_ == type_ && condition.status == "True")
 }

@@ -1,0 +1,79 @@
+//! Aether itself on a cluster: its custom resources, its Helm chart, and the git server that stands for the world's.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::net::TcpListener;
+
+use crate::cluster::Cluster;
+use crate::git_server::{self, Credentials};
+use crate::network::HOST;
+use crate::paths::Paths;
+use crate::testing::SYSTEM_NAMESPACE;
+use crate::tools::Tools;
+use crate::{manifests, wait};
+
+/// Where the git server answers to everybody.
+const GIT_PORT: u16 = 8418;
+/// Where it asks for a password.
+const LOCKED_GIT_PORT: u16 = 8419;
+/// The store's address: the cluster has no DNS, and drivers use their node's network.
+const STORE_ADDRESS: &str = "10.96.0.80";
+
+/// Installs or upgrades Aether, with the programs of this build, and waits until every part is ready.
+pub async fn install(cluster: &Cluster) -> Result<()> {
+    let tools = Tools::new(cluster, SYSTEM_NAMESPACE)?;
+    let top = top();
+    // This API server knows no CEL: the rules are left out of the schemas, and the operator checks them too.
+    let definitions = manifests::definitions_without_rules(&top.join("crds"))?;
+    tools.apply(&definitions).await.context("the custom resource definitions")?;
+    tools
+        .helm(&[
+            "upgrade", "--install", "aether", &top.join("charts/aether").display().to_string(),
+            "--create-namespace", "--skip-crds", "--wait", "--timeout", "300s",
+            "--set", "images.tag=dev", "--set", "images.pullPolicy=IfNotPresent",
+            "--set", &format!("store.clusterIP={STORE_ADDRESS}"),
+            "--set", "store.persistence.hostPath=/var/lib/aether-store",
+            "--set-string", "store.nodeSelector.kubernetes\\.io/hostname=node-1",
+            "--set", "driver.pool.size=8Gi",
+        ])
+        .await?;
+    let apis = ["get", "--raw", "/apis/review.aether.dev/v1alpha1"];
+    wait::until("the aggregated API answers", Duration::from_secs(60), async || tools.kubectl(&apis).await.map(Some)).await?;
+    Ok(())
+}
+
+/// The top folder of this repository.
+pub fn top() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The folder of the bare repositories that are served.
+pub fn repositories(paths: &Paths) -> PathBuf {
+    paths.cache().join("repositories")
+}
+
+/// The git server's URL, for everybody.
+pub fn git_url() -> String {
+    format!("http://{HOST}:{GIT_PORT}")
+}
+
+/// The git server's URL that asks for a password.
+pub fn locked_git_url() -> String {
+    format!("http://{HOST}:{LOCKED_GIT_PORT}")
+}
+
+/// Who may fetch from [`locked_git_url`].
+pub fn credentials() -> Credentials {
+    Credentials { user: "agent".into(), password: "correct horse battery staple".into() }
+}
+
+/// Serves the repositories until the process ends.
+pub async fn serve_git(paths: &Paths) -> Result<()> {
+    let root = repositories(paths);
+    let listen = async |port| TcpListener::bind((HOST, port)).await.with_context(|| format!("cannot listen on {HOST}:{port}: is the cluster up?"));
+    let (open, locked) = (listen(GIT_PORT).await?, listen(LOCKED_GIT_PORT).await?);
+    tokio::try_join!(git_server::serve(open, root.clone(), None), git_server::serve(locked, root, Some(credentials())))?;
+    Ok(())
+}
