@@ -1,2 +1,80 @@
-//! placeholder
-fn main() {}
+//! `aether-store-node`: serves a store, or checks one.
+
+use std::process::ExitCode;
+
+use aether_cas::LocalStore;
+use aether_runtime::{Metrics, Readiness, Stage, Tasks, http, logs, signals, tasks};
+use aether_store_node::{
+    config::{Cli, Command, FsckArgs, ServeArgs},
+    metrics::StoreMetrics,
+    serve,
+};
+use anyhow::Context;
+use clap::Parser;
+use tokio::net::TcpListener;
+use tracing::info;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<ExitCode> {
+    let cli = Cli::parse();
+    logs::init()?;
+    match cli.command {
+        Some(Command::Fsck(args)) => tasks::blocking("fsck", move || fsck(&args)).await,
+        None => run(cli.serve).await.map(|()| ExitCode::SUCCESS),
+    }
+}
+
+async fn run(args: ServeArgs) -> anyhow::Result<()> {
+    let shutdown = signals::shutdown()?;
+    let tasks = Tasks::new();
+    let readiness = Readiness::new();
+    let ready = readiness.part("store");
+    let metrics = Metrics::new();
+    let store_metrics = StoreMetrics::new(&metrics);
+
+    let routes = http::routes(readiness, metrics);
+    tasks.essential(Stage::Foundation, "health and metrics", |token| http::serve(args.http, routes, token));
+
+    let config = args.data.store();
+    let folder = args.data.data_dir.display().to_string();
+    // After a crash this reads the sizes of all files.
+    let store = tasks::blocking("open the store", move || Ok(LocalStore::open(config)?))
+        .await
+        .with_context(|| format!("cannot open the store in {folder} (--data-dir)"))?;
+    store_metrics.hold(store.statistics());
+    let listener =
+        TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {} (--listen)", args.listen))?;
+    let address = listener.local_addr()?;
+    info!(%address, folder, "serving the store");
+    tasks.essential(Stage::Intake, "store service", |token| serve(listener, store, store_metrics, token));
+    ready.ready();
+    tasks.run(shutdown, args.grace).await
+}
+
+fn fsck(args: &FsckArgs) -> anyhow::Result<ExitCode> {
+    let folder = args.data.data_dir.display();
+    // A mistyped folder must not become an empty store that is found healthy.
+    anyhow::ensure!(args.data.data_dir.join("index").is_dir(), "there is no store in {folder} (--data-dir)");
+    let store = LocalStore::open(args.data.store()).with_context(|| {
+        format!("cannot open the store in {folder}; if a store node is running on it, ask that one (StoreAdmin.Fsck)")
+    })?;
+    let report = store.fsck(args.repair)?;
+    println!("{} blobs, {} bytes read", report.blobs, report.bytes);
+    let done = if args.repair { "set aside" } else { "not repaired" };
+    for blob in &report.damaged {
+        println!("damaged blob {blob} ({done})");
+    }
+    let done = if args.repair { "removed" } else { "harmless" };
+    for path in &report.stray_files {
+        println!("stray file {} ({done})", path.display());
+    }
+    for incomplete in &report.incomplete_roots {
+        let root = &incomplete.root;
+        println!("incomplete root {} of {} {:?}: {}", root.kind, root.owner_uid, root.name, incomplete.problem);
+    }
+    if report.is_healthy() {
+        println!("the store is healthy");
+        return Ok(ExitCode::SUCCESS);
+    }
+    Ok(ExitCode::FAILURE)
+}

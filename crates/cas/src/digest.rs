@@ -276,7 +276,7 @@ mod tests {
     fn only_the_canonical_text_is_taken() {
         let hex = Digest::of(b"x").to_string();
         for bad in [
-            format!("{hex}"),
+            hex.clone(),
             format!("{hex}/"),
             format!("{hex}/01"),
             format!("{hex}/+1"),

@@ -309,7 +309,7 @@ fn fsck_finds_damage_strays_and_incomplete_roots() {
         let report = store.fsck(repair).unwrap();
         assert_eq!(report.blobs, 8);
         assert_eq!(report.damaged, [bad]);
-        assert_eq!(report.stray_files, [stray.clone()]);
+        assert_eq!(report.stray_files, std::slice::from_ref(&stray));
         assert_eq!(report.repaired, repair);
         let roots: Vec<_> =
             report.incomplete_roots.iter().map(|i| (i.root.name.as_str(), i.problem.as_str())).collect();

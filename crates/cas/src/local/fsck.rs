@@ -71,7 +71,7 @@ impl LocalStore {
                 if form.inline || form.file {
                     report.blobs += 1;
                     report.bytes += blob.size;
-                    good &= shared.read_copy(&blob, form)?.is_ok();
+                    good &= shared.check_copy(&blob, form)?.is_none();
                 }
             }
             if !good {

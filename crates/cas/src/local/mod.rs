@@ -162,6 +162,21 @@ impl LocalStore {
         self.shared.read(blob)
     }
 
+    /// Reads a blob to its end, in memory that does not grow with it, and drops the copy if it is damaged.
+    ///
+    /// # Errors
+    /// As [`LocalStore::read_blob`].
+    pub fn verify(&self, blob: &Blob) -> Result<()> {
+        if blob.is_empty() {
+            return Ok(());
+        }
+        let entry = self.shared.entry(blob)?.ok_or_else(|| self.shared.not_found(blob))?;
+        match self.shared.check_copy(blob, entry)? {
+            None => Ok(()),
+            Some(_) => self.shared.drop_damaged(blob),
+        }
+    }
+
     /// Opens a blob's file without verifying it; `None` if the store has no file of it.
     ///
     /// # Errors
@@ -305,8 +320,9 @@ impl LocalStore {
         Ok(self.committer.submit(writes))
     }
 
+    /// Not tokio's own blocking, which panics on a thread of a runtime: the commit thread needs no runtime to go on.
     fn wait(&self, receiver: oneshot::Receiver<Result<()>>) -> Result<()> {
-        receiver.blocking_recv().unwrap_or_else(|_| Err(self.closed()))
+        futures::executor::block_on(receiver).unwrap_or_else(|_| Err(self.closed()))
     }
 
     fn closed(&self) -> StoreError {
@@ -357,6 +373,10 @@ impl Shared {
         StoreError::NotFound { blob: *blob, store: self.name() }
     }
 
+    fn corrupt(&self, blob: &Blob, reason: String) -> StoreError {
+        StoreError::Corrupt { blob: *blob, store: self.name(), reason }
+    }
+
     /// The entry of a blob, if the store has it.
     fn entry(&self, blob: &Blob) -> Result<Option<Entry>> {
         let entry = self.index.entry(&blob.digest)?;
@@ -378,10 +398,13 @@ impl Shared {
             return Ok(Bytes::new());
         }
         let entry = self.entry(blob)?.ok_or_else(|| self.not_found(blob))?;
-        match self.read_copy(blob, entry)? {
-            Ok(data) => Ok(data),
-            Err(_) => self.drop_damaged(blob),
+        if let Ok(data) = self.read_copy(blob, entry)? {
+            return Ok(data);
         }
+        self.drop_damaged(blob)?;
+        // There is another form of the blob, or somebody has replaced the copy meanwhile.
+        let entry = self.entry(blob)?.ok_or_else(|| self.not_found(blob))?;
+        self.read_copy(blob, entry)?.map_err(|reason| self.corrupt(blob, reason))
     }
 
     /// Reads a blob where its entry says it is; the inner error says what is wrong with the copy.
@@ -402,22 +425,33 @@ impl Shared {
             }
         };
         Ok(match data {
-            None => Err("it is gone".to_owned()),
+            None => Err(GONE.to_owned()),
             Some(data) if blob.matches(&data) => Ok(data),
-            Some(data) if data.len() as u64 != blob.size => {
-                Err(format!("it has the wrong size, {} bytes or more", data.len()))
-            }
-            Some(data) => Err(format!("its digest is {}", Digest::of(&data))),
+            Some(data) => Err(found_instead(blob, &Blob::of(&data))),
         })
     }
 
+    /// As [`Shared::read_copy`], in memory that does not grow with the blob: what is wrong with the copy, if anything.
+    fn check_copy(&self, blob: &Blob, entry: Entry) -> Result<Option<String>> {
+        if entry.inline {
+            return Ok(self.read_copy(blob, entry)?.err());
+        }
+        let Some(file) = self.files.open_object(&blob.digest)? else {
+            return Ok(Some(GONE.to_owned()));
+        };
+        let found = Blob::of_reader(file.take(blob.size + 1))
+            .map_err(StoreError::io("read", &self.files.path(&blob.digest)))?;
+        Ok((found != *blob).then(|| found_instead(blob, &found)))
+    }
+
     /// Drops a copy that a reader found damaged, unless it has been replaced by a good one meanwhile.
-    fn drop_damaged(&self, blob: &Blob) -> Result<Bytes> {
+    ///
+    /// Succeeds when a good copy is there afterwards.
+    fn drop_damaged(&self, blob: &Blob) -> Result<()> {
         let _writing = self.lock_writes();
         let entry = self.entry(blob)?.ok_or_else(|| self.not_found(blob))?;
-        let reason = match self.read_copy(blob, entry)? {
-            Ok(data) => return Ok(data),
-            Err(reason) => reason,
+        let Some(reason) = self.check_copy(blob, entry)? else {
+            return Ok(());
         };
         let mut changes = Changes::default();
         // A blob that is there in both forms keeps the other one.
@@ -435,12 +469,10 @@ impl Shared {
             self.files.set_aside(&blob.digest)?;
         }
         tracing::error!(%blob, store = %self.name(), %reason, "dropped a damaged copy");
-        if let Some(left) = left
-            && let Ok(data) = self.read_copy(blob, left)?
-        {
-            return Ok(data);
+        match left {
+            Some(left) if self.check_copy(blob, left)?.is_none() => Ok(()),
+            _ => Err(self.corrupt(blob, reason)),
         }
-        Err(StoreError::Corrupt { blob: *blob, store: self.name(), reason })
     }
 
     fn remove(&self, blobs: &[Blob]) -> Result<()> {
@@ -488,6 +520,18 @@ impl Shared {
             self.files.set_aside(&blob.digest)?;
         }
         Ok(())
+    }
+}
+
+const GONE: &str = "it is gone";
+
+fn found_instead(blob: &Blob, found: &Blob) -> String {
+    if found.size == blob.size {
+        format!("its digest is {}", found.digest)
+    } else if found.size < blob.size {
+        format!("it has {} bytes only", found.size)
+    } else {
+        "it is longer than it should be".to_owned()
     }
 }
 

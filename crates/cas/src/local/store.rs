@@ -32,8 +32,9 @@ impl LocalStore {
                 return Ok(());
             }
             std::fs::remove_file(path).map_err(StoreError::io("remove", path))?;
+            self.verify(&blob)?;
         }
-        // Inline, missing, or damaged: the plain way knows what to do and say.
+        // Inline or missing: the plain way knows what to do and say.
         let data = self.read_blob(&blob)?;
         copy_to_new(&data[..], Path::new("memory"), path).map(|_| ())
     }

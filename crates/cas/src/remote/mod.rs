@@ -16,7 +16,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use async_trait::async_trait;
@@ -43,9 +43,8 @@ use crate::{
 
 /// Messages may be larger than a batch of blobs: names take room too.
 const MAX_MESSAGE: usize = 16 << 20;
-/// Tries of a call while the server is not there.
-const TRIES: u32 = 6;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const BLAKE3: i32 = digest_function::Value::Blake3 as i32;
 
 /// How to talk to a remote store.
@@ -55,14 +54,16 @@ pub struct RemoteConfig {
     pub uri: String,
     /// Longest wait for an answer, or for the next piece of a stream.
     pub stall: Duration,
+    /// How long a server that is not there, or that broke the connection, is tried again.
+    pub patience: Duration,
     /// Calls under way at one time.
     pub concurrency: usize,
 }
 
 impl RemoteConfig {
-    /// The usual settings: 30 s, 16 calls.
+    /// The usual settings: 30 s for an answer, 10 s for a server to come back, 16 calls.
     pub fn new(uri: impl Into<String>) -> Self {
-        Self { uri: uri.into(), stall: Duration::from_secs(30), concurrency: 16 }
+        Self { uri: uri.into(), stall: Duration::from_secs(30), patience: Duration::from_secs(10), concurrency: 16 }
     }
 }
 
@@ -73,6 +74,7 @@ pub struct RemoteStore(Arc<Inner>);
 struct Inner {
     name: String,
     stall: Duration,
+    patience: Duration,
     /// Most bytes of blobs in one message, by us and by the server.
     batch_bytes: AtomicU64,
     calls: Semaphore,
@@ -121,6 +123,7 @@ impl RemoteStore {
         Ok(Self(Arc::new(Inner {
             name: config.uri.clone(),
             stall: config.stall,
+            patience: config.patience,
             batch_bytes: AtomicU64::new(BATCH_BYTES),
             calls: Semaphore::new(config.concurrency.max(1)),
             channel: endpoint.connect_lazy(),
@@ -167,25 +170,31 @@ impl RemoteStore {
     where
         F: Future<Output = Result<T, Status>>,
     {
-        let mut pause = FIRST_PAUSE;
-        for attempt in 1.. {
-            let _permit = self.permit().await?;
-            let result = match tokio::time::timeout(self.0.stall, make()).await {
-                Ok(result) => result,
-                Err(_) => Err(self.stalled()),
-            };
+        let mut patience = self.patience();
+        loop {
+            let permit = self.permit().await?;
+            let result = self.bounded(make()).await;
+            drop(permit);
             match result {
                 Ok(answer) => return Ok(answer),
-                Err(status) if attempt < TRIES && status.code() == Code::Unavailable => {
-                    tracing::debug!(store = %self.0.name, action, %status, attempt, "trying again");
+                Err(status) if status.code() == Code::Unavailable && patience.wait().await => {
+                    tracing::debug!(store = %self.0.name, action, %status, "trying again");
                 }
                 Err(status) => return Err(self.error(action, &status)),
             }
-            drop(_permit);
-            tokio::time::sleep(pause).await;
-            pause *= 2;
         }
-        unreachable!("the last attempt returns")
+    }
+
+    /// Waits no longer than a stall for `call`; a broken connection becomes UNAVAILABLE.
+    async fn bounded<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+        match tokio::time::timeout(self.0.stall, call).await {
+            Ok(result) => result.map_err(broken_is_unavailable),
+            Err(_) => Err(self.stalled()),
+        }
+    }
+
+    fn patience(&self) -> Patience {
+        Patience { since: Instant::now(), pause: FIRST_PAUSE, limit: self.0.patience }
     }
 
     async fn permit(&self) -> Result<tokio::sync::SemaphorePermit<'_>> {
@@ -209,11 +218,16 @@ impl RemoteStore {
         StoreError::NotFound { blob, store: self.0.name.clone() }
     }
 
+    fn corrupt(&self, blob: Blob, reason: &str) -> StoreError {
+        StoreError::Corrupt { blob, store: self.0.name.clone(), reason: reason.to_owned() }
+    }
+
     /// The error of one blob of a batch; `None` if it went well.
     fn blob_error(&self, action: &str, blob: Blob, status: Option<&rpc::Status>) -> Option<StoreError> {
         let status = status.filter(|status| status.code != 0)?;
         Some(match Code::from(status.code) {
             Code::NotFound => self.not_found(blob),
+            Code::DataLoss => self.corrupt(blob, &status.message),
             code => self.error(&format!("{action} blob {blob}"), &Status::new(code, status.message.clone())),
         })
     }
@@ -319,11 +333,11 @@ impl RemoteStore {
     async fn read_tree_messages(&self, root: Blob) -> Result<Vec<(Blob, Bytes)>, Status> {
         let request =
             reapi::GetTreeRequest { root_digest: Some(root.into()), digest_function: BLAKE3, ..Default::default() };
-        let mut stream = self.cas().get_tree(request).await?.into_inner();
+        let mut client = self.cas();
+        let mut stream = self.bounded(client.get_tree(request)).await?.into_inner();
         let mut directories = Vec::new();
         loop {
-            let next = tokio::time::timeout(self.0.stall, stream.message()).await.map_err(|_| self.stalled())??;
-            let Some(page) = next else {
+            let Some(page) = self.bounded(stream.message()).await? else {
                 return Ok(directories);
             };
             directories.extend(page.directories.iter().map(|directory| {
@@ -334,6 +348,37 @@ impl RemoteStore {
             }));
         }
     }
+}
+
+/// How long a call has been tried again, and how long the next pause is.
+struct Patience {
+    since: Instant,
+    pause: Duration,
+    limit: Duration,
+}
+
+impl Patience {
+    /// Pauses, and says whether to try again.
+    async fn wait(&mut self) -> bool {
+        if self.since.elapsed() >= self.limit {
+            return false;
+        }
+        tokio::time::sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        true
+    }
+}
+
+/// What a server said has no source; what happened on the way to it has: it is not there, or has gone.
+fn broken_is_unavailable(status: Status) -> Status {
+    use std::error::Error;
+    let Some(mut cause) = status.source() else {
+        return status;
+    };
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    Status::unavailable(format!("{}: {cause}", status.message()))
 }
 
 #[async_trait]

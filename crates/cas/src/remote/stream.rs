@@ -17,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
 use super::{
-    FIRST_PAUSE, Ordering, RemoteStore, TRIES,
+    Ordering, RemoteStore, broken_is_unavailable,
     resource::{read_name, upload_name},
 };
 use crate::{Blob, StoreError, digest::BlobHasher, store::Result};
@@ -75,17 +75,14 @@ impl RemoteStore {
     async fn receive(&self, blob: Blob, sink: &mut Sink<'_>) -> Result<()> {
         let action = format!("read blob {blob}");
         let mut hasher = BlobHasher::new();
-        let mut pause = FIRST_PAUSE;
-        let mut attempt = 0;
+        let mut patience = self.patience();
         while hasher.size() < blob.size {
-            attempt += 1;
             let before = hasher.size();
             let permit = self.permit().await?;
             let result = self.receive_some(blob, &mut hasher, sink).await?;
             drop(permit);
             if hasher.size() > before {
-                attempt = 1;
-                pause = FIRST_PAUSE;
+                patience = self.patience();
             }
             match result {
                 Ok(()) if hasher.size() < blob.size => {
@@ -94,10 +91,10 @@ impl RemoteStore {
                 }
                 Ok(()) => {}
                 Err(status) if status.code() == Code::NotFound => return Err(self.not_found(blob)),
-                Err(status) if attempt < TRIES && status.code() == Code::Unavailable => {
-                    tokio::time::sleep(pause).await;
-                    pause *= 2;
+                Err(status) if status.code() == Code::DataLoss => {
+                    return Err(self.corrupt(blob, status.message()));
                 }
+                Err(status) if status.code() == Code::Unavailable && patience.wait().await => {}
                 Err(status) => return Err(self.error(&action, &status)),
             }
         }
@@ -158,9 +155,9 @@ impl RemoteStore {
         let action = format!("write blob {blob}");
         let number = self.0.uploads.fetch_add(1, Ordering::Relaxed);
         let name = upload_name(&format!("{}-{number:x}", self.0.upload_prefix), &blob);
-        let mut pause = FIRST_PAUSE;
+        let mut patience = self.patience();
         let mut offset = 0;
-        for attempt in 1.. {
+        loop {
             let permit = self.permit().await?;
             let result = self.send_from(offset, &name, blob, pieces.clone()).await;
             drop(permit);
@@ -170,18 +167,19 @@ impl RemoteStore {
                     let message = format!("the server has taken {committed} bytes only");
                     return Err(self.error(&action, &Status::data_loss(message)));
                 }
-                Err(StoreError::Remote { code, .. }) if attempt < TRIES && code == Code::Unavailable => {
-                    tokio::time::sleep(pause).await;
-                    pause *= 2;
-                    offset = self.committed(&name).await;
-                    if offset == blob.size {
+                Err(StoreError::Remote { code: Code::Unavailable | Code::Aborted, .. }) if patience.wait().await => {
+                    let committed = self.committed(&name).await;
+                    if committed == blob.size {
                         return Ok(());
                     }
+                    if committed > offset {
+                        patience = self.patience();
+                    }
+                    offset = committed;
                 }
                 Err(error) => return Err(error),
             }
         }
-        unreachable!("the last attempt returns")
     }
 
     /// How much of an upload the server has; 0 when it knows nothing of it.
@@ -201,7 +199,7 @@ impl RemoteStore {
         let feed = pin!(self.feed(sender, offset, name, blob, pieces));
         let answer = match select(pin!(call), feed).await {
             // The server may answer before it has everything: an error, or it has the blob already.
-            Either::Left((answer, _)) => answer,
+            Either::Left((answer, _)) => answer.map_err(broken_is_unavailable),
             Either::Right((fed, call)) => {
                 fed?;
                 self.bounded(call).await
@@ -260,12 +258,5 @@ impl RemoteStore {
             }
         }
         Ok(())
-    }
-
-    async fn bounded<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
-        match tokio::time::timeout(self.0.stall, call).await {
-            Ok(result) => result,
-            Err(_) => Err(self.stalled()),
-        }
     }
 }

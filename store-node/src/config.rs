@@ -1,0 +1,128 @@
+//! The command line, parsed once into typed values.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use aether_cas::LocalConfig;
+use clap::{Args, Parser, Subcommand};
+
+const EXAMPLES: &str = "Examples:
+  Serve a store on this machine:
+    aether-store-node --data-dir /var/lib/aether-store --listen 127.0.0.1:8980
+
+  Check the contents of a store that is not running, and drop what is damaged:
+    aether-store-node fsck --data-dir /var/lib/aether-store --repair
+
+Any client of Bazel's Remote Execution API that uses BLAKE3 digests can use the store, for example:
+    bazel build --digest_function=BLAKE3 --remote_cache=grpc://127.0.0.1:8980 //...";
+
+/// The content-addressed store of a cluster: contents and directory trees, named by their BLAKE3 digests.
+#[derive(Debug, Parser)]
+#[command(name = "aether-store-node", version, after_long_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// How to serve.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+/// What the program can do besides serving.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Read everything the store holds and compare it with its digests.
+    ///
+    /// The store node must not be running on the folder; ask a running one through its administration service.
+    /// Exits with 1 when something is damaged or a pinned tree is incomplete.
+    Fsck(FsckArgs),
+}
+
+/// Options of `fsck`.
+#[derive(Debug, Args)]
+pub struct FsckArgs {
+    /// Where the store is, and what it keeps where.
+    #[command(flatten)]
+    pub data: DataArgs,
+    /// Set damaged copies aside, so that clients upload them again, and remove stray files.
+    #[arg(long)]
+    pub repair: bool,
+}
+
+/// Options of the server.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Where the store is, and what it keeps where.
+    #[command(flatten)]
+    pub data: DataArgs,
+    /// Address for gRPC; port 0 takes a free one, which is logged.
+    #[arg(long, env = "AETHER_LISTEN", default_value = "127.0.0.1:8980", value_name = "IP:PORT")]
+    pub listen: SocketAddr,
+    /// Address for /healthz, /readyz and /metrics.
+    #[arg(long, env = "AETHER_HTTP", default_value = "127.0.0.1:9812", value_name = "IP:PORT")]
+    pub http: SocketAddr,
+    /// Time for calls to end after SIGTERM, in seconds.
+    #[arg(long, env = "AETHER_GRACE", default_value = "20", value_name = "SECONDS", value_parser = seconds)]
+    pub grace: Duration,
+}
+
+/// Where a store is, and what it keeps where.
+#[derive(Clone, Debug, Args)]
+pub struct DataArgs {
+    /// Folder of the store, made if it is not there. One process at a time may use it.
+    #[arg(long, env = "AETHER_DATA_DIR", default_value = "/var/lib/aether-store", value_name = "FOLDER")]
+    pub data_dir: PathBuf,
+    /// Blobs of up to this many bytes are kept in the index, larger ones as files: 0 to 1048576.
+    #[arg(long, env = "AETHER_INLINE_LIMIT", default_value_t = 16 << 10, value_name = "BYTES",
+          value_parser = clap::value_parser!(u64).range(0..=1 << 20))]
+    pub inline_limit: u64,
+}
+
+impl DataArgs {
+    /// The layout of the data folder.
+    pub fn store(&self) -> LocalConfig {
+        LocalConfig {
+            objects: self.data_dir.join("objects"),
+            index: self.data_dir.join("index"),
+            inline_limit: self.inline_limit,
+        }
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse::<u64>() {
+        Ok(seconds) if (1..=3600).contains(&seconds) => Ok(Duration::from_secs(seconds)),
+        _ => Err("a number of seconds from 1 to 3600 is expected".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn bad_values_are_refused_with_the_option_and_the_reason() {
+        for (args, words) in [
+            (&["--listen", "store:8980"][..], "--listen"),
+            (&["--grace", "0"], "1 to 3600"),
+            (&["--inline-limit", "9999999"], "--inline-limit"),
+            (&["fsck", "--fix"], "--fix"),
+        ] {
+            let error = Cli::try_parse_from([&["aether-store-node"], args].concat()).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn fsck_takes_its_own_folder() {
+        let cli = Cli::try_parse_from(["aether-store-node", "fsck", "--data-dir", "/x", "--repair"]).unwrap();
+        let Some(Command::Fsck(args)) = cli.command else { panic!("{cli:?}") };
+        assert!(args.repair);
+        assert_eq!(args.data.store().index, PathBuf::from("/x/index"));
+    }
+}

@@ -1,0 +1,66 @@
+//! The store node: a local store served over Bazel's Remote Execution API, with administration beside it.
+//!
+//! The binary is a thin shell around this library; tests run [`serve`] in their own process.
+
+pub mod config;
+pub mod metrics;
+mod service;
+
+use std::time::Duration;
+
+use aether_cas::LocalStore;
+use aether_proto::store::v1::store_admin_server::StoreAdminServer;
+use aether_runtime::CancellationToken;
+use anyhow::Context;
+use bazel_remote_apis::{
+    build::bazel::remote::execution::v2::{
+        capabilities_server::CapabilitiesServer, content_addressable_storage_server::ContentAddressableStorageServer,
+    },
+    google::bytestream::byte_stream_server::ByteStreamServer,
+};
+use tokio::net::TcpListener;
+use tonic::transport::{Server, server::TcpIncoming};
+use tower::limit::GlobalConcurrencyLimitLayer;
+
+use crate::{
+    metrics::StoreMetrics,
+    service::{
+        MAX_MESSAGE_BYTES, admin::AdminService, bytestream::ByteStreamService, capabilities::CapabilitiesService,
+        cas::CasService,
+    },
+};
+
+/// Requests in hand at one time. With [`MAX_MESSAGE_BYTES`] each they bound the memory of the node.
+const REQUESTS: usize = 64;
+
+/// Serves `store` on `listener` until the token is cancelled, then finishes the calls that have begun.
+///
+/// # Errors
+/// When accepting connections fails for good.
+pub async fn serve(
+    listener: TcpListener,
+    store: LocalStore,
+    metrics: StoreMetrics,
+    token: CancellationToken,
+) -> anyhow::Result<()> {
+    let cas = CasService::new(store.clone(), metrics.clone());
+    let bytes = ByteStreamService::new(store.clone(), metrics.clone());
+    let admin = AdminService::new(store, metrics);
+    Server::builder()
+        .layer(GlobalConcurrencyLimitLayer::new(REQUESTS))
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(20)))
+        .initial_connection_window_size(8 << 20)
+        .initial_stream_window_size(4 << 20)
+        .add_service(CapabilitiesServer::new(CapabilitiesService))
+        .add_service(
+            ContentAddressableStorageServer::new(cas)
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES),
+        )
+        .add_service(ByteStreamServer::new(bytes).max_decoding_message_size(MAX_MESSAGE_BYTES))
+        .add_service(StoreAdminServer::new(admin))
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), token.cancelled_owned())
+        .await
+        .context("serving the store")
+}
