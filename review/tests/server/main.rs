@@ -1,0 +1,5 @@
+//! The server as its client sees it.
+
+mod changes;
+mod cluster;
+mod trust;
