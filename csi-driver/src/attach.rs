@@ -145,12 +145,13 @@ impl Driver {
     /// session's head, or was never let go; else one is made from the head.
     async fn mount(&self, session: &AetherSession, record: Option<&SessionRecord>, epoch: i64) -> Result<()> {
         let uid = session.uid().unwrap_or_default();
-        let usable = record.is_some_and(|record| match &record.upper {
+        let here = record.is_some_and(|record| match &record.upper {
             Upper::Dirty => record.epoch == epoch,
             Upper::Clean { root } => session.head_root() == Some(root),
             Upper::Fenced { .. } => false,
         });
-        if !usable || self.engine.session(&uid).await.is_err_and(|error| error.is_not_found()) {
+        let usable = here && self.engine.session(&uid).await.map(|_| true).or_else(absent)?;
+        if !usable {
             // From here until the new record, nothing on this node counts as the session.
             self.sessions.remove(&uid)?;
             self.engine.unmount_session(&uid).await.or_else(absent)?;
@@ -172,6 +173,7 @@ impl Driver {
             epoch,
             upper: Upper::Dirty,
             last_root: record
+                .filter(|_| usable)
                 .and_then(|record| record.last_root.clone())
                 .or_else(|| session.head_root().map(str::to_owned)),
             uid: uid.clone(),
@@ -187,7 +189,7 @@ impl Driver {
             && forked.node.as_deref() == Some(self.node())
             && let Some(name) = &forked.snapshot
         {
-            let snapshot = self.engine.snapshots().await?.into_iter().find(|snapshot| &snapshot.id == name);
+            let snapshot = self.engine.snapshot_record(name).await.map(Some).or_else(absent)?;
             // A fork with another owner needs another image, so it starts from the tree.
             if snapshot.is_some_and(|snapshot| snapshot.image.id().owner() == owner(session)) {
                 return Ok(Some(Beginning::Snapshot(name.clone())));

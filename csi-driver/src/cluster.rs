@@ -298,3 +298,107 @@ pub(crate) async fn run<K, Context, Reconcile, Running>(
         })
         .await;
 }
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use aether_api::AetherSessionSpec;
+    use http::{Method, Request, Response};
+    use kube::client::Body;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// An API server for one session: refuses a patch whose resourceVersion is not the newest, as the real one does.
+    fn server(object: Arc<Mutex<Value>>) -> Client {
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let object = object.clone();
+            async move {
+                let (parts, body) = request.into_parts();
+                let sent = body.collect_bytes().await.unwrap();
+                let mut object = object.lock().unwrap();
+                let (code, answer) = match parts.method {
+                    Method::GET => (200, object.clone()),
+                    Method::PATCH => {
+                        assert!(parts.uri.path().ends_with("/namespaces/team/aethersessions/fix/status"), "{}", parts.uri);
+                        assert!(parts.uri.query().unwrap_or_default().contains("fieldManager=driver"));
+                        let patch: Value = serde_json::from_slice(&sent).unwrap();
+                        if patch["metadata"]["resourceVersion"] == object["metadata"]["resourceVersion"] {
+                            let version: u64 = object["metadata"]["resourceVersion"].as_str().unwrap().parse().unwrap();
+                            object["metadata"]["resourceVersion"] = json!((version + 1).to_string());
+                            for (key, value) in patch["status"].as_object().unwrap() {
+                                object["status"][key] = value.clone();
+                            }
+                            (200, object.clone())
+                        } else {
+                            (409, json!({"kind": "Status", "status": "Failure", "reason": "Conflict", "message": "changed", "code": 409}))
+                        }
+                    }
+                    other => panic!("{other} was not expected"),
+                };
+                Ok::<_, Infallible>(Response::builder().status(code).body(Body::from(serde_json::to_vec(&answer).unwrap())).unwrap())
+            }
+        });
+        Client::new(service, "default")
+    }
+
+    fn session(uid: &str, version: &str) -> Value {
+        let mut session = AetherSession::new("fix", AetherSessionSpec::default());
+        session.metadata.namespace = Some("team".into());
+        session.metadata.uid = Some(uid.into());
+        session.metadata.resource_version = Some(version.into());
+        let mut value = serde_json::to_value(&session).unwrap();
+        value["status"] = json!({});
+        value
+    }
+
+    fn seen(value: &Value) -> Arc<AetherSession> {
+        Arc::new(serde_json::from_value(value.clone()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_lost_race_is_decided_again_on_the_newest_version() {
+        let object = Arc::new(Mutex::new(session("u", "7")));
+        let old = seen(&session("u", "5"));
+        object.lock().unwrap()["status"]["changedFiles"] = json!(3);
+        let api = Api::namespaced(server(object.clone()), "team");
+        let looks = Mutex::new(Vec::new());
+        let after = update_status(&api, old.clone(), "driver", |session: &AetherSession| {
+            let changed = session.status.as_ref().and_then(|status| status.changed_files);
+            looks.lock().unwrap().push(changed);
+            Some(json!({"ownBytes": 1}))
+        })
+        .await
+        .unwrap();
+        assert_eq!(*looks.lock().unwrap(), [None, Some(3)]);
+        let status = after.status.clone().unwrap();
+        assert_eq!((status.changed_files, status.own_bytes), (Some(3), Some(1)), "nothing of the other writer is lost");
+
+        let unchanged = update_status(&api, after.clone(), "driver", |_| None).await.unwrap();
+        assert_eq!(unchanged.resource_version(), after.resource_version(), "nothing to do writes nothing");
+    }
+
+    #[tokio::test]
+    async fn an_object_made_anew_is_not_written() {
+        let object = Arc::new(Mutex::new(session("another", "9")));
+        let api = Api::namespaced(server(object.clone()), "team");
+        let result = update_status(&api, seen(&session("u", "5")), "driver", |_: &AetherSession| Some(json!({"ownBytes": 1}))).await;
+        assert!(result.unwrap_err().is_gone());
+        assert_eq!(object.lock().unwrap()["status"], json!({}));
+    }
+
+    #[tokio::test]
+    async fn a_call_waits_until_its_deadline_or_until_nobody_listens() {
+        let (sender, mut changes) = watch::channel(0_u64);
+        let mut patience = Patience { deadline: Instant::now(), cancelled: CancellationToken::new() };
+        let end = patience.changed(&mut changes, "held by node b").await.unwrap_err();
+        assert!(matches!(&end, Failure::NotYet(reason) if reason == "held by node b"));
+
+        patience.deadline += std::time::Duration::from_secs(3600);
+        sender.send(1).unwrap();
+        patience.changed(&mut changes, "").await.unwrap();
+        patience.cancelled.cancel();
+        assert!(matches!(patience.changed(&mut changes, "").await, Err(Failure::Aborted(_))));
+    }
+}

@@ -96,7 +96,7 @@ impl Driver {
 
     /// Whether a pod here may write the session.
     pub(crate) fn published_for_writing(&self, uid: &str) -> bool {
-        self.mounts_of(uid).iter().any(|publish| !publish.read_only)
+        self.publishes.any(|publish| publish.uid.as_deref() == Some(uid) && !publish.unpublished && !publish.read_only)
     }
 
     /// The pods here that may write the session.

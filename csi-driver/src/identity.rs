@@ -11,19 +11,19 @@ use aether_runtime::Readiness;
 use tonic::{Request, Response, Status};
 
 /// Name of the driver, in CSIDriver objects, volumes and socket paths.
-pub const DRIVER: &str = "csi.aether.dev";
+pub(crate) const DRIVER: &str = "csi.aether.dev";
 
 /// Answers for [`DRIVER`]. It advertises no plugin capability: there is no Controller service, because the operator makes
 /// volumes through the Kubernetes API and no sidecar is needed, and no topology, because a session can be mounted anywhere.
 #[derive(Clone, Debug)]
-pub struct IdentityService {
+pub(crate) struct IdentityService {
     readiness: Readiness,
 }
 
 impl IdentityService {
     /// Ready when `readiness` is.
     #[must_use]
-    pub fn new(readiness: Readiness) -> Self {
+    pub(crate) fn new(readiness: Readiness) -> Self {
         IdentityService { readiness }
     }
 }

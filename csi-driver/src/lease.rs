@@ -75,8 +75,7 @@ pub(crate) fn decide(
     if let Some(local) = local {
         let mine = holder == Some(me) && local.epoch == epoch;
         match local.upper {
-            // A clean upper under the own epoch: the release had everything in the store, but did not get to let go.
-            Upper::Dirty | Upper::Clean { .. } if mine => return Action::Keep { epoch },
+            Upper::Dirty if mine => return Action::Keep { epoch },
             Upper::Dirty | Upper::Fenced { .. } => return Action::Recover,
             Upper::Clean { .. } => {}
         }
@@ -141,7 +140,6 @@ mod tests {
             ("released by another", attachment(None, 4), None, None, take(5, None)),
             ("released here", attachment(None, 4), record(4, clean()), None, take(5, None)),
             ("held here", attachment(Some("a"), 4), record(4, Upper::Dirty), None, Action::Keep { epoch: 4 }),
-            ("digested here, not let go", attachment(Some("a"), 4), record(4, clean()), None, Action::Keep { epoch: 4 }),
             ("taken here, records lost", attachment(Some("a"), 4), None, None, take(5, None)),
             ("taken here, killed before the record", attachment(Some("a"), 5), record(4, clean()), None, take(6, None)),
             ("held elsewhere, not asked", attachment(Some("b"), 4), None, None, inspect.clone()),

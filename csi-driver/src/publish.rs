@@ -105,6 +105,7 @@ impl Driver {
             // What an inline volume made stays recorded: its unpublish comes, or the next attempt finds it.
             self.take_away(&record).await;
             self.publishes.remove(&key)?;
+            self.poke(&record.namespace, &record.session);
         }
         self.count();
         result
@@ -229,6 +230,8 @@ impl Driver {
             self.publishes.remove(&key)?;
             tracing::info!(session = format!("{}/{}", record.namespace, record.session), target = key, "unpublished");
             self.poke(&record.namespace, &record.session);
+            // For a session whose object is gone already.
+            self.attached.send_modify(|version| *version += 1);
         }
         self.count();
         Ok(())

@@ -32,7 +32,7 @@ pub(crate) struct SessionRecord {
     /// The lease epoch under which the upper was last written.
     pub epoch: i64,
     pub upper: Upper,
-    /// The tree of the last digest, to tell whether anything changed since.
+    /// The newest tree of this upper that is in the store, to tell whether anything changed since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_root: Option<String>,
 }
@@ -43,7 +43,7 @@ pub(crate) struct SessionRecord {
 pub(crate) enum Upper {
     /// It may hold changes that exist nowhere else.
     Dirty,
-    /// It is exactly this tree, which is in the store, and has not been mounted for writing since.
+    /// The lease was let go with exactly this tree as the session's head; it has not been mounted for writing since.
     Clean { root: String },
     /// Another node took the session over. What was unsaved is in this snapshot, kept for the checkpoint
     /// `recovered-<epoch>`; the upper goes as soon as nothing uses it.
@@ -132,6 +132,11 @@ impl<R: Record> Records<R> {
 
     pub(crate) fn get(&self, key: &str) -> Option<R> {
         self.lock().get(key).cloned()
+    }
+
+    /// Whether there is one for which `matches` says yes.
+    pub(crate) fn any(&self, matches: impl Fn(&R) -> bool) -> bool {
+        self.lock().values().any(matches)
     }
 
     pub(crate) fn all(&self) -> Vec<R> {

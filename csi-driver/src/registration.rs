@@ -30,7 +30,7 @@ const LINGER: Duration = Duration::from_secs(2);
 
 /// Where the kubelet looks for plugins and finds their sockets.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Paths {
+pub(crate) struct Paths {
     /// Serves Identity and Node, as this process sees it.
     pub csi: PathBuf,
     /// Serves Registration, as this process sees it.
@@ -42,7 +42,7 @@ pub struct Paths {
 impl Paths {
     /// For a kubelet whose root directory, usually `/var/lib/kubelet`, is at the same path here.
     #[must_use]
-    pub fn below(kubelet: &Path) -> Paths {
+    pub(crate) fn below(kubelet: &Path) -> Paths {
         let csi = kubelet.join("plugins").join(DRIVER).join("csi.sock");
         let registration = kubelet.join("plugins_registry").join(format!("{DRIVER}-reg.sock"));
         Paths { endpoint: csi.clone(), csi, registration }
@@ -54,7 +54,7 @@ impl Paths {
 /// # Errors
 /// When the socket cannot be bound, or the kubelet says that it did not take the driver: the process should end, so that
 /// its restart is a new attempt.
-pub async fn serve(paths: &Paths, token: CancellationToken) -> anyhow::Result<()> {
+pub(crate) async fn serve(paths: &Paths, token: CancellationToken) -> anyhow::Result<()> {
     let (incoming, file) = Socket::bind(&paths.registration)?.into_incoming();
     let (refused, mut refusal) = watch::channel(None);
     let service = Service { endpoint: paths.endpoint.display().to_string(), refused };

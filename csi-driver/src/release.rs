@@ -32,11 +32,8 @@ impl Driver {
             if self.published_for_writing(&uid) {
                 return Ok(());
             }
-            match record.upper {
-                Upper::Dirty => {}
-                // Everything was in the store already when the driver was killed.
-                Upper::Clean { .. } => return self.let_go(session, &record, json!({})).await,
-                Upper::Fenced { .. } => return Ok(()),
+            if record.upper != Upper::Dirty {
+                return Ok(());
             }
             // Nobody writes once it is unmounted, so this moment is the session's last.
             self.engine.unmount_session(&uid).await.or_else(absent)?;
@@ -69,18 +66,27 @@ impl Driver {
             return Err(Failure::NotYet("the session was mounted again in the meantime".into()));
         }
         let root = digested.root.to_string();
-        record.upper = Upper::Clean { root: root.clone() };
-        record.last_root = Some(root);
+        record.last_root = Some(root.clone());
         self.sessions.put(record.clone())?;
-        self.let_go(session, &record, head_status(digested.root, taken_at(snapshot), account)).await?;
+        let after = self.let_go(session, &record, head_status(digested.root, taken_at(snapshot), account)).await?;
+        // Only now is the upper a mere copy. A kill before this line costs the copy, not the tree.
+        if after.holder().is_none() && after.head_root() == Some(&root) {
+            record.upper = Upper::Clean { root };
+            self.sessions.put(record)?;
+        }
         self.attached.send_modify(|version| *version += 1);
         Ok(())
     }
 
     /// Clears the lease, if it is this node's, and writes `status` with it.
-    async fn let_go(&self, session: &Arc<AetherSession>, record: &SessionRecord, status: serde_json::Value) -> Result<()> {
+    async fn let_go(
+        &self,
+        session: &Arc<AetherSession>,
+        record: &SessionRecord,
+        status: serde_json::Value,
+    ) -> Result<Arc<AetherSession>> {
         let api = self.cluster.sessions.api(&record.namespace);
-        update_status(&api, session.clone(), names::DRIVER_MANAGER, |session| {
+        let after = update_status(&api, session.clone(), names::DRIVER_MANAGER, |session| {
             let attachment = session.status.as_ref()?.attachment.as_ref()?;
             if attachment.node.as_deref() != Some(self.node()) || attachment.epoch != record.epoch {
                 return None;
@@ -91,7 +97,7 @@ impl Driver {
         })
         .await?;
         tracing::info!(session = full_name(&**session), epoch = record.epoch, "lease let go");
-        Ok(())
+        Ok(after)
     }
 
     /// Removes what this node has of a session whose object is deleted or being deleted, unless a pod still has it.
@@ -111,11 +117,13 @@ impl Driver {
         Ok(true)
     }
 
-    /// Clears the lease of a session of which this node has nothing: it is being deleted, or this node lost its state.
+    /// Clears the lease of a session of which this node has nothing but perhaps a copy: the session is being deleted, this
+    /// node lost its state, or it was killed between taking the lease and mounting.
     pub(crate) async fn disclaim(&self, session: &Arc<AetherSession>) -> Result<()> {
         let uid = uid(&**session);
         let _lock = self.session_locks.lock(&uid).await;
-        if self.sessions.get(&uid).is_some() || !self.mounts_of(&uid).is_empty() {
+        let written = self.sessions.get(&uid).is_some_and(|record| !matches!(record.upper, Upper::Clean { .. }));
+        if written || !self.mounts_of(&uid).iter().all(|publish| publish.read_only) {
             return Ok(());
         }
         let api = self.cluster.sessions.api(&session.namespace().unwrap_or_default());
@@ -155,8 +163,7 @@ impl Driver {
                 name
             }
         };
-        let snapshot = self.engine.snapshots().await?.into_iter().find(|snapshot| snapshot.id == name);
-        if let Some(snapshot) = snapshot {
+        if let Some(snapshot) = self.engine.snapshot_record(&name).await.map(Some).or_else(absent)? {
             let digested = self.engine.digest(&name).await?;
             if record.last_root == Some(digested.root.to_string()) {
                 tracing::info!(session = full_name(&**session), "was taken over; nothing was unsaved here");

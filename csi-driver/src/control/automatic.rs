@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use aether_api::names;
 use aether_api::{AetherSession, session::AutomaticCheckpoints};
+use aether_cas::Blob;
 use aether_runtime::CancellationToken;
 use jiff::Timestamp;
 use kube::ResourceExt as _;
@@ -25,17 +26,18 @@ pub(super) async fn run(driver: Arc<Driver>, stop: CancellationToken) {
     let mut attached = driver.attached.subscribe();
     let mut changes = driver.cluster.sessions.changes();
     // The last look at each session; a session that is new here is due one interval from now.
-    let mut looked: HashMap<String, Instant> = HashMap::new();
+    let mut looked: HashMap<String, Look> = HashMap::new();
     loop {
         let now = Instant::now();
         let wanting = wanting(&driver);
         looked.retain(|uid, _| wanting.iter().any(|(record, ..)| &record.uid == uid));
         let mut next = None;
         for (record, session, interval) in wanting {
-            let due = *looked.entry(record.uid.clone()).or_insert(now) + interval;
+            let look = looked.entry(record.uid.clone()).or_insert(Look { time: now, root: None });
+            let due = look.time + interval;
             if due <= now {
-                looked.insert(record.uid.clone(), now);
-                if let Err(failure) = checkpoint_if_changed(&driver, &record, &session).await {
+                look.time = now;
+                if let Err(failure) = checkpoint_if_changed(&driver, &record, &session, &mut look.root).await {
                     tracing::warn!(session = full_name(&*session), error = chain(&failure), "automatic checkpoint");
                 }
             }
@@ -57,6 +59,13 @@ pub(super) async fn run(driver: Arc<Driver>, stop: CancellationToken) {
     }
 }
 
+/// A look at a session.
+struct Look {
+    time: Instant,
+    /// What it found, which may be on its way to the store still.
+    root: Option<Blob>,
+}
+
 fn wanting(driver: &Driver) -> Vec<(SessionRecord, Arc<AetherSession>, Duration)> {
     driver
         .sessions
@@ -75,20 +84,26 @@ fn interval(checkpoints: &AutomaticCheckpoints) -> Duration {
     Duration::from(checkpoints.interval).max(SHORTEST)
 }
 
-async fn checkpoint_if_changed(driver: &Arc<Driver>, record: &SessionRecord, session: &Arc<AetherSession>) -> Result<()> {
+async fn checkpoint_if_changed(
+    driver: &Arc<Driver>,
+    record: &SessionRecord,
+    session: &Arc<AetherSession>,
+    seen: &mut Option<Blob>,
+) -> Result<()> {
     let name = format!("automatic-{}", uuid::Uuid::new_v4());
     let _lock = driver.session_locks.lock(&record.uid).await;
     let Some(record) = driver.sessions.get(&record.uid).filter(|record| record.upper == Upper::Dirty) else { return Ok(()) };
     let snapshot = driver.snapshot(&record.uid, &name).await?;
     let made = async {
         let digested = driver.engine.digest(&name).await?;
-        if record.last_root == Some(digested.root.to_string()) {
+        if *seen == Some(digested.root) || seen.is_none() && record.last_root == Some(digested.root.to_string()) {
             return Ok(false);
         }
         let object = format!("{}-auto-{}", session.name_any(), Timestamp::now().strftime("%Y%m%d%H%M%S"));
         let message = "automatic".to_owned();
         let checkpoint = driver.make_checkpoint(session, &object, names::ORIGIN_AUTOMATIC, message).await?;
         let stamped = stamp_local(&Arc::new(checkpoint), session, &snapshot, driver).await?;
+        *seen = Some(digested.root);
         Ok(stamped.status.as_ref().and_then(|status| status.snapshot.as_ref()) == Some(&name))
     }
     .await;

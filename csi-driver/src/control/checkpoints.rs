@@ -13,10 +13,11 @@ use kube::ResourceExt as _;
 use kube::runtime::events::EventType;
 use serde_json::json;
 
+use crate::attach::absent;
 use crate::cluster::update_status;
 use crate::driver::Driver;
 use crate::failure::{Failure, Result};
-use crate::moments::{full_name, taken_at, uid};
+use crate::moments::{base_root, full_name, taken_at, uid};
 use crate::release::local_status;
 
 /// Takes a checkpoint that was asked for, or brings one that was taken to the store.
@@ -87,12 +88,19 @@ async fn bring_to_store(checkpoint: Arc<AetherCheckpoint>, driver: &Arc<Driver>)
     if status.node.as_deref() != Some(driver.node()) {
         return Ok(());
     }
-    let Some(snapshot) = driver.engine.snapshots().await?.into_iter().find(|snapshot| &snapshot.id == name) else {
+    let Some(snapshot) = driver.engine.snapshot_record(name).await.map(Some).or_else(absent)? else {
         return give_up(&checkpoint, driver, format!("snapshot {name} is not on node {} any more", driver.node())).await;
     };
     let digested = driver.make_durable(name).await?;
-    let base = status.base.as_ref().and_then(|base| base.root.as_deref());
-    let account = driver.account(base, digested.root).await?;
+    // A fork's base may have had no tree yet when the checkpoint was taken.
+    let session = driver.cluster.sessions.get(&checkpoint.namespace().unwrap_or_default(), &checkpoint.spec.session);
+    let session = session.filter(|session| session.uid() == status.session_uid);
+    let base = status
+        .base
+        .as_ref()
+        .and_then(|base| base.root.clone())
+        .or_else(|| session.as_ref().and_then(|session| base_root(session)).map(str::to_owned));
+    let account = driver.account(base.as_deref(), digested.root).await?;
     let root = digested.root.to_string();
 
     let api = driver.cluster.checkpoints.api(&checkpoint.namespace().unwrap_or_default());
@@ -104,6 +112,7 @@ async fn bring_to_store(checkpoint: Arc<AetherCheckpoint>, driver: &Arc<Driver>)
             conditions::set(&mut all, Wanted::yes(DURABLE, reason::DONE, "the tree is in the store"), generation);
             json!({
                 "root": root,
+                "base": status.base.as_ref().map(|_| json!({"root": base})),
                 "durability": Durability::Durable,
                 "durableTime": Time(Timestamp::now()),
                 "node": null,

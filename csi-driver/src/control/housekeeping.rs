@@ -13,10 +13,12 @@ use crate::attach::absent;
 use crate::driver::Driver;
 use crate::failure::{Result, chain};
 use crate::moments::{taken_at, uid};
-use crate::records::Upper;
+use crate::records::{SessionRecord, Upper};
 
 /// How often to look, beside the changes that bring it here at once.
 const PERIOD: Duration = Duration::from_secs(60);
+/// The shortest time between two looks.
+const PAUSE: Duration = Duration::from_secs(1);
 /// A snapshot younger than this may belong to work under way.
 const YOUNG: SignedDuration = SignedDuration::from_mins(10);
 /// How long the snapshot of a fork that is in the store already stays, for a mount that is faster than from the store.
@@ -25,12 +27,17 @@ const UNMOUNTED_FORK: SignedDuration = SignedDuration::from_hours(1);
 /// Runs until `stop`.
 pub(super) async fn run(driver: Arc<Driver>, stop: CancellationToken) {
     driver.resume_inline();
+    if let Err(failure) = drop_unrecorded(&driver).await {
+        tracing::warn!(error = chain(&failure), "what a kill left");
+    }
     let mut changes = driver.cluster.sessions.changes();
-    let mut known = HashSet::new();
+    let mut attached = driver.attached.subscribe();
     loop {
         if let Err(failure) = tidy(&driver).await {
             tracing::warn!(error = chain(&failure), "housekeeping");
         }
+        // One deletion seldom comes alone.
+        let pause = tokio::time::Instant::now() + PAUSE;
         let next = tokio::time::sleep(PERIOD);
         tokio::pin!(next);
         // Deletions are seen by what is missing, since a watch that was cut off does not tell of them.
@@ -38,44 +45,47 @@ pub(super) async fn run(driver: Arc<Driver>, stop: CancellationToken) {
             tokio::select! {
                 () = &mut next => break,
                 () = stop.cancelled() => return,
-                _ = changes.changed() => {
-                    let now: HashSet<String> = driver.cluster.sessions.all().iter().map(|session| uid(&**session)).collect();
-                    let gone = known.difference(&now).any(|uid: &String| driver.sessions.get(uid).is_some());
-                    known = now;
-                    if gone {
-                        break;
-                    }
-                }
+                _ = changes.changed() => {}
+                _ = attached.changed() => {}
+            }
+            if driver.sessions.any(|record| forsaken(&driver, record)) {
+                tokio::time::sleep_until(pause).await;
+                break;
             }
         }
     }
 }
 
+/// Nobody uses the session here, and the cache does not have it.
+fn forsaken(driver: &Driver, record: &SessionRecord) -> bool {
+    let cached = driver.cluster.sessions.get(&record.namespace, &record.name);
+    cached.is_none_or(|session| uid(&*session) != record.uid) && driver.mounts_of(&record.uid).is_empty()
+}
+
 async fn tidy(driver: &Arc<Driver>) -> Result<()> {
     driver.tidy_publishes().await?;
     drop_deleted(driver).await?;
-    drop_unrecorded(driver).await?;
     drop_snapshots(driver).await
 }
 
 /// Sessions whose object is gone. The API server is asked, since the cache may be behind.
 async fn drop_deleted(driver: &Arc<Driver>) -> Result<()> {
-    for record in driver.sessions.all() {
-        let cached = driver.cluster.sessions.get(&record.namespace, &record.name);
-        if cached.is_none_or(|session| uid(&*session) != record.uid) && driver.session_of(&record).await?.is_none() {
+    for record in driver.sessions.select(|record| forsaken(driver, record)) {
+        if driver.session_of(&record).await?.is_none() {
             driver.discard(&record.uid).await?;
         }
     }
     Ok(())
 }
 
-/// What the engine has and no record speaks of: views whose mount is gone, sessions of an attach that was killed.
+/// What the engine has and no record speaks of: views whose mount is gone, sessions of an attach that was killed. Looked
+/// for at the start only, because it walks every upper.
 async fn drop_unrecorded(driver: &Arc<Driver>) -> Result<()> {
     for session in driver.engine.sessions().await? {
         let id = session.session.id;
         let spoken_of = |id: &str| {
             driver.sessions.get(id).is_some()
-                || !driver.publishes.select(|publish| publish.view.as_deref() == Some(id) || publish.uid.as_deref() == Some(id)).is_empty()
+                || driver.publishes.any(|publish| publish.view.as_deref() == Some(id) || publish.uid.as_deref() == Some(id))
         };
         let _lock = driver.session_locks.lock(&id).await;
         if !spoken_of(&id) && session.targets.is_empty() {

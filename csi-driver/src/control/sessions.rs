@@ -31,6 +31,7 @@ pub(super) async fn reconcile(session: Arc<AetherSession>, driver: Arc<Driver>) 
     match record.upper {
         Upper::Dirty if driver.lost(&session, &record) => recover(&driver, &session).await,
         Upper::Fenced { .. } => recover(&driver, &session).await,
+        Upper::Clean { .. } if held => driver.disclaim(&session).await,
         // The session has moved on elsewhere: the copy here is of no use any more.
         Upper::Clean { ref root } if outdated(&session, &record, root) => forget_copy(&driver, &session, &record).await,
         _ => Ok(()),
@@ -41,28 +42,23 @@ pub(super) async fn reconcile(session: Arc<AetherSession>, driver: Arc<Driver>) 
 pub(super) async fn release(session: Arc<AetherSession>, driver: Arc<Driver>) -> Result<()> {
     let uid = uid(&*session);
     let Some(record) = driver.sessions.get(&uid) else { return Ok(()) };
-    let held = session.holder() == Some(driver.node());
-    let to_do = match record.upper {
-        Upper::Dirty => !driver.lost(&session, &record),
-        Upper::Clean { .. } => held,
-        Upper::Fenced { .. } => false,
-    };
     // Sessions of inline volumes end with their volume.
-    let inline = driver.publishes.select(|publish| publish.inline && publish.uid.as_deref() == Some(&uid));
-    if !to_do || driver.published_for_writing(&uid) || session.metadata.deletion_timestamp.is_some() || !inline.is_empty() {
-        return Ok(());
-    }
-    driver.release(&session).await
+    let inline = driver.publishes.any(|publish| publish.inline && publish.uid.as_deref() == Some(&uid));
+    let to_do = record.upper == Upper::Dirty
+        && !driver.lost(&session, &record)
+        && !driver.published_for_writing(&uid)
+        && session.metadata.deletion_timestamp.is_none()
+        && !inline;
+    if to_do { driver.release(&session).await } else { Ok(()) }
 }
 
 /// A publish of the session is under way and will write the record.
 fn attaching(driver: &Driver, session: &AetherSession) -> bool {
     let name = session.name_any();
     let namespace = session.namespace();
-    !driver
+    driver
         .publishes
-        .select(|publish| publish.session == name && Some(&publish.namespace) == namespace.as_ref() && !publish.unpublished)
-        .is_empty()
+        .any(|publish| publish.session == name && Some(&publish.namespace) == namespace.as_ref() && !publish.unpublished)
 }
 
 async fn recover(driver: &Arc<Driver>, session: &Arc<AetherSession>) -> Result<()> {

@@ -42,7 +42,7 @@ pub(super) const HIGH_WATER: usize = 32 * 1024;
 
 /// Why a connection cannot go on.
 #[derive(Debug, PartialEq, thiserror::Error)]
-pub enum Violation {
+pub(crate) enum Violation {
     /// Something else than HTTP/2 with prior knowledge.
     #[error("the client does not speak HTTP/2")]
     Preface,

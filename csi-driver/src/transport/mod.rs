@@ -18,19 +18,19 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_stream::{Stream, StreamExt};
 
-pub use stream::AuthorityStream;
+pub(crate) use stream::AuthorityStream;
 
 /// A bound unix socket, which only root may connect to. Its file is removed when this is dropped, unless another process
 /// has put its own there meanwhile.
 #[derive(Debug)]
-pub struct Socket {
+pub(crate) struct Socket {
     listener: UnixListener,
     file: SocketFile,
 }
 
 /// Unlinks a socket's file, which must outlive the listener that moves into the server.
 #[derive(Debug)]
-pub struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     /// Device and inode of the file that we made.
     identity: (u64, u64),
@@ -42,7 +42,7 @@ impl Socket {
     /// # Errors
     /// `AddrInUse` when a process still answers there; `AlreadyExists` when something else than a socket is there, which
     /// is not touched; and whatever the system says, with the path.
-    pub fn bind(path: &Path) -> io::Result<Socket> {
+    pub(crate) fn bind(path: &Path) -> io::Result<Socket> {
         let named = |error: io::Error| io::Error::new(error.kind(), format!("socket {}: {error}", path.display()));
         if let Some(directory) = path.parent() {
             fs::DirBuilder::new().recursive(true).mode(0o750).create(directory).map_err(named)?;
@@ -57,7 +57,7 @@ impl Socket {
 
     /// The connections, for `tonic::transport::Server::serve_with_incoming_shutdown`, and the guard of the file: drop it
     /// when the server has ended.
-    pub fn into_incoming(
+    pub(crate) fn into_incoming(
         self,
     ) -> (impl Stream<Item = io::Result<AuthorityStream<UnixStream>>> + Send + use<>, SocketFile) {
         let Socket { listener, file } = self;
@@ -68,7 +68,7 @@ impl Socket {
 impl SocketFile {
     /// Where it is.
     #[must_use]
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 }

@@ -14,7 +14,7 @@ const CHUNK: usize = 16 * 1024;
 
 /// A connection whose `:authority` reads `localhost`. A client that breaks a rule of HTTP/2 framing gets `InvalidData` on
 /// the next read, upon which the server closes the connection.
-pub struct AuthorityStream<S> {
+pub(crate) struct AuthorityStream<S> {
     inner: S,
     authority: Authority,
     /// Read from the connection; what is before `taken` has gone into the rewriter.
@@ -27,7 +27,7 @@ pub struct AuthorityStream<S> {
 
 impl<S> AuthorityStream<S> {
     /// Wraps a connection of which nothing has been read.
-    pub fn new(inner: S) -> Self {
+    pub(crate) fn new(inner: S) -> Self {
         let authority = Authority::new();
         AuthorityStream { inner, authority, input: Vec::new(), taken: 0, output: Vec::new(), given: 0 }
     }
