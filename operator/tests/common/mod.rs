@@ -1,6 +1,6 @@
 //! What the tests of reconcilers share: an operator against an API server in memory, and the parts that others play.
 
-#![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
 
 use std::sync::Arc;
 
