@@ -206,11 +206,12 @@ async fn what_was_acknowledged_survives_kill_9() {
         }
         let process = Process::start(folder.path());
         let remote = process.remote();
-        for (blob, seed, size) in acknowledged.lock().unwrap().clone() {
+        let done = acknowledged.lock().unwrap().clone();
+        for &(blob, seed, size) in &done {
             assert_eq!(remote.read(blob).await.unwrap(), bytes(seed, size), "{blob} in round {round}");
         }
         // And a tree on top, so that the next kill meets a store with a root.
-        let contents: Vec<Blob> = acknowledged.lock().unwrap().iter().map(|(blob, ..)| *blob).collect();
+        let contents: Vec<Blob> = done.iter().map(|(blob, ..)| *blob).collect();
         let names: Vec<String> = (0..contents.len()).map(|n| format!("f{n}")).collect();
         let tree = directory(names.iter().zip(&contents).map(|(name, blob)| (name.as_str(), file(*blob))));
         remote.write(tree.blob(), tree.encode()).await.unwrap();

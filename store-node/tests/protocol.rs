@@ -199,14 +199,12 @@ async fn writes_go_on_where_they_ended() {
         let answer = client.query_write_status(query()).await.unwrap().into_inner();
         assert_eq!((answer.committed_size, answer.complete), (500, false));
 
-        // A gap, and a step back, are refused and cost nothing.
-        for offset in [501, 499] {
-            let wrong = vec![piece(&name, offset, &data[offset..], true)];
-            let status = client.write(tokio_stream::iter(wrong)).await.unwrap_err();
-            assert_eq!(status.code(), Code::InvalidArgument);
-            assert!(status.message().contains("500 bytes"), "{}", status.message());
-        }
-        let rest = vec![piece(&name, 500, &data[500..], true)];
+        // A gap is refused and costs nothing; what is sent twice is skipped.
+        let gap = vec![piece(&name, 501, &data[501..], true)];
+        let status = client.write(tokio_stream::iter(gap)).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(status.message().contains("500 bytes"), "{}", status.message());
+        let rest = vec![piece(&name, 400, &data[400..450], false), piece("", 450, &data[450..], true)];
         let answer = client.write(tokio_stream::iter(rest)).await.unwrap().into_inner();
         assert_eq!(answer.committed_size, length as i64);
         assert_eq!(node.store.read_blob(&blob).unwrap(), data);
