@@ -203,6 +203,13 @@ impl Cluster {
         self.paths.kubeconfig()
     }
 
+    /// Shell lines that make kubectl, helm and `kubectl aether` use the cluster.
+    pub fn environment(&self) -> String {
+        let programs = [self.programs.bin().to_owned(), images::target_folder().join("debug")];
+        let path: Vec<String> = programs.iter().map(|folder| folder.display().to_string()).collect();
+        format!("export KUBECONFIG={}\nexport PATH={}:\"$PATH\"", self.kubeconfig().display(), path.join(":"))
+    }
+
     /// A kubeconfig for a user of that name and group; its path.
     pub fn kubeconfig_for(&self, user: &str, group: Option<&str>) -> Result<PathBuf> {
         let path = self.paths.pki().join(format!("user-{}.kubeconfig", user.replace([':', '/'], "-")));

@@ -64,12 +64,10 @@ pub struct Image {
 
 /// Builds the product with cargo.
 pub async fn build_product() -> Result<()> {
-    let mut packages: Vec<&str> = COMPONENTS.iter().flat_map(|(_, programs)| programs.iter().map(|(package, _)| *package)).collect();
-    packages.dedup();
-    let packages = packages.iter().flat_map(|package| ["--package", package]);
-    cargo(["build", "--bins"].into_iter().chain(packages), None).await?;
+    // The whole workspace: cargo builds a dependency again for another selection of packages.
+    cargo(["build", "--workspace", "--bins", "--locked"].into_iter(), None).await?;
     // Naming the target keeps the flag from build scripts and gives the output a folder of its own.
-    cargo(["build", "--package", WORKER.0, "--target", STATIC_TARGET].into_iter(), Some("-C target-feature=+crt-static")).await
+    cargo(["build", "--locked", "--package", WORKER.0, "--target", STATIC_TARGET].into_iter(), Some("-C target-feature=+crt-static")).await
 }
 
 async fn cargo(args: impl Iterator<Item = &str>, rustflags: Option<&str>) -> Result<()> {

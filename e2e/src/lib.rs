@@ -18,6 +18,8 @@ pub mod options;
 pub mod paths;
 pub mod pki;
 pub mod process;
+pub mod product;
+pub mod story;
 pub mod testing;
 pub mod third_party;
 pub mod tools;

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use aether_e2e::{cluster::Cluster, init, options::Options};
+use aether_e2e::{cluster::Cluster, init, options::Options, product};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
@@ -20,7 +20,14 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Bring the cluster up; does nothing when it is.
-    Up(Options),
+    Up {
+        /// Settings.
+        #[command(flatten)]
+        options: Options,
+        /// Build Aether and install it with its Helm chart.
+        #[arg(long)]
+        install: bool,
+    },
     /// End everything and leave nothing behind.
     Down,
     /// Say what runs.
@@ -47,6 +54,9 @@ enum Command {
         #[command(subcommand)]
         action: NodeAction,
     },
+    /// Serve the repositories of tests and the demo to the cluster.
+    #[command(hide = true)]
+    GitServer,
     /// Be the first process of a node's namespaces.
     #[command(hide = true)]
     NodeInit {
@@ -108,17 +118,21 @@ fn start(command: Command) -> Result<()> {
 async fn run(command: Command) -> Result<()> {
     match command {
         Command::NodeInit { .. } => unreachable!("handled before the runtime starts"),
-        Command::Up(options) => {
+        Command::Up { options, install } => {
             let cluster = Cluster::up(&options, &std::env::current_exe()?).await?;
-            println!("{}", environment(&cluster));
+            if install {
+                product::provide(&cluster).await?;
+            }
+            println!("{}", cluster.environment());
         }
+        Command::GitServer => product::serve_git().await?,
         Command::Down => Cluster::down().await?,
         Command::Status => {
             let cluster = Cluster::connect().await?;
             cluster.ready().await?;
             println!("up, all nodes Ready: {:?}", cluster.options);
         }
-        Command::Env => println!("{}", environment(&Cluster::connect().await?)),
+        Command::Env => println!("{}", Cluster::connect().await?.environment()),
         Command::LoadImages { tools_only } => {
             let cluster = Cluster::connect().await?;
             if tools_only { cluster.load_tools().await? } else { cluster.load_images().await? }
@@ -146,8 +160,4 @@ async fn act(action: NodeAction) -> Result<()> {
             std::process::exit(output.code);
         }
     }
-}
-
-fn environment(cluster: &Cluster) -> String {
-    format!("export KUBECONFIG={}\nexport PATH={}:\"$PATH\"", cluster.paths.kubeconfig().display(), cluster.programs.bin().display())
 }

@@ -6,10 +6,12 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Stdio,
     time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
+use rustix::process::Signal;
 use serde_json::json;
 use tokio::process::Command;
 
@@ -23,6 +25,7 @@ use crate::{
     pki::{Pki, Subject},
     process::{Process, Processes},
     third_party::Programs,
+    wait,
 };
 
 /// One node of the cluster.
@@ -49,7 +52,7 @@ impl Node {
         NodeNetwork(self.number)
     }
 
-    /// Its disk, as the machine sees it: holds `kubelet`, `aether`, `containerd`.
+    /// Its disk, as the machine sees it: holds `kubelet`, `aether` and so on.
     pub fn disk(&self) -> PathBuf {
         self.paths.node(&self.name())
     }
@@ -63,7 +66,7 @@ impl Node {
     pub fn configure(&self, pki: &Pki, server: &str, programs: &Programs, options: &Options, harness: &Path) -> Result<()> {
         let name = self.name();
         let disk = self.disk();
-        for folder in ["config/cni", "kubelet", "aether", "containerd", "logs/pods", "logs/containers"] {
+        for folder in ["config/cni", "kubelet", "aether", "logs/pods", "logs/containers"] {
             fs::create_dir_all(disk.join(folder))?;
         }
         let config = |file: &str| disk.join("config").join(file).display().to_string();
@@ -85,13 +88,15 @@ impl Node {
             binds: [
                 ("kubelet", "/var/lib/kubelet"),
                 ("aether", "/var/lib/aether"),
-                ("containerd", "/var/lib/containerd"),
+                ("aether-store", "/var/lib/aether-store"),
                 ("config/cni", "/etc/cni/net.d"),
                 ("logs/pods", "/var/log/pods"),
                 ("logs/containers", "/var/log/containers"),
             ]
             .map(|(from, to)| (disk.join(from), PathBuf::from(to)))
-            .to_vec(),
+            .into_iter()
+            .chain([(self.paths.image_store(&name), PathBuf::from("/var/lib/containerd"))])
+            .collect(),
             empty: ["/run", "/var/lib/cni"].map(PathBuf::from).to_vec(),
             keep: vec![self.paths.cache().to_owned(), PathBuf::from("/usr/bin"), PathBuf::from("/usr/lib"), PathBuf::from("/etc")],
             programs: vec![
@@ -122,6 +127,7 @@ impl Node {
             ],
             name,
         };
+        fs::write(self.fresh_mark(), "")?;
         fs::copy(harness, self.harness()).with_context(|| format!("cannot copy {}", harness.display()))?;
         Ok(fs::write(config("node.json"), serde_json::to_vec_pretty(&spec)?)?)
     }
@@ -134,6 +140,10 @@ impl Node {
         let name = self.name();
         let launcher = format!("{name}-launcher");
         let _ = fs::remove_file(self.disk().join("pid"));
+        if self.fresh_mark().exists() {
+            self.forget_containers().await?;
+            fs::remove_file(self.fresh_mark())?;
+        }
         self.network().create(nodes).await?;
         kernel::create_cgroup(&self.cgroup())?;
         let argv = [
@@ -199,6 +209,51 @@ impl Node {
     /// The cgroup below which its kubelet keeps all pods.
     pub fn cgroup(&self) -> String {
         format!("aether-{}", self.name())
+    }
+
+    /// There until the node has started once in this cluster.
+    fn fresh_mark(&self) -> PathBuf {
+        self.disk().join("config/fresh")
+    }
+
+    /// Removes the containers of an earlier cluster from the image store, whose images are used again. A store that a killed run
+    /// left unusable is dropped.
+    async fn forget_containers(&self) -> Result<()> {
+        let store = self.paths.image_store(&self.name());
+        fs::create_dir_all(&store)?;
+        if fs::read_dir(&store)?.next().is_none() {
+            return Ok(());
+        }
+        let state = tempfile::tempdir()?;
+        let (config, socket) = (state.path().join("config.toml"), state.path().join("socket"));
+        let text = format!(
+            "version = 2\nroot = {store:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = {socket:?}\n",
+            state.path().join("state")
+        );
+        fs::write(&config, text)?;
+        let mut daemon = command("containerd", [Path::new("--config"), &config]).stderr(Stdio::null()).stdout(Stdio::null()).spawn()?;
+        let address = socket.display().to_string();
+        let ctr = async |args: &[&str]| command::run("ctr", ["--address", &address, "--namespace", "k8s.io", "containers"].iter().chain(args)).await;
+        let forgotten = async {
+            let names = wait::until("containerd answers", Duration::from_secs(10), async || ctr(&["list", "--quiet"]).await.map(Some)).await?;
+            let names: Vec<&str> = names.lines().collect();
+            if !names.is_empty() {
+                ctr(&[&["delete"], &names[..]].concat()).await?;
+            }
+            anyhow::Ok(())
+        };
+        let forgotten = forgotten.await;
+        // Asked, so that it closes its database.
+        if let Some(process) = daemon.id().and_then(|pid| Process::find(pid.cast_signed())) {
+            process.signal(Signal::TERM);
+        }
+        daemon.wait().await?;
+        if let Err(error) = forgotten {
+            eprintln!("{}: dropping its image store: {error:#}", self.name());
+            fs::remove_dir_all(&store)?;
+            fs::create_dir_all(&store)?;
+        }
+        Ok(())
     }
 
     fn harness(&self) -> PathBuf {

@@ -1,5 +1,5 @@
-//! Where everything of the test cluster lies: one folder, `cluster/` of the cache folder, and nothing outside it but
-//! what the kernel names (a bridge, network namespaces, cgroups).
+//! Where everything of the test cluster lies: one folder, `cluster/` of the cache folder. Outside it are only what is
+//! built or loaded once (beside it), and what the kernel names (a bridge, network namespaces, cgroups).
 
 use std::path::{Path, PathBuf};
 
@@ -71,7 +71,12 @@ impl Paths {
         self.logs().join("audit.log")
     }
 
-    /// A node's disk: what its kubelet, containerd and driver keep under `/var/lib`.
+    /// A node's containerd: its images are kept between clusters, because importing and deleting them takes long.
+    pub fn image_store(&self, node: &str) -> PathBuf {
+        self.cache.join("image-stores").join(node)
+    }
+
+    /// A node's disk: what its kubelet and driver keep under `/var/lib`.
     pub fn node(&self, name: &str) -> PathBuf {
         self.cluster().join("nodes").join(name)
     }

@@ -9,10 +9,10 @@ use tokio::net::TcpListener;
 use crate::cluster::Cluster;
 use crate::git_server::{self, Credentials};
 use crate::network::HOST;
-use crate::paths::Paths;
+use crate::process::Processes;
 use crate::testing::SYSTEM_NAMESPACE;
 use crate::tools::Tools;
-use crate::{manifests, wait};
+use crate::{manifests, third_party, wait};
 
 /// Where the git server answers to everybody.
 const GIT_PORT: u16 = 8418;
@@ -21,8 +21,22 @@ const LOCKED_GIT_PORT: u16 = 8419;
 /// The store's address: the cluster has no DNS, and drivers use their node's network.
 const STORE_ADDRESS: &str = "10.96.0.80";
 
-/// Installs or upgrades Aether, with the programs of this build, and waits until every part is ready.
-pub async fn install(cluster: &Cluster) -> Result<()> {
+/// Builds Aether, loads its images, serves the demo's repository, and installs or upgrades the chart.
+pub async fn provide(cluster: &Cluster) -> Result<()> {
+    let (loaded, repository) = tokio::join!(cluster.load_images(), third_party::kubernetes_repository());
+    loaded?;
+    repository?;
+    let processes = Processes::new(cluster.paths.processes(), cluster.paths.logs());
+    if processes.get("git-server").is_none() {
+        // A program of its own, so that it outlives the demo when the cluster stays up.
+        let harness = std::env::current_exe()?.with_file_name("aether-cluster");
+        processes.start("git-server", &[harness.display().to_string(), "git-server".into()])?;
+    }
+    install(cluster).await
+}
+
+/// Installs or upgrades the chart, and waits until every part is ready.
+async fn install(cluster: &Cluster) -> Result<()> {
     let tools = Tools::new(cluster, SYSTEM_NAMESPACE)?;
     let top = top();
     // This API server knows no CEL: the rules are left out of the schemas, and the operator checks them too.
@@ -49,11 +63,6 @@ pub fn top() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The folder of the bare repositories that are served.
-pub fn repositories(paths: &Paths) -> PathBuf {
-    paths.cache().join("repositories")
-}
-
 /// The git server's URL, for everybody.
 pub fn git_url() -> String {
     format!("http://{HOST}:{GIT_PORT}")
@@ -70,8 +79,9 @@ pub fn credentials() -> Credentials {
 }
 
 /// Serves the repositories until the process ends.
-pub async fn serve_git(paths: &Paths) -> Result<()> {
-    let root = repositories(paths);
+pub async fn serve_git() -> Result<()> {
+    let repository = third_party::kubernetes_repository().await?;
+    let root = repository.parent().context("a repository lies in a folder")?.to_owned();
     let listen = async |port| TcpListener::bind((HOST, port)).await.with_context(|| format!("cannot listen on {HOST}:{port}: is the cluster up?"));
     let (open, locked) = (listen(GIT_PORT).await?, listen(LOCKED_GIT_PORT).await?);
     tokio::try_join!(git_server::serve(open, root.clone(), None), git_server::serve(locked, root, Some(credentials())))?;

@@ -35,6 +35,7 @@ pub const LIMIT: Duration = Duration::from_secs(90);
 pub const SYSTEM_NAMESPACE: &str = "aether-system";
 
 /// A running test.
+#[derive(Clone)]
 pub struct Test {
     /// The cluster.
     pub cluster: Cluster,
@@ -86,7 +87,8 @@ async fn turn(alone: bool) -> Result<File> {
 }
 
 impl Test {
-    async fn begin(cluster: Cluster, name: &str) -> Result<Self> {
+    /// Makes a namespace whose name begins like this.
+    pub async fn begin(cluster: Cluster, name: &str) -> Result<Self> {
         let api = Api::<core::Namespace>::all(cluster.client.clone());
         let object = serde_json::from_value(json!({"metadata": {"generateName": format!("{name}-")}}))?;
         let namespace = api.create(&PostParams::default(), &object).await?.metadata.name.context("a namespace has a name")?;
@@ -96,10 +98,13 @@ impl Test {
         Ok(test)
     }
 
-    async fn end(&self) -> Result<()> {
+    /// Deletes the namespace, unless the test has.
+    pub async fn end(&self) -> Result<()> {
         // The namespace controller takes ten seconds at least; a test that cares waits itself.
-        Api::<core::Namespace>::all(self.client.clone()).delete(&self.namespace, &DeleteParams::default()).await?;
-        Ok(())
+        match Api::<core::Namespace>::all(self.client.clone()).delete(&self.namespace, &DeleteParams::default()).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            deleted => Ok(deleted.map(drop)?),
+        }
     }
 
     /// An API in the test's namespace.

@@ -56,6 +56,13 @@ impl Tools {
         command::output(&mut self.kubectl_command(args), input.map(str::as_bytes)).await
     }
 
+    /// A `kubectl aether` command line, to be run by the caller. kubectl wants no flag before a plugin's name.
+    pub fn aether_command(&self, args: &[&str]) -> Command {
+        let mut command = command(&self.kubectl, ["aether", "--namespace", &self.namespace].iter().chain(args));
+        command.env("KUBECONFIG", &self.kubeconfig).env("PATH", &self.path);
+        command
+    }
+
     /// Applies YAML.
     pub async fn apply(&self, yaml: &str) -> Result<()> {
         let args = ["apply", "--filename", "-"];

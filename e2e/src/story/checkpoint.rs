@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use super::{Story, limit, say};
 
 /// `Local` at once, `Durable` soon after, and a writer that never stops.
-pub async fn checkpoint_and_diff(story: &Story) -> Result<String> {
+pub(super) async fn checkpoint_and_diff(story: &Story) -> Result<String> {
     story.agent("check", "scribe").await?;
     // One of each thing that git shows in a way of its own.
     story

@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use super::Story;
 
 /// `kubectl aether run` behaves as the command itself would.
-pub async fn run_commands(story: &Story) -> Result<String> {
+pub(super) async fn run_commands(story: &Story) -> Result<String> {
     story.source().await?;
     story.session("tasks").await?;
     let good = story.aether_code(&["run", "tasks", "--", "sh", "-c", "git rev-parse --is-inside-work-tree; echo left by a command >from-command"]).await?;

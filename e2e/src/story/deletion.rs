@@ -8,7 +8,7 @@ use super::{Story, limit};
 use crate::testing::SYSTEM_NAMESPACE;
 
 /// A claim deleted by a user is made anew; objects end in any order; a namespace ends, also when the operator was away.
-pub async fn leave_nothing(story: &Story) -> Result<String> {
+pub(super) async fn leave_nothing(story: &Story) -> Result<String> {
     story.source().await?;
     story.agent("gone", "last").await?;
     story.exec("last", "echo kept >kept").await?;

@@ -43,7 +43,7 @@ pub(super) async fn start_ordered_writer(story: &Story, pod: &str) -> Result<()>
 }
 
 /// A fork of a busy session is one moment of it, and each goes its own way afterwards.
-pub async fn fork_a_live_session(story: &Story) -> Result<String> {
+pub(super) async fn fork_a_live_session(story: &Story) -> Result<String> {
     story.agent("parent", "busy").await?;
     start_ordered_writer(story, "busy").await?;
     story.exec("busy", "echo 'unsaved before the fork' >note").await?;
@@ -70,7 +70,7 @@ pub async fn fork_a_live_session(story: &Story) -> Result<String> {
 }
 
 /// Fifty forks at once.
-pub async fn fifty_forks(story: &Story) -> Result<String> {
+pub(super) async fn fifty_forks(story: &Story) -> Result<String> {
     story.agent("many", "origin").await?;
     story.exec("origin", "echo 'in all of them' >everywhere").await?;
     let begun = Instant::now();
@@ -94,7 +94,7 @@ pub async fn fifty_forks(story: &Story) -> Result<String> {
 }
 
 /// Forks and checkpoints a busy session `rounds` times and looks at every copy.
-pub async fn no_copy_is_torn(story: &Story, rounds: usize) -> Result<String> {
+pub(super) async fn no_copy_is_torn(story: &Story, rounds: usize) -> Result<String> {
     story.agent("ordered", "writer").await?;
     start_ordered_writer(story, "writer").await?;
     let mut looked_at = 0;

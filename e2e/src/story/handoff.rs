@@ -10,7 +10,7 @@ use kube::api::{Api, ListParams};
 use super::{Story, limit, say};
 
 /// A second writer waits and is told for whom; a reader does not wait.
-pub async fn hand_over(story: &Story) -> Result<String> {
+pub(super) async fn hand_over(story: &Story) -> Result<String> {
     story.agent("baton", "first").await?;
     story.exec("first", "echo 'from node 1' >baton; mkdir -p deep/er; echo x >deep/er/file; rm SUPPORT.md").await?;
 
@@ -38,7 +38,7 @@ pub async fn hand_over(story: &Story) -> Result<String> {
 }
 
 /// The network of a node is cut under a running pod; what was durable goes on elsewhere, what was not comes back.
-pub async fn lose_a_node(story: &Story) -> Result<String> {
+pub(super) async fn lose_a_node(story: &Story) -> Result<String> {
     story.source().await?;
     story.session("lost").await?;
     story.pod("doomed", "lost", Some("node-2")).await?;
@@ -69,7 +69,7 @@ pub async fn lose_a_node(story: &Story) -> Result<String> {
 }
 
 /// All processes of a node end at once; it comes back with its disk.
-pub async fn kill_a_node(story: &Story) -> Result<String> {
+pub(super) async fn kill_a_node(story: &Story) -> Result<String> {
     story.source().await?;
     story.session("lost").await?;
     story.pod("doomed", "lost", Some("node-2")).await?;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use super::{PLATFORM_NAMESPACE, Story, limit};
 
 /// The Kubernetes source tree, from a git server, into the store.
-pub async fn import_a_repository(story: &Story) -> Result<String> {
+pub(super) async fn import_a_repository(story: &Story) -> Result<String> {
     story.source().await?;
     let source: AetherSource = story.get_in(PLATFORM_NAMESPACE, "kubernetes").await?;
     let status = source.status.context("a Ready source has a status")?;
@@ -27,7 +27,7 @@ pub async fn import_a_repository(story: &Story) -> Result<String> {
 }
 
 /// A wrong URL, ref, Secret and password each end in a condition that says which.
-pub async fn wrong_sources(story: &Story) -> Result<String> {
+pub(super) async fn wrong_sources(story: &Story) -> Result<String> {
     let git = story.git_url();
     let locked = story.locked_git_url();
     story.kubectl(&["create", "secret", "generic", "wrong-password", "--type=kubernetes.io/basic-auth", "--from-literal=username=agent", "--from-literal=password=wrong"]).await?;

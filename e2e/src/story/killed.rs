@@ -6,7 +6,7 @@ use super::{Story, limit};
 use crate::testing::SYSTEM_NAMESPACE;
 
 /// A driver, an operator and a store node that are killed are not noticed by a running pod, and come back.
-pub async fn kill_our_parts(story: &Story) -> Result<String> {
+pub(super) async fn kill_our_parts(story: &Story) -> Result<String> {
     story.agent("steady", "looper").await?;
     story
         .exec(

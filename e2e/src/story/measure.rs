@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use super::{Story, limit, say};
 
 /// From apply to a bound claim, and what that costs the API server.
-pub async fn bind(story: &Story) -> Result<String> {
+pub(super) async fn bind(story: &Story) -> Result<String> {
     story.source().await?;
     let mut times = Vec::new();
     for i in 0..20 {
@@ -27,7 +27,7 @@ pub async fn bind(story: &Story) -> Result<String> {
 }
 
 /// The same pod with a session and with an emptyDir, in turn.
-pub async fn pod_start(story: &Story) -> Result<String> {
+pub(super) async fn pod_start(story: &Story) -> Result<String> {
     story.source().await?;
     let (mut with_session, mut with_empty) = (Vec::new(), Vec::new());
     // The first of each brings images and page cache in.
@@ -48,7 +48,7 @@ pub async fn pod_start(story: &Story) -> Result<String> {
 }
 
 /// What a session with twenty edited files stores.
-pub async fn storage(story: &Story) -> Result<String> {
+pub(super) async fn storage(story: &Story) -> Result<String> {
     story.agent("twenty", "editor").await?;
     story.exec("editor", "git ls-files '*.go' | head -20 | while read f; do echo '// edited' >>$f; done").await?;
     story.aether(&["checkpoint", "twenty", "--name", "twenty-1", "--wait", "durable"]).await?;

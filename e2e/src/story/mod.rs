@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use aether_api::{AetherSource, conditions};
 use anyhow::{Context, Result, anyhow, ensure};
-use futures::future::BoxFuture;
+use futures::future::LocalBoxFuture;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::api::{Api, ListParams};
@@ -36,7 +36,7 @@ use serde_json::{Value, json};
 use crate::cluster::Cluster;
 use crate::command::{self as program, Output};
 use crate::testing::{SYSTEM_NAMESPACE, Test, pod_ready};
-use crate::{product, wait};
+use crate::{product, third_party, wait};
 
 /// Where the shared source lives, as a platform team would have it.
 pub const PLATFORM_NAMESPACE: &str = "platform";
@@ -53,41 +53,43 @@ pub struct Step {
     pub name: &'static str,
     /// What it shows.
     pub title: &'static str,
+    /// Whether nothing else may run beside it: it kills parts or nodes that others need, or its figures suffer.
+    pub alone: bool,
     /// Plays it; one line of result.
-    pub play: for<'a> fn(&'a Story) -> BoxFuture<'a, Result<String>>,
+    pub play: for<'a> fn(&'a Story) -> LocalBoxFuture<'a, Result<String>>,
 }
 
 macro_rules! steps {
-    ($($name:literal $title:literal $play:path;)*) => {
-        &[$(Step { name: $name, title: $title, play: |story| Box::pin($play(story)) }),*]
+    ($($name:literal $title:literal $alone:literal $play:path;)*) => {
+        &[$(Step { name: $name, title: $title, alone: $alone, play: |story| Box::pin($play(story)) }),*]
     };
 }
 
 /// The steps in the order of the story.
 pub const STEPS: &[Step] = steps! {
-    "import" "An AetherSource imports the Kubernetes source tree" import::import_a_repository;
-    "wrong-sources" "A wrong source says what is wrong" import::wrong_sources;
-    "session" "A session, in a pod that runs as uid 1000" session::work_in_a_session;
-    "checkpoint" "A checkpoint while edits go on, and its diff" checkpoint::checkpoint_and_diff;
-    "fork" "A fork of a live session with unsaved changes" fork::fork_a_live_session;
-    "fifty-forks" "Fifty forks at once" fork::fifty_forks;
-    "command" "Commands in worker pods" command::run_commands;
-    "handoff" "Handoff from node 1 to node 2" handoff::hand_over;
-    "lost-node" "A node is lost, and comes back" handoff::lose_a_node;
-    "restore" "Restore under a running process" restore::restore_in_place;
-    "volumes" "Inline volumes and claims of class aether" volumes::inline_and_class;
-    "killed" "kill -9 of driver, operator and store under a writer" killed::kill_our_parts;
-    "bind" "From apply to a bound claim" measure::bind;
-    "pod-start" "What a session adds to the start of a pod" measure::pod_start;
-    "storage" "What twenty edited files store" measure::storage;
-    "fifty-inline" "Fifty inline volumes at once" volumes::fifty_inline;
-    "deletion" "The end, in any order" deletion::leave_nothing;
+    "import" "An AetherSource imports the Kubernetes source tree" true import::import_a_repository;
+    "wrong-sources" "A wrong source says what is wrong" false import::wrong_sources;
+    "session" "A session, in a pod that runs as uid 1000" false session::work_in_a_session;
+    "checkpoint" "A checkpoint while edits go on, and its diff" false checkpoint::checkpoint_and_diff;
+    "fork" "A fork of a live session with unsaved changes" false fork::fork_a_live_session;
+    "fifty-forks" "Fifty forks at once" true fork::fifty_forks;
+    "command" "Commands in worker pods" false command::run_commands;
+    "handoff" "Handoff from node 1 to node 2" false handoff::hand_over;
+    "lost-node" "A node is lost, and comes back" true handoff::lose_a_node;
+    "restore" "Restore under a running process" false restore::restore_in_place;
+    "volumes" "Inline volumes and claims of class aether" false volumes::inline_and_class;
+    "killed" "kill -9 of driver, operator and store under a writer" true killed::kill_our_parts;
+    "bind" "From apply to a bound claim" true measure::bind;
+    "pod-start" "What a session adds to the start of a pod" true measure::pod_start;
+    "storage" "What twenty edited files store" false measure::storage;
+    "fifty-inline" "Fifty inline volumes at once" true volumes::fifty_inline;
+    "deletion" "The end, in any order" true deletion::leave_nothing;
 };
 
 /// Steps that only tests play: longer ones, and variants of what the story shows.
 pub const MORE_STEPS: &[Step] = steps! {
-    "killed-node" "All processes of a node end at once" handoff::kill_a_node;
-    "torn-copies" "A hundred copies of a busy session" torn_copies;
+    "killed-node" "All processes of a node end at once" true handoff::kill_a_node;
+    "torn-copies" "A hundred copies of a busy session" false torn_copies;
 };
 
 async fn torn_copies(story: &Story) -> Result<String> {
@@ -105,21 +107,9 @@ pub struct Story {
 }
 
 impl Story {
-    /// Makes a namespace whose name begins like this.
-    pub async fn begin(cluster: &Cluster, name: &str) -> Result<Self> {
-        let test = Test::begin(cluster.clone(), name).await?;
-        Ok(Self { cluster: cluster.clone(), namespace: test.namespace.clone(), test, figures: Mutex::default() })
-    }
-
-    /// Removes the namespace and waits until it is gone.
-    pub async fn end(&self) -> Result<()> {
-        self.kubectl(&["delete", "namespace", &self.namespace, "--ignore-not-found", "--timeout=180s"]).await?;
-        Ok(())
-    }
-
-    /// Objects, events and logs, for a step that failed.
-    pub async fn dump(&self) -> String {
-        self.test.dump().await
+    /// To be played in this namespace.
+    pub fn new(test: &Test) -> Self {
+        Self { cluster: test.cluster.clone(), namespace: test.namespace.clone(), test: test.clone(), figures: Mutex::default() }
     }
 
     /// Keeps a figure of the report.
@@ -325,7 +315,7 @@ impl Story {
 
     /// How many files git tracks in the imported repository.
     pub async fn tracked_files(&self) -> Result<i64> {
-        let repository = product::repositories(&self.cluster.paths).join("kubernetes.git");
+        let repository = third_party::kubernetes_repository().await?;
         let list = program::run("git", ["--git-dir", &repository.display().to_string(), "ls-tree", "-r", "--name-only", "main"]).await?;
         Ok(i64::try_from(list.lines().count())?)
     }

@@ -7,7 +7,7 @@ use kube::api::{Api, ListParams};
 use super::Story;
 
 /// Restores a mounted session under a running process.
-pub async fn restore_in_place(story: &Story) -> Result<String> {
+pub(super) async fn restore_in_place(story: &Story) -> Result<String> {
     story.agent("undo", "worker").await?;
     story.exec("worker", "set -e; echo good >state; mkdir -p kept/dir; echo 1 >kept/dir/one; git mv docs documents 2>/dev/null || mv docs documents").await?;
     story.aether(&["checkpoint", "undo", "--name", "good", "--wait", "durable"]).await?;

@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use super::{Story, say};
 
 /// Apply, bind, mount, work.
-pub async fn work_in_a_session(story: &Story) -> Result<String> {
+pub(super) async fn work_in_a_session(story: &Story) -> Result<String> {
     story.source().await?;
     let bound = story.session("work").await?;
     let ready = story.pod("agent", "work", Some("node-1")).await?;

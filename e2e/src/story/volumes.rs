@@ -10,7 +10,7 @@ use kube::api::{Api, ListParams};
 use super::{SAMPLES, Story, limit};
 
 /// A pod with an inline volume, and one with a claim of the class, each get a session of their own.
-pub async fn inline_and_class(story: &Story) -> Result<String> {
+pub(super) async fn inline_and_class(story: &Story) -> Result<String> {
     story.source().await?;
     story.apply(&story.sample("inline.yaml")?).await?;
     story.until_pod_ready("throwaway", limit(60)).await?;
@@ -35,7 +35,7 @@ pub async fn inline_and_class(story: &Story) -> Result<String> {
 }
 
 /// Fifty pods with inline volumes at once; the time until every mount was served.
-pub async fn fifty_inline(story: &Story) -> Result<String> {
+pub(super) async fn fifty_inline(story: &Story) -> Result<String> {
     story.source().await?;
     let sample = story.sample("inline.yaml")?;
     let manifests: Vec<String> = (1..=50)
