@@ -75,7 +75,11 @@ fn kinds_links_and_what_a_tree_cannot_hold() {
     assert_eq!((counts.files, counts.directories, counts.symlinks, counts.fifos, counts.skipped), (4, 2, 1, 1, 1));
     assert_eq!(counts.bytes, 21);
     let contents = kept.contents.into_inner().unwrap();
-    assert_eq!(contents.values().collect::<Vec<_>>(), [&Blob::of(b"content")], "each content once, the empty one never");
+    assert_eq!(
+        contents.values().collect::<Vec<_>>(),
+        [&Blob::of(b"content")],
+        "each content once, the empty one never"
+    );
     assert_eq!(kept.directories.lock().unwrap().last(), Some(&found.root), "the root comes last");
 
     let leaves = leaves(&found.root, &kept.store);

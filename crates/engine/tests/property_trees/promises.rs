@@ -203,3 +203,26 @@ fn the_cost_follows_the_difference() {
         session.end();
     });
 }
+
+/// Once both were under one temporary name (found by the random restores).
+#[test]
+fn regression_a_link_in_the_root_while_directories_are_put_aside() {
+    random::alone(|scratch| {
+        let store = MemoryStore::new();
+        let (session, base) = session(scratch, &store, |base| {
+            fs::create_dir_all(base.join("directory/inner")).unwrap();
+            fs::write(base.join("name"), "linked").unwrap();
+            fs::hard_link(base.join("name"), base.join("directory/inner/name")).unwrap();
+        });
+        let root = session.merged();
+        fs::write(root.join("name"), "parted").unwrap();
+        fs::rename(root.join("directory/inner"), root.join("directory/moved")).unwrap();
+        let plan = restore::plan(&tree(&session, &store), &base, &store).unwrap();
+        let done = plan.apply(&root, OWNER, &store, None).unwrap();
+        assert_eq!(done.moved, 1);
+        restore::verify(&tree(&session, &store), &base, &store).unwrap();
+        let inode = |name: &str| fs::metadata(root.join(name)).unwrap().ino();
+        assert_eq!(inode("name"), inode("directory/inner/name"), "the two names are one file again");
+        session.end();
+    });
+}
