@@ -91,10 +91,13 @@ impl NodeAdmin for AdminService {
     }
 
     async fn gc(&self, request: Request<admin::GcRequest>) -> Result<Response<admin::GcResponse>, Status> {
-        if request.into_inner().dry_run {
-            return Err(Status::unimplemented("the engine cannot say yet what would go: use --yes"));
-        }
-        let removed = self.driver.engine.gc().await.map_err(Failure::from)?;
+        let engine = &self.driver.engine;
+        let removed = if request.into_inner().dry_run {
+            let unused = engine.unused_images().await.map_err(Failure::from)?;
+            unused.iter().map(|image| format!("image {} ({} files)", image.id(), image.files)).collect()
+        } else {
+            engine.gc().await.map_err(Failure::from)?
+        };
         Ok(Response::new(admin::GcResponse { removed, ..Default::default() }))
     }
 

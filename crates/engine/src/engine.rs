@@ -233,6 +233,20 @@ impl Engine {
         self.run(repair::fsck).await
     }
 
+    /// Images that no session or snapshot uses: what [`gc`](Self::gc) removes, unless a read-only view shows it.
+    pub async fn unused_images(&self) -> Result<Vec<Image>> {
+        self.run(|inner| {
+            let sessions = inner.state.sessions()?;
+            let snapshots = inner.state.snapshots()?;
+            let used = |image: &Image| {
+                sessions.iter().any(|session| session.image.id() == image.id())
+                    || snapshots.iter().any(|snapshot| snapshot.image.id() == image.id())
+            };
+            Ok(inner.state.images()?.into_iter().filter(|image| !used(image)).collect())
+        })
+        .await
+    }
+
     /// Removes images that no session or snapshot uses. Returns what was removed.
     pub async fn gc(&self) -> Result<Vec<String>> {
         self.run(repair::collect).await
