@@ -1,0 +1,223 @@
+//! As much of an API server as the program needs: a session, checkpoints and one command, over plain HTTP.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, Query, State};
+use axum::http::{StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::Json;
+use futures::{StreamExt, stream};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+/// What the server does.
+#[derive(Clone, Debug)]
+pub(crate) struct Behaviour {
+    /// Whether checkpoints become durable at once, or never.
+    pub(crate) durable: bool,
+    /// The answer to a request for changes.
+    pub(crate) changes: Bytes,
+    /// The exit code of commands, which end at once; without one they run until they are deleted.
+    pub(crate) exit_code: Option<i32>,
+    /// What commands say.
+    pub(crate) log: &'static str,
+}
+
+/// What the server was asked to do so far.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) created: Vec<Value>,
+    pub(crate) deleted: Vec<String>,
+    pub(crate) followed: bool,
+}
+
+struct Shared {
+    behaviour: Behaviour,
+    checkpoints: Mutex<HashMap<String, Value>>,
+    seen: watch::Sender<Seen>,
+}
+
+type Api = State<Arc<Shared>>;
+
+/// A running server and the kubeconfig that leads to it.
+pub(crate) struct Server {
+    pub(crate) seen: watch::Receiver<Seen>,
+    pub(crate) kubeconfig: tempfile::NamedTempFile,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Server {
+    pub(crate) async fn start(behaviour: Behaviour) -> Self {
+        let (sender, seen) = watch::channel(Seen::default());
+        let shared = Arc::new(Shared { behaviour, checkpoints: Mutex::default(), seen: sender });
+        let aether = "/apis/aether.dev/v1alpha1/namespaces/demo";
+        let app = Router::new()
+            .route(&format!("{aether}/aethersessions/{{name}}"), get(session))
+            .route(&format!("{aether}/aethersessions"), get(async || Json(list(vec![session_object()]))))
+            .route("/apis/aether.dev/v1alpha1/aethersessions", get(async || Json(list(vec![]))))
+            .route(&format!("{aether}/aethercheckpoints"), get(checkpoints).post(create_checkpoint))
+            .route(&format!("{aether}/aethercheckpoints/{{name}}"), get(checkpoint).delete(delete_checkpoint))
+            .route(&format!("{aether}/aethercommands"), get(commands).post(create_command))
+            .route(&format!("{aether}/aethercommands/{{name}}"), axum::routing::delete(delete_command))
+            .route("/api/v1/namespaces/demo/pods", get(pods))
+            .route("/api/v1/namespaces/demo/pods/{name}", get(pod))
+            .route("/api/v1/namespaces/demo/pods/{name}/log", get(log))
+            .route("/apis/review.aether.dev/v1alpha1", get(async || Json(json!({"kind": "APIResourceList"}))))
+            .route("/apis/review.aether.dev/v1alpha1/namespaces/demo/checkpoints/{name}/changes", get(changes))
+            .fallback(async |uri: Uri| not_found(&uri.to_string()))
+            .with_state(shared);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        let mut kubeconfig = tempfile::NamedTempFile::new().unwrap();
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": format!("http://{address}")}}],
+            "users": [{"name": "c", "user": {}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "c", "namespace": "demo"}}],
+        });
+        kubeconfig.write_all(config.to_string().as_bytes()).unwrap();
+        Self { seen, kubeconfig, task }
+    }
+
+    /// Waits until the server has seen that.
+    pub(crate) async fn until(&mut self, what: &str, is: impl Fn(&Seen) -> bool) {
+        let waited = tokio::time::timeout(std::time::Duration::from_secs(60), self.seen.wait_for(is)).await;
+        waited.unwrap_or_else(|_| panic!("waited in vain for {what}")).unwrap();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn list(items: Vec<Value>) -> Value {
+    json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": "7"}, "items": items})
+}
+
+fn not_found(what: &str) -> Response {
+    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404, "message": format!("{what} not found"), "reason": "NotFound", "details": {"name": what}});
+    (StatusCode::NOT_FOUND, Json(status)).into_response()
+}
+
+/// A list, or a watch that never shows anything.
+fn listed(query: &HashMap<String, String>, items: Vec<Value>) -> Response {
+    if query.contains_key("watch") {
+        return Body::from_stream(stream::pending::<Result<Bytes, Infallible>>()).into_response();
+    }
+    let name = query.get("fieldSelector").and_then(|selector| selector.strip_prefix("metadata.name="));
+    Json(list(items.into_iter().filter(|item| name.is_none_or(|name| item["metadata"]["name"] == name)).collect())).into_response()
+}
+
+fn session_object() -> Value {
+    let condition = json!({"type": "Ready", "status": "True", "reason": "Ready", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"});
+    json!({
+        "apiVersion": "aether.dev/v1alpha1", "kind": "AetherSession",
+        "metadata": {"name": "fix-login", "namespace": "demo", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {"source": {"name": "linux"}}, "status": {"phase": "Bound", "conditions": [condition]},
+    })
+}
+
+async fn session(Path(name): Path<String>) -> Response {
+    if name == "fix-login" { Json(session_object()).into_response() } else { not_found(&name) }
+}
+
+async fn create_checkpoint(State(shared): Api, Json(mut object): Json<Value>) -> Response {
+    let name = object["metadata"]["name"].as_str().unwrap().to_owned();
+    object["metadata"]["uid"] = json!("k");
+    if shared.behaviour.durable {
+        object["status"] = json!({"durability": "Durable", "root": "r"});
+    }
+    shared.checkpoints.lock().unwrap().insert(name, object.clone());
+    shared.seen.send_modify(|seen| seen.created.push(object.clone()));
+    (StatusCode::CREATED, Json(object)).into_response()
+}
+
+async fn checkpoints(State(shared): Api, Query(query): Query<HashMap<String, String>>) -> Response {
+    listed(&query, shared.checkpoints.lock().unwrap().values().cloned().collect())
+}
+
+async fn checkpoint(State(shared): Api, Path(name): Path<String>) -> Response {
+    match shared.checkpoints.lock().unwrap().get(&name) {
+        Some(object) => Json(object.clone()).into_response(),
+        None => not_found(&name),
+    }
+}
+
+async fn delete_checkpoint(State(shared): Api, Path(name): Path<String>) -> Response {
+    let Some(object) = shared.checkpoints.lock().unwrap().remove(&name) else { return not_found(&name) };
+    shared.seen.send_modify(|seen| seen.deleted.push(name));
+    Json(object).into_response()
+}
+
+async fn changes(State(shared): Api) -> Response {
+    shared.behaviour.changes.clone().into_response()
+}
+
+fn command_object(behaviour: &Behaviour) -> Value {
+    let mut status = json!({"phase": "Running", "podName": "fix-login-x-pod"});
+    if let Some(code) = behaviour.exit_code {
+        status = json!({"phase": "Succeeded", "podName": "fix-login-x-pod", "exitCode": code, "finished": "2026-01-01T00:00:00Z"});
+    }
+    json!({
+        "apiVersion": "aether.dev/v1alpha1", "kind": "AetherCommand", "metadata": {"name": "fix-login-x", "namespace": "demo", "uid": "c"},
+        "spec": {"session": "fix-login", "command": ["true"]}, "status": status,
+    })
+}
+
+async fn create_command(State(shared): Api, Json(object): Json<Value>) -> Response {
+    shared.seen.send_modify(|seen| seen.created.push(object));
+    (StatusCode::CREATED, Json(command_object(&shared.behaviour))).into_response()
+}
+
+async fn commands(State(shared): Api, Query(query): Query<HashMap<String, String>>) -> Response {
+    let gone = !shared.seen.borrow().deleted.is_empty();
+    listed(&query, if gone { vec![] } else { vec![command_object(&shared.behaviour)] })
+}
+
+async fn delete_command(State(shared): Api, Path(name): Path<String>) -> Response {
+    shared.seen.send_modify(|seen| seen.deleted.push(name));
+    Json(command_object(&shared.behaviour)).into_response()
+}
+
+fn pod_object(behaviour: &Behaviour) -> Value {
+    let state = match behaviour.exit_code {
+        Some(code) => json!({"terminated": {"exitCode": code}}),
+        None => json!({"running": {}}),
+    };
+    json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "fix-login-x-pod", "namespace": "demo"}, "spec": {"containers": [{"name": "command"}]},
+        "status": {"containerStatuses": [{"name": "command", "state": state, "ready": false, "restartCount": 0, "image": "i", "imageID": "i"}]},
+    })
+}
+
+async fn pods(State(shared): Api, Query(query): Query<HashMap<String, String>>) -> Response {
+    listed(&query, vec![pod_object(&shared.behaviour)])
+}
+
+async fn pod(State(shared): Api, Path(name): Path<String>) -> Response {
+    if shared.seen.borrow().deleted.is_empty() { Json(pod_object(&shared.behaviour)).into_response() } else { not_found(&name) }
+}
+
+/// The log; one that is followed ends with the command.
+async fn log(State(shared): Api, Query(query): Query<HashMap<String, String>>) -> Response {
+    let said = Ok::<_, Infallible>(Bytes::from_static(shared.behaviour.log.as_bytes()));
+    if !query.contains_key("follow") {
+        return Body::from_stream(stream::iter([said])).into_response();
+    }
+    let mut seen = shared.seen.subscribe();
+    shared.seen.send_modify(|seen| seen.followed = true);
+    let end = stream::once(async move {
+        let _ = seen.wait_for(|seen| !seen.deleted.is_empty()).await;
+        Ok(Bytes::from_static(b"ended\n"))
+    });
+    Body::from_stream(stream::iter([said]).chain(end)).into_response()
+}
