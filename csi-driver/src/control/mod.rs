@@ -36,8 +36,9 @@ pub(crate) fn start(driver: &Arc<Driver>, tasks: &Tasks) {
         ($name:literal, $cache:ident, $reconcile:path) => {
             let controlling = driver.clone();
             tasks.essential(Stage::Work, $name, move |stop| async move {
-                ready(&controlling, &stop).await;
-                cluster::run($name, &controlling.cluster.$cache, controlling.clone(), $reconcile, stop).await;
+                if ready(&controlling, &stop).await {
+                    cluster::run($name, &controlling.cluster.$cache, controlling.clone(), $reconcile, stop).await;
+                }
                 Ok(())
             });
         };
@@ -54,8 +55,9 @@ pub(crate) fn start(driver: &Arc<Driver>, tasks: &Tasks) {
         ($name:literal, $run:path) => {
             let running = driver.clone();
             tasks.essential(Stage::Work, $name, move |stop| async move {
-                ready(&running, &stop).await;
-                $run(running, stop).await;
+                if ready(&running, &stop).await {
+                    $run(running, stop).await;
+                }
                 Ok(())
             });
         };
@@ -64,9 +66,12 @@ pub(crate) fn start(driver: &Arc<Driver>, tasks: &Tasks) {
     periodic!("housekeeping", housekeeping::run);
 }
 
-async fn ready(driver: &Driver, stop: &CancellationToken) {
+/// Waits for the first lists; `false` when the process ends before.
+async fn ready(driver: &Driver, stop: &CancellationToken) -> bool {
     tokio::select! {
-        () = driver.cluster.ready() => {}
-        () = stop.cancelled() => {}
+        biased;
+        () = stop.cancelled() => false,
+        // It also comes back when the watches have ended.
+        () = driver.cluster.ready() => !stop.is_cancelled() && !driver.stop.is_cancelled(),
     }
 }
