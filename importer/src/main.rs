@@ -1,2 +1,85 @@
-//! placeholder
-fn main() {}
+//! The importer's process: one import, its result, and nothing left behind.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use aether_cas::{RemoteStore, Store};
+use aether_importer::cli::{Cli, Source};
+use aether_importer::failure::{Failure, Reason};
+use aether_importer::git::{self, Cloned};
+use aether_importer::report::{self, Imported, Reporter};
+use aether_importer::scan;
+use aether_runtime::{logs, signals};
+use clap::Parser;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<ExitCode> {
+    let cli = Cli::parse();
+    logs::init()?;
+    let shutdown = signals::shutdown()?;
+    let outcome = tokio::select! {
+        outcome = import(&cli) => outcome,
+        // Dropping the import ends git and removes what was cloned.
+        () = shutdown.cancelled() => Err(Failure::new(Reason::ImportFailed, "the import was stopped before it ended; it can be done again")),
+    };
+    let result = report::result(&outcome);
+    println!("{result}");
+    report::write_result(&result, cli.result.as_deref())?;
+    Ok(match outcome {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(failure) => {
+            tracing::error!("{failure}");
+            ExitCode::FAILURE
+        }
+    })
+}
+
+async fn import(cli: &Cli) -> Result<Imported, Failure> {
+    let begun = Instant::now();
+    let address = cli.store.as_deref().ok_or_else(|| Failure::new(Reason::Invalid, "--store is missing: say the store's address, such as http://127.0.0.1:8980"))?;
+    // Before anything is fetched: an import without a store is of no use.
+    let store = RemoteStore::connect(address).await.map_err(|error| Failure::other("reach the store", error))?;
+    let reporter = Arc::new(Reporter::stdout());
+    let scratch = tempfile::Builder::new().prefix("aether-import-").tempdir().map_err(|error| Failure::other("make a directory for the import", error))?;
+    let mut commit = None;
+    let worktree = scratch.path().join("worktree");
+    let stored = match &cli.source {
+        Source::Git(asked) => {
+            let home = scratch.path().join("home");
+            std::fs::create_dir(&home).map_err(|error| Failure::other("make a home for git", error))?;
+            match git::clone(asked, &worktree, &home, &reporter).await? {
+                Cloned::Unchanged(known) => {
+                    return Ok(Imported { root: None, files: 0, bytes: 0, commit: Some(known), milliseconds: elapsed(begun), unchanged: true });
+                }
+                Cloned::Commit(checked_out) => commit = Some(checked_out),
+            }
+            store_directory(&worktree, &store, reporter).await?
+        }
+        Source::Claim { path } => store_directory(path, &store, reporter).await?,
+        Source::Empty => {
+            empty_directory(&worktree).map_err(|error| Failure::other("make an empty directory", error))?;
+            store_directory(&worktree, &store, reporter).await?
+        }
+    };
+    let counts = stored.counts;
+    Ok(Imported { root: Some(stored.root.to_string()), files: counts.files, bytes: counts.bytes, commit, milliseconds: elapsed(begun), unchanged: false })
+}
+
+async fn store_directory(directory: &Path, store: &dyn Store, reporter: Arc<Reporter>) -> Result<scan::Stored, Failure> {
+    scan::store(directory, store, reporter).await
+}
+
+/// The same tree each time: an empty directory of 1970.
+fn empty_directory(path: &Path) -> std::io::Result<()> {
+    use rustix::fs::{AtFlags, CWD, Mode, Timespec, Timestamps};
+    rustix::fs::mkdir(path, Mode::from_raw_mode(0o755))?;
+    rustix::fs::chmod(path, Mode::from_raw_mode(0o755))?;
+    let epoch = Timespec { tv_sec: 0, tv_nsec: 0 };
+    Ok(rustix::fs::utimensat(CWD, path, &Timestamps { last_access: epoch, last_modification: epoch }, AtFlags::empty())?)
+}
+
+fn elapsed(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}

@@ -100,6 +100,30 @@ async fn a_refresh_that_finds_nothing_new_makes_no_revision() {
 }
 
 #[tokio::test]
+async fn a_known_commit_is_not_imported_again() {
+    let operator = Operator::new();
+    put(&operator, None);
+    reconcile(&operator).await;
+    ends(&operator, json!({"ok": true, "root": "aa/1", "files": 1, "bytes": 1, "commit": "c0ffee"}));
+    reconcile(&operator).await;
+    operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| {
+        source.annotations_mut().insert(REFRESH_ANNOTATION.into(), "now".into());
+    });
+    reconcile(&operator).await;
+    let arguments = |operator: &Operator| {
+        let job: Job = operator.api.get(NAMESPACE, &job(operator)).unwrap();
+        job.spec.unwrap().template.spec.unwrap().containers[0].args.clone().unwrap().join(" ")
+    };
+    assert!(arguments(&operator).contains("--unless-commit c0ffee"));
+    ends(&operator, json!({"ok": true, "unchanged": true, "files": 0, "bytes": 0, "commit": "c0ffee", "milliseconds": 1}));
+    let status = reconcile(&operator).await;
+    assert_eq!((status.revisions.len(), status.phase.as_deref(), importing(&status)), (1, Some("Ready"), reason::DONE));
+    operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.git.as_mut().unwrap().submodules = true);
+    reconcile(&operator).await;
+    assert!(!arguments(&operator).contains("--unless-commit"), "the same commit, but more of it");
+}
+
+#[tokio::test]
 async fn a_failed_import_says_why_and_leaves_old_revisions_usable() {
     let operator = Operator::new();
     put(&operator, None);

@@ -33,8 +33,8 @@ pub(super) fn name(source: &AetherSource, origin: &str, previous: &str) -> Strin
     objects::derived_name(&source.name_any(), "import", &[&source.uid().unwrap_or_default(), origin, previous])
 }
 
-/// The Job that imports the source.
-pub(super) fn job(source: &AetherSource, name: String, config: &Config) -> Job {
+/// The Job that imports the source, unless its ref still means the commit that is known.
+pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str>, config: &Config) -> Job {
     let mut arguments: Vec<String> = Vec::new();
     let mut volumes = vec![Volume { name: "work".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() }];
     let mut mounts = vec![VolumeMount { name: "work".into(), mount_path: "/tmp".into(), ..VolumeMount::default() }];
@@ -50,6 +50,9 @@ pub(super) fn job(source: &AetherSource, name: String, config: &Config) -> Job {
         }
         arguments.extend(git.submodules.then(|| "--submodules".into()));
         arguments.extend(git.lfs.then(|| "--lfs".into()));
+        if let Some(commit) = known_commit {
+            arguments.extend(["--unless-commit".into(), commit.into()]);
+        }
         if let Some(secret) = &git.secret_ref {
             arguments.extend(["--secret-dir".into(), SECRET_DIRECTORY.into()]);
             let files = SecretVolumeSource { secret_name: Some(secret.name.clone()), default_mode: Some(0o440), ..SecretVolumeSource::default() };
@@ -158,9 +161,9 @@ mod tests {
             ..Default::default()
         };
         let source = source(AetherSourceSpec { git: Some(git), ..Default::default() });
-        let job = job(&source, "linux-import-1".into(), &config());
+        let job = job(&source, "linux-import-1".into(), Some("c0ffee"), &config());
         let arguments = container(&job).args.clone().unwrap().join(" ");
-        assert_eq!(arguments, "git --url https://example.org/linux --ref v6 --depth 3 --submodules --secret-dir /var/run/aether/secret --store http://s");
+        assert_eq!(arguments, "git --url https://example.org/linux --ref v6 --depth 3 --submodules --unless-commit c0ffee --secret-dir /var/run/aether/secret --store http://s");
         let pod = job.spec.unwrap().template.spec.unwrap();
         assert_eq!(pod.automount_service_account_token, Some(false));
         assert_eq!(pod.security_context.unwrap().run_as_non_root, Some(true));
@@ -170,7 +173,7 @@ mod tests {
     #[test]
     fn a_claim_is_mounted_read_only_and_read_in_full() {
         let claim = ClaimSource { claim_name: "data".into(), path: Some("tree".into()) };
-        let job = job(&source(AetherSourceSpec { claim: Some(claim), ..Default::default() }), "n".into(), &config());
+        let job = job(&source(AetherSourceSpec { claim: Some(claim), ..Default::default() }), "n".into(), None, &config());
         assert_eq!(container(&job).args.as_ref().unwrap()[..3], ["claim", "--path", "/source/tree"]);
         let mount = container(&job).volume_mounts.as_ref().unwrap().iter().find(|mount| mount.name == "claim").unwrap();
         assert_eq!(mount.read_only, Some(true));

@@ -122,7 +122,8 @@ async fn start(source: &AetherSource, status: &mut AetherSourceStatus, secret_ve
     let origin = plan::origin(source);
     let previous = status.import.as_ref().map(|import| import.job.clone()).unwrap_or_default();
     let name = job::name(source, &origin, &previous);
-    objects::create(&jobs, &job::job(source, name.clone(), &context.config)).await?;
+    let known = known_commit(status, &origin);
+    objects::create(&jobs, &job::job(source, name.clone(), known.as_deref(), &context.config)).await?;
     if !previous.is_empty() {
         if let Some(old) = objects::get(&jobs, &previous).await? {
             objects::delete(&jobs, &old).await?;
@@ -143,6 +144,14 @@ async fn start(source: &AetherSource, status: &mut AetherSourceStatus, secret_ve
     });
     describe(status, source, Wanted::yes(IMPORTING, reason::IN_PROGRESS, format!("Job {name} imports")));
     Ok(())
+}
+
+/// The commit of the newest revision, if that was imported from the same origin: while the ref means it, there is
+/// nothing to import.
+fn known_commit(status: &AetherSourceStatus, origin: &str) -> Option<String> {
+    let last = status.import.as_ref()?;
+    let same = last.origin == origin && last.phase == plan::DONE_PHASE;
+    status.revisions.first().filter(|_| same)?.commit.clone()
 }
 
 /// Reads how far the import is.
@@ -176,6 +185,15 @@ async fn follow(source: &AetherSource, status: &mut AetherSourceStatus, context:
             let message = format!("Job {} imports", import.job);
             describe(status, source, Wanted::yes(IMPORTING, reason::IN_PROGRESS, message));
             Ok(Some(PROGRESS))
+        }
+        Outcome::Unchanged => {
+            import.phase = plan::DONE_PHASE.into();
+            import.failures = 0;
+            import.finished = Some(objects::now());
+            let newest = status.revisions.first().map_or("none", |newest| newest.name.as_str());
+            let message = format!("nothing changed since revision {newest}");
+            describe(status, source, Wanted::no(IMPORTING, reason::DONE, message));
+            Ok(source.spec.refresh.map(Duration::from))
         }
         Outcome::Imported(imported) => {
             import.phase = plan::DONE_PHASE.into();

@@ -17,6 +17,8 @@ pub(super) enum Outcome {
     Running,
     /// It succeeded.
     Imported(Imported),
+    /// The ref still means the commit of the newest revision, so nothing was imported.
+    Unchanged,
     /// It failed.
     Failed { reason: String, message: String },
 }
@@ -47,6 +49,8 @@ pub(super) struct Progress {
 #[derive(Deserialize)]
 struct Report {
     ok: bool,
+    #[serde(default)]
+    unchanged: bool,
     #[serde(default)]
     reason: Option<String>,
     #[serde(default)]
@@ -101,6 +105,9 @@ fn failed(message: String) -> Outcome {
 /// The importer's own report; `None` when the words are not one.
 fn report(words: &str) -> Option<Outcome> {
     let report: Report = serde_json::from_str(words).ok()?;
+    if report.ok && report.unchanged {
+        return Some(Outcome::Unchanged);
+    }
     if report.ok {
         return serde_json::from_value(report.rest).ok().map(Outcome::Imported);
     }
@@ -131,6 +138,8 @@ mod tests {
         let words = r#"{"ok":true,"root":"ab/1","files":2,"bytes":3,"commit":"c","milliseconds":4}"#;
         let imported = Imported { root: "ab/1".into(), files: 2, bytes: 3, commit: Some("c".into()), milliseconds: 4 };
         assert_eq!(outcome(None, Some(&ended(0, words))), Outcome::Imported(imported), "even if the Job is gone");
+        let words = r#"{"ok":true,"files":0,"bytes":0,"commit":"c","milliseconds":4,"unchanged":true}"#;
+        assert_eq!(outcome(None, Some(&ended(0, words))), Outcome::Unchanged);
         let words = r#"{"ok":false,"reason":"RefNotFound","message":"no branch x"}"#;
         assert_eq!(outcome(None, Some(&ended(1, words))), Outcome::Failed { reason: "RefNotFound".into(), message: "no branch x".into() });
         let words = r#"{"ok":false,"reason":"made up","message":"m"}"#;

@@ -1,0 +1,72 @@
+//! Arguments.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Imports a source into the store and reports the tree.
+#[derive(Parser, Debug)]
+#[command(name = "aether-importer", version, after_help = EXAMPLES)]
+pub struct Cli {
+    /// Where from.
+    #[command(subcommand)]
+    pub source: Source,
+    /// Address of the store, such as http://aether-store.aether-system.svc:8980.
+    #[arg(long, env = "AETHER_STORE", global = true)]
+    pub store: Option<String>,
+    /// File that receives the result as JSON. When not given: /dev/termination-log, if there is one. It also goes to stdout.
+    #[arg(long, global = true)]
+    pub result: Option<PathBuf>,
+}
+
+const EXAMPLES: &str = "\
+Progress is printed to stdout as lines of JSON, then the result:
+  {\"ok\":true,\"root\":\"<hex>/<size>\",\"files\":N,\"bytes\":N,\"commit\":\"<id>\",\"milliseconds\":N}
+  {\"ok\":false,\"reason\":\"RefNotFound\",\"message\":\"...\"}
+
+Examples:
+  aether-importer git --url https://github.com/kubernetes/kubernetes --ref v1.30.0 --depth 1 --store http://127.0.0.1:8980
+  aether-importer git --url git@example.org:team/app.git --ref main --secret-dir /var/run/aether/secret --store http://127.0.0.1:8980
+  aether-importer claim --path /source/tree --store http://127.0.0.1:8980
+  aether-importer empty --store http://127.0.0.1:8980";
+
+/// Where from.
+#[derive(Subcommand, Debug)]
+pub enum Source {
+    /// A git repository, with its history.
+    Git(Git),
+    /// A directory.
+    Claim {
+        /// The directory.
+        #[arg(long)]
+        path: PathBuf,
+    },
+    /// Nothing: an empty directory.
+    Empty,
+}
+
+/// A git repository.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Git {
+    /// https://, http://, ssh://, git://, file:// or user@host:path.
+    #[arg(long)]
+    pub url: String,
+    /// A branch, a tag, a full ref or a commit id. The remote's HEAD when not given.
+    #[arg(long = "ref")]
+    pub reference: Option<String>,
+    /// How many commits of history. All of them when not given.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub depth: Option<u32>,
+    /// Fetch submodules too, recursively.
+    #[arg(long)]
+    pub submodules: bool,
+    /// Fetch Git LFS contents too.
+    #[arg(long)]
+    pub lfs: bool,
+    /// Directory with the keys of a Secret as files: username and password, or ssh-privatekey and known_hosts; ca.crt with either.
+    #[arg(long)]
+    pub secret_dir: Option<PathBuf>,
+    /// Import nothing, and say so, if the ref still means this commit.
+    #[arg(long)]
+    pub unless_commit: Option<String>,
+}

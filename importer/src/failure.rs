@@ -1,0 +1,145 @@
+//! Why an import failed, in the words of a source's conditions.
+
+use std::fmt;
+
+/// A reason of the `Importing` condition that an importer may give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The URL leads nowhere.
+    RepositoryNotFound,
+    /// The repository is there, the ref is not.
+    RefNotFound,
+    /// The repository refused the credentials, or wants some.
+    AuthenticationFailed,
+    /// The Secret lacks something or cannot be read as what it should be.
+    SecretInvalid,
+    /// What was asked for makes no sense.
+    Invalid,
+    /// Everything else.
+    ImportFailed,
+}
+
+impl Reason {
+    /// Its name in the API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::RepositoryNotFound => "RepositoryNotFound",
+            Self::RefNotFound => "RefNotFound",
+            Self::AuthenticationFailed => "AuthenticationFailed",
+            Self::SecretInvalid => "SecretInvalid",
+            Self::Invalid => "Invalid",
+            Self::ImportFailed => "ImportFailed",
+        }
+    }
+}
+
+/// Why an import failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// For programs.
+    pub reason: Reason,
+    /// For people.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure with a reason.
+    pub fn new(reason: Reason, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into() }
+    }
+
+    /// A failure that has no reason of its own.
+    pub fn other(action: &str, error: impl fmt::Display) -> Self {
+        Self::new(Reason::ImportFailed, format!("cannot {action}: {error}"))
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.reason.name(), self.message)
+    }
+}
+
+/// Words of git and of the programs that it runs, and what they mean. The first that occurs decides, so what is more
+/// telling comes first: ssh says `Permission denied` and then git adds that the repository could not be read.
+const WORDS: [(&str, Reason); 37] = [
+    ("host key verification failed", Reason::SecretInvalid),
+    ("error in libcrypto", Reason::SecretInvalid),
+    ("invalid format", Reason::SecretInvalid),
+    ("server certificate verification failed", Reason::SecretInvalid),
+    ("ssl certificate problem", Reason::SecretInvalid),
+    ("error adding trust anchors", Reason::SecretInvalid),
+    ("error setting certificate", Reason::SecretInvalid),
+    ("permission denied (publickey", Reason::AuthenticationFailed),
+    ("permission denied, please try again", Reason::AuthenticationFailed),
+    ("authentication failed", Reason::AuthenticationFailed),
+    ("could not read username", Reason::AuthenticationFailed),
+    ("could not read password", Reason::AuthenticationFailed),
+    ("access denied", Reason::AuthenticationFailed),
+    ("returned error: 401", Reason::AuthenticationFailed),
+    ("returned error: 403", Reason::AuthenticationFailed),
+    ("invalid credentials", Reason::AuthenticationFailed),
+    ("couldn't find remote ref", Reason::RefNotFound),
+    ("not found in upstream", Reason::RefNotFound),
+    ("not our ref", Reason::RefNotFound),
+    ("unadvertised object", Reason::RefNotFound),
+    ("reference is not a tree", Reason::RefNotFound),
+    ("bad object", Reason::RefNotFound),
+    ("did not match any", Reason::RefNotFound),
+    ("unable to find current revision in submodule", Reason::RefNotFound),
+    ("could not resolve", Reason::RepositoryNotFound),
+    ("failed to connect", Reason::RepositoryNotFound),
+    ("could not connect", Reason::RepositoryNotFound),
+    ("couldn't connect", Reason::RepositoryNotFound),
+    ("connection refused", Reason::RepositoryNotFound),
+    ("connection timed out", Reason::RepositoryNotFound),
+    ("no route to host", Reason::RepositoryNotFound),
+    ("network is unreachable", Reason::RepositoryNotFound),
+    ("does not appear to be a git repository", Reason::RepositoryNotFound),
+    ("returned error: 404", Reason::RepositoryNotFound),
+    ("repository not found", Reason::RepositoryNotFound),
+    ("' not found", Reason::RepositoryNotFound),
+    ("does not exist", Reason::RepositoryNotFound),
+];
+
+/// What git's words mean.
+pub fn classify(words: &str) -> Reason {
+    let words = words.to_lowercase();
+    WORDS.iter().find(|(text, _)| words.contains(text)).map_or(Reason::ImportFailed, |(_, reason)| *reason)
+}
+
+/// What a person can do about it.
+pub fn way_out(reason: Reason) -> Option<&'static str> {
+    match reason {
+        Reason::RepositoryNotFound => Some("check spec.git.url, and that the cluster can reach it"),
+        Reason::RefNotFound => Some("check spec.git.ref"),
+        Reason::AuthenticationFailed => Some("check the Secret in spec.git.secretRef"),
+        Reason::SecretInvalid => Some("check ssh-privatekey, known_hosts and ca.crt of the Secret in spec.git.secretRef"),
+        Reason::Invalid | Reason::ImportFailed => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_git_mean_what_people_would_say() {
+        for (words, reason) in [
+            ("fatal: Authentication failed for 'https://example.org/a/'", Reason::AuthenticationFailed),
+            ("fatal: could not read Username for 'https://github.com': terminal prompts disabled", Reason::AuthenticationFailed),
+            ("git@h: Permission denied (publickey).\nfatal: Could not read from remote repository.", Reason::AuthenticationFailed),
+            ("Host key verification failed.\nfatal: Could not read from remote repository.", Reason::SecretInvalid),
+            ("Load key \"/tmp/k\": error in libcrypto\ngit@h: Permission denied (publickey).", Reason::SecretInvalid),
+            ("fatal: repository 'http://h/nosuch/' not found", Reason::RepositoryNotFound),
+            ("remote: Repository not found.", Reason::RepositoryNotFound),
+            ("fatal: unable to access 'https://h/': Could not resolve host: h", Reason::RepositoryNotFound),
+            ("fatal: '/srv/nosuch' does not appear to be a git repository", Reason::RepositoryNotFound),
+            ("fatal: couldn't find remote ref refs/pull/9/head", Reason::RefNotFound),
+            ("fatal: remote error: upload-pack: not our ref 0123", Reason::RefNotFound),
+            ("fatal: fetch-pack: invalid index-pack output", Reason::ImportFailed),
+        ] {
+            assert_eq!(classify(words), reason, "{words}");
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! How git gets at a repository: configuration and environment made from the files of a Secret.
+//!
+//! The secret itself is in no argument, no environment variable and no configuration, only the path of its file; and the
+//! password and the authority are given to the repository's own host alone, not to that of a submodule elsewhere.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use crate::cli::Git;
+use crate::failure::{Failure, Reason};
+
+/// Prints username and password from the Secret's files, when git asks for them. `sh` runs it; git says `get` or `store`.
+const HELPER: &str = r#"!f() { test "$1" = get || exit 0; printf 'username=%s\n' "$(cat "$AETHER_SECRET/username" 2>/dev/null || echo git)"; printf 'password=%s\n' "$(cat "$AETHER_SECRET/password")"; }; f"#;
+
+/// Environment and configuration for git.
+#[derive(Debug, Default)]
+pub(super) struct Access {
+    /// Configuration, as `-c` would give it.
+    pub(super) settings: Vec<(String, String)>,
+    /// Environment.
+    pub(super) environment: Vec<(&'static str, String)>,
+    /// What must not be seen in any message.
+    secrets: Vec<String>,
+}
+
+impl Access {
+    /// Reads the Secret's files.
+    pub(super) fn prepare(asked: &Git, scratch: &Path) -> Result<Self, Failure> {
+        let mut access = Self::default();
+        if asked.url.starts_with("file://") {
+            // Submodules with relative URLs lie beside it. Others may be reached by their own protocols as always.
+            access.settings.push(("protocol.file.allow".into(), "always".into()));
+        }
+        let Some(directory) = &asked.secret_dir else { return Ok(access) };
+        if !directory.is_dir() {
+            return Err(Failure::new(Reason::SecretInvalid, format!("--secret-dir {} is not a directory", directory.display())));
+        }
+        if let Some(origin) = origin(&asked.url) {
+            access.http(&origin, directory)?;
+        } else {
+            access.ssh(directory, scratch)?;
+        }
+        Ok(access)
+    }
+
+    fn http(&mut self, origin: &str, directory: &Path) -> Result<(), Failure> {
+        let authority = directory.join("ca.crt");
+        if authority.is_file() {
+            self.settings.push((format!("http.{origin}.sslCAInfo"), text(&authority)?));
+        }
+        let password = directory.join("password");
+        if password.is_file() {
+            self.hide(&password)?;
+            self.environment.push(("AETHER_SECRET", text(directory)?));
+            self.settings.push((format!("credential.{origin}.helper"), HELPER.into()));
+        }
+        Ok(())
+    }
+
+    fn ssh(&mut self, directory: &Path, scratch: &Path) -> Result<(), Failure> {
+        let key = directory.join("ssh-privatekey");
+        if !key.is_file() {
+            return Ok(());
+        }
+        let known_hosts = directory.join("known_hosts");
+        if !known_hosts.is_file() {
+            return Err(Failure::new(Reason::SecretInvalid, "the Secret lacks known_hosts, without which no host can be trusted: add the output of ssh-keyscan HOST"));
+        }
+        // ssh refuses a key that others may read, and one without a last newline.
+        let mut contents = self.hide(&key)?;
+        if !contents.ends_with('\n') {
+            contents.push('\n');
+        }
+        let private = scratch.join("ssh-privatekey");
+        let write = || fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&private)?.write_all(contents.as_bytes());
+        write().map_err(|error| Failure::other("keep the key for ssh", error))?;
+        let command = format!(
+            "ssh -F /dev/null -o BatchMode=yes -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes -o ConnectTimeout=20 -o UserKnownHostsFile={} -i {}",
+            quoted(&known_hosts)?,
+            quoted(&private)?
+        );
+        self.environment.push(("GIT_SSH_COMMAND", command));
+        Ok(())
+    }
+
+    /// Reads a secret file; its contents will not be seen in messages.
+    fn hide(&mut self, file: &Path) -> Result<String, Failure> {
+        let contents = fs::read_to_string(file).map_err(|error| Failure::new(Reason::SecretInvalid, format!("cannot read {}: {error}", file.display())))?;
+        let secret = contents.trim();
+        // A word as short as this says nothing and may be part of any other.
+        if secret.len() >= 4 {
+            self.secrets.push(secret.to_owned());
+        }
+        Ok(contents)
+    }
+
+    /// The text without secrets.
+    pub(super) fn redact(&self, text: &str) -> String {
+        let hidden = self.secrets.iter().fold(text.to_owned(), |text, secret| text.replace(secret.as_str(), "***"));
+        without_passwords(&hidden)
+    }
+}
+
+/// The text without passwords in URLs.
+fn without_passwords(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find("://") {
+        let (before, after) = rest.split_at(at + 3);
+        out.push_str(before);
+        let end = after.find(|c: char| c.is_whitespace() || "/'\"".contains(c)).unwrap_or(after.len());
+        rest = match after[..end].rfind('@') {
+            Some(at) => {
+                let user = after[..at].split(':').next().unwrap_or_default();
+                out.push_str(user);
+                &after[at..]
+            }
+            None => after,
+        };
+    }
+    out + rest
+}
+
+/// Scheme, host and port of an http URL, as git compares them.
+fn origin(address: &str) -> Option<String> {
+    let address = url::Url::parse(address).ok().filter(|address| matches!(address.scheme(), "http" | "https"))?;
+    Some(address.origin().ascii_serialization())
+}
+
+fn text(path: &Path) -> Result<String, Failure> {
+    let path: PathBuf = path.canonicalize().map_err(|error| Failure::new(Reason::SecretInvalid, format!("cannot read {}: {error}", path.display())))?;
+    path.into_os_string().into_string().map_err(|_| Failure::new(Reason::Invalid, "a path has no UTF-8 name"))
+}
+
+/// The path as one word for a shell.
+fn quoted(path: &Path) -> Result<String, Failure> {
+    Ok(format!("'{}'", text(path)?.replace('\'', r"'\''")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn secret(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, contents) in files {
+            fs::write(directory.path().join(name), contents).unwrap();
+        }
+        directory
+    }
+
+    fn asked(url: &str, secret: &tempfile::TempDir) -> Git {
+        Git { url: url.into(), secret_dir: Some(secret.path().into()), ..Default::default() }
+    }
+
+    #[test]
+    fn a_password_is_for_its_own_host_and_in_no_setting() {
+        let secret = secret(&[("username", "me"), ("password", "hunter22\n"), ("ca.crt", "c")]);
+        let access = Access::prepare(&asked("https://example.org:8443/a/b.git", &secret), secret.path()).unwrap();
+        let keys: Vec<&str> = access.settings.iter().map(|(key, _)| key.as_str()).collect();
+        assert_eq!(keys, ["http.https://example.org:8443.sslCAInfo", "credential.https://example.org:8443.helper"]);
+        let shown = format!("{:?} {:?}", access.settings, access.environment);
+        assert!(!shown.contains("hunter22"), "{shown}");
+        assert_eq!(access.redact("fatal: https://me:hunter22@example.org/ refused hunter22"), "fatal: https://me@example.org/ refused ***");
+    }
+
+    #[test]
+    fn passwords_in_urls_are_not_shown() {
+        assert_eq!(without_passwords("a https://u:p@h/x and ssh://git@h/y, z"), "a https://u@h/x and ssh://git@h/y, z");
+        assert_eq!(without_passwords("no url: here@all"), "no url: here@all");
+    }
+
+    #[test]
+    fn a_key_needs_known_hosts_and_is_kept_private() {
+        use std::os::unix::fs::PermissionsExt;
+        let lonely = secret(&[("ssh-privatekey", "key")]);
+        let failure = Access::prepare(&asked("git@example.org:a", &lonely), lonely.path()).unwrap_err();
+        assert_eq!(failure.reason, Reason::SecretInvalid);
+        let secret = secret(&[("ssh-privatekey", "key"), ("known_hosts", "h")]);
+        let scratch = tempfile::tempdir().unwrap();
+        let access = Access::prepare(&asked("git@example.org:a", &secret), scratch.path()).unwrap();
+        assert!(access.environment.iter().any(|(name, value)| *name == "GIT_SSH_COMMAND" && value.contains("StrictHostKeyChecking=yes")));
+        let key = scratch.path().join("ssh-privatekey");
+        assert_eq!(fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read_to_string(key).unwrap(), "key\n");
+    }
+}
