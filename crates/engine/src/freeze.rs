@@ -298,8 +298,12 @@ fn wait_until_still(cgroup: &Path, deadline: Instant) -> Result<()> {
                 by: "a process in it did not stop within the time limit".into(),
             });
         }
-        // The kernel gives no event for v1; this wait is microseconds unless a process sits in a system call.
+        // The kernel gives no event for v1; this wait is microseconds unless a process sits in a system call. One that
+        // began to wait for its vfork child after it was told to freeze sleeps on and is found only when told again.
         thread::sleep(pause);
+        if is_v1(cgroup) {
+            write_state(cgroup, true)?;
+        }
         pause = (pause * 2).min(Duration::from_millis(1));
     }
 }

@@ -90,6 +90,10 @@ impl Engine {
             if session.head == Some(image.root) && same_owner {
                 return Ok(session);
             }
+            if mount::is_mountpoint(&inner.mountpoint(id))? {
+                let by = "it is mounted; unmount it first, or restore it in place".into();
+                return Err(Error::Busy { what: format!("session {id}"), by });
+            }
             inner.take_down(&session)?;
             // An upper belongs to one image for life, so another base means another directory.
             let directory = format!("{id}.{}", &uuid::Uuid::new_v4().simple().to_string()[..8]);
