@@ -45,7 +45,10 @@ impl Write {
 
     /// Whether the user is a service account of a namespace.
     pub fn of_service_account_in(&self, namespace: &str) -> bool {
-        self.user.strip_prefix("system:serviceaccount:").and_then(|user| user.split_once(':')).is_some_and(|(of, _)| of == namespace)
+        self.user
+            .strip_prefix("system:serviceaccount:")
+            .and_then(|user| user.split_once(':'))
+            .is_some_and(|(of, _)| of == namespace)
     }
 }
 
@@ -70,7 +73,11 @@ impl Mark {
                 user: event.user.username,
                 agent: event.user_agent,
                 verb: event.verb,
-                resource: if object.subresource.is_empty() { object.resource } else { format!("{}/{}", object.resource, object.subresource) },
+                resource: if object.subresource.is_empty() {
+                    object.resource
+                } else {
+                    format!("{}/{}", object.resource, object.subresource)
+                },
                 namespace: object.namespace,
                 name: object.name,
                 code: event.response.map_or(0, |response| response.code),

@@ -10,7 +10,8 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use k8s_openapi::api::core::v1 as core;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{self as core, NodeCondition as Condition};
 use kube::{
     Api, Client, Config,
     api::{Patch, PatchParams},
@@ -116,7 +117,10 @@ impl Cluster {
 
         let control_plane = async {
             control_plane::start(paths, &pki, &cluster.programs, options, &processes).await?;
-            wait::until("the API server is ready", Duration::from_secs(60), async || cluster.api_ready().await.map(Some)).await?;
+            wait::until("the API server is ready", Duration::from_secs(60), async || {
+                cluster.api_ready().await.map(Some)
+            })
+            .await?;
             progress.say("the control plane is ready");
             Ok(())
         };
@@ -161,15 +165,19 @@ impl Cluster {
 
     /// Starts a killed node again, with the disk it had, and waits until it is Ready.
     pub async fn start_node(&self, name: &str) -> Result<()> {
-        self.node(name)?.start(self.options.nodes).await?;
-        wait::until(&format!("{name} is Ready"), Duration::from_secs(90), async || self.node_ready(name).await.map(Some)).await
+        let node = self.node(name)?;
+        // What its object says may be of the time before it ended; reports tell time in whole seconds.
+        let reported_since = node.process().is_none().then(|| Timestamp::now() - jiff::SignedDuration::from_secs(1));
+        node.start(self.options.nodes).await?;
+        let ready = async || self.node_ready(name, reported_since).await.map(Some);
+        wait::until(&format!("{name} is Ready"), Duration::from_secs(90), ready).await
     }
 
     /// An error that says what is not ready yet.
     pub async fn ready(&self) -> Result<()> {
         self.api_ready().await?;
         for node in self.nodes() {
-            self.node_ready(&node.name()).await?;
+            self.node_ready(&node.name(), None).await?;
         }
         Ok(())
     }
@@ -184,7 +192,11 @@ impl Cluster {
         progress.say("images are made");
         for node in self.nodes() {
             let loaded = images::load(&self.paths, &node, &all).await?;
-            progress.say(&format!("{}: {}", node.name(), if loaded.is_empty() { "has all images".into() } else { format!("loaded {}", loaded.join(", ")) }));
+            progress.say(&format!(
+                "{}: {}",
+                node.name(),
+                if loaded.is_empty() { "has all images".into() } else { format!("loaded {}", loaded.join(", ")) }
+            ));
         }
         Ok(())
     }
@@ -244,10 +256,10 @@ impl Cluster {
     /// Puts every node back that a test has killed or cut off.
     async fn mend(&self) -> Result<()> {
         for node in self.nodes() {
-            node.start(self.options.nodes).await?;
-            node.network().heal().await?;
+            node.network().heal().await.or_else(|error| if node.process().is_some() { Err(error) } else { Ok(()) })?;
+            self.start_node(&node.name()).await?;
         }
-        wait::until("all nodes are Ready", Duration::from_secs(60), async || self.ready().await.map(Some)).await
+        Ok(())
     }
 
     async fn api_ready(&self) -> Result<()> {
@@ -255,12 +267,20 @@ impl Cluster {
         Ok(())
     }
 
-    async fn node_ready(&self, name: &str) -> Result<()> {
+    async fn node_ready(&self, name: &str, reported_since: Option<Timestamp>) -> Result<()> {
         let node = Api::<core::Node>::all(self.client.clone()).get(name).await?;
         let conditions = node.status.unwrap_or_default().conditions.unwrap_or_default();
         match conditions.iter().find(|condition| condition.type_ == "Ready") {
+            Some(Condition { last_heartbeat_time, .. })
+                if reported_since
+                    .is_some_and(|since| last_heartbeat_time.as_ref().is_none_or(|time| time.0 < since)) =>
+            {
+                bail!("{name} has not reported since it was started")
+            }
             Some(condition) if condition.status == "True" => Ok(()),
-            Some(condition) => bail!("{name} is not Ready: {}", condition.message.as_deref().unwrap_or("no reason given")),
+            Some(condition) => {
+                bail!("{name} is not Ready: {}", condition.message.as_deref().unwrap_or("no reason given"))
+            }
             None => bail!("{name} has said nothing yet"),
         }
     }

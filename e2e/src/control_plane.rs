@@ -32,12 +32,21 @@ pub fn configure(paths: &Paths, pki: &Pki) -> Result<()> {
     pki.issue("ca", "kube-apiserver", server)?;
     pki.issue("ca", "kubelet-client", Subject::user("kube-apiserver-kubelet-client", Some("system:masters")))?;
     pki.issue("front-proxy-ca", "front-proxy-client", Subject::user("front-proxy-client", None))?;
-    write_private(&paths.kubeconfig(), &pki.kubeconfig(SERVER, Subject::user("kubernetes-admin", Some("system:masters")))?)?;
+    write_private(
+        &paths.kubeconfig(),
+        &pki.kubeconfig(SERVER, Subject::user("kubernetes-admin", Some("system:masters")))?,
+    )?;
     Ok(fs::write(audit_policy_file(paths), serde_json::to_vec_pretty(&audit_policy())?)?)
 }
 
 /// Starts everything. Does not wait until it is ready.
-pub async fn start(paths: &Paths, pki: &Pki, programs: &Programs, options: &Options, processes: &Processes) -> Result<()> {
+pub async fn start(
+    paths: &Paths,
+    pki: &Pki,
+    programs: &Programs,
+    options: &Options,
+    processes: &Processes,
+) -> Result<()> {
     let manager = pki.component(SERVER, Subject::user("system:kube-controller-manager", None))?;
     let scheduler = pki.component(SERVER, Subject::user("system:kube-scheduler", None))?;
     processes.start("etcd", &etcd(paths))?;
@@ -119,7 +128,13 @@ fn api_server(paths: &Paths, pki: &Pki, programs: &Programs) -> Vec<String> {
     )
 }
 
-fn controller_manager(paths: &Paths, pki: &Pki, programs: &Programs, options: &Options, kubeconfig: &str) -> Vec<String> {
+fn controller_manager(
+    paths: &Paths,
+    pki: &Pki,
+    programs: &Programs,
+    options: &Options,
+    kubeconfig: &str,
+) -> Vec<String> {
     let folder: PathBuf = paths.cluster().join("controller-manager");
     line(
         &programs.kubernetes("kube-controller-manager"),

@@ -47,7 +47,9 @@ pub struct GitServer {
 impl GitServer {
     /// Serves all repositories below a folder, on any free port of the cluster's bridge.
     pub async fn start(root: PathBuf, credentials: Option<Credentials>) -> Result<Self> {
-        let listener = TcpListener::bind((HOST, 0)).await.with_context(|| format!("cannot listen on {HOST}: is the cluster up?"))?;
+        let listener = TcpListener::bind((HOST, 0))
+            .await
+            .with_context(|| format!("cannot listen on {HOST}: is the cluster up?"))?;
         let address = listener.local_addr()?;
         let task = tokio::spawn(async move {
             if let Err(error) = serve(listener, root, credentials).await {
@@ -86,7 +88,9 @@ async fn handle(State(served): State<Arc<Served>>, request: Request) -> Response
         response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"git\""));
         return response;
     }
-    backend(&served, request).await.unwrap_or_else(|error| refused(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")))
+    backend(&served, request)
+        .await
+        .unwrap_or_else(|error| refused(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")))
 }
 
 fn allowed(served: &Served, headers: &HeaderMap) -> bool {

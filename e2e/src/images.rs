@@ -67,12 +67,22 @@ pub async fn build_product() -> Result<()> {
     // The whole workspace: cargo builds a dependency again for another selection of packages.
     cargo(["build", "--workspace", "--bins", "--locked"].into_iter(), None).await?;
     // Naming the target keeps the flag from build scripts and gives the output a folder of its own.
-    cargo(["build", "--locked", "--package", WORKER.0, "--target", STATIC_TARGET].into_iter(), Some("-C target-feature=+crt-static")).await
+    cargo(
+        ["build", "--locked", "--package", WORKER.0, "--target", STATIC_TARGET].into_iter(),
+        Some("-C target-feature=+crt-static"),
+    )
+    .await
 }
 
 async fn cargo(args: impl Iterator<Item = &str>, rustflags: Option<&str>) -> Result<()> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.arg("--quiet").args(args).current_dir(workspace()).stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
+    cargo
+        .arg("--quiet")
+        .args(args)
+        .current_dir(workspace())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .kill_on_drop(true);
     // Set for this program by a `cargo run` around us; for another package they would only make it build twice.
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("CARGO_PKG_")) {
         cargo.env_remove(name);
@@ -106,12 +116,19 @@ pub async fn product(paths: &Paths) -> Result<Vec<Image>> {
     for (name, programs) in COMPONENTS {
         let mut files = Vec::new();
         for (_, program) in programs {
-            files.push((stripped(paths, &target.join("debug").join(program)).await?, format!("usr/local/bin/{program}")));
+            files.push((
+                stripped(paths, &target.join("debug").join(program)).await?,
+                format!("usr/local/bin/{program}"),
+            ));
         }
         let files: Vec<(&Path, &str)> = files.iter().map(|(from, to)| (from.as_path(), to.as_str())).collect();
         let layer = layer(paths, name, &files)?;
         let entry = format!("/usr/local/bin/{}", programs[0].1);
-        images.push(image(&format!("{REGISTRY}/{name}:{TAG}"), vec![base.clone(), layer], json!({"Env": [PATH], "Entrypoint": [entry]}))?);
+        images.push(image(
+            &format!("{REGISTRY}/{name}:{TAG}"),
+            vec![base.clone(), layer],
+            json!({"Env": [PATH], "Entrypoint": [entry]}),
+        )?);
     }
     let worker = stripped(paths, &target.join(STATIC_TARGET).join("debug").join(WORKER.1)).await?;
     let layer = layer(paths, "worker", &[(&worker, "worker")])?;
@@ -131,7 +148,8 @@ pub async fn load(paths: &Paths, node: &Node, images: &[Image]) -> Result<Vec<St
             Some((columns.next()?, columns.nth(1)?))
         })
         .collect();
-    let missing: Vec<&Image> = images.iter().filter(|image| present.get(image.name.as_str()) != Some(&image.digest.as_str())).collect();
+    let missing: Vec<&Image> =
+        images.iter().filter(|image| present.get(image.name.as_str()) != Some(&image.digest.as_str())).collect();
     if missing.is_empty() {
         return Ok(Vec::new());
     }

@@ -54,7 +54,8 @@ pub struct Program {
 
 /// Runs as process 1 until it is killed.
 pub fn run(spec: &Path) -> Result<()> {
-    let spec: NodeSpec = serde_json::from_slice(&fs::read(spec).with_context(|| format!("cannot read {}", spec.display()))?)?;
+    let spec: NodeSpec =
+        serde_json::from_slice(&fs::read(spec).with_context(|| format!("cannot read {}", spec.display()))?)?;
     if std::process::id() != 1 {
         bail!("this is the first process of a node's namespace; `aether-cluster up` starts it");
     }

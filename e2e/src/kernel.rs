@@ -15,8 +15,14 @@ use crate::command::run;
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// Written by every kubelet at its start, machine-wide.
-const SETTINGS: [&str; 6] =
-    ["vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes"];
+const SETTINGS: [&str; 6] = [
+    "vm/overcommit_memory",
+    "vm/panic_on_oom",
+    "kernel/panic",
+    "kernel/panic_on_oops",
+    "kernel/keys/root_maxkeys",
+    "kernel/keys/root_maxbytes",
+];
 
 /// Makes a node's cgroup in every hierarchy; its kubelet keeps all pods below it.
 pub fn create_cgroup(name: &str) -> Result<()> {
@@ -67,7 +73,9 @@ pub async fn remove_cgroup(name: &str) -> Result<()> {
         }
         match left {
             None => return Ok(()),
-            Some((group, error)) if tokio::time::Instant::now() > until => bail!("cannot remove cgroup {}: {error}", group.display()),
+            Some((group, error)) if tokio::time::Instant::now() > until => {
+                bail!("cannot remove cgroup {}: {error}", group.display())
+            }
             Some(_) => tokio::time::sleep(Duration::from_millis(50)).await,
         }
     }
@@ -100,8 +108,10 @@ pub fn keep_settings(file: &Path) -> Result<()> {
     if file.exists() {
         return Ok(());
     }
-    let now: BTreeMap<&str, String> =
-        SETTINGS.iter().filter_map(|name| Some((*name, fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?))).collect();
+    let now: BTreeMap<&str, String> = SETTINGS
+        .iter()
+        .filter_map(|name| Some((*name, fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?)))
+        .collect();
     Ok(fs::write(file, serde_json::to_vec_pretty(&now)?)?)
 }
 

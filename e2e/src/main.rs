@@ -11,7 +11,10 @@ use clap::{Parser, Subcommand};
 /// Needs root, Debian bookworm and its package mirror. The first start builds Kubernetes from Debian's source (five minutes); later
 /// ones take some seconds. Everything lies in ~/.cache/aether (or $AETHER_CACHE).
 #[derive(Parser)]
-#[command(version, after_help = "Examples:\n  aether-cluster up\n  eval \"$(aether-cluster env)\" && kubectl get nodes\n  aether-cluster down")]
+#[command(
+    version,
+    after_help = "Examples:\n  aether-cluster up\n  eval \"$(aether-cluster env)\" && kubectl get nodes\n  aether-cluster down"
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

@@ -31,7 +31,10 @@ pub fn pod(name: &str, node: &str, script: &str) -> Result<String> {
 /// As [`pod`], with volumes; each is mounted at `/<its name>`.
 pub fn pod_with_volumes(name: &str, node: &str, script: &str, volumes: &Value) -> Result<String> {
     let names = volumes.as_array().context("volumes are a list")?.iter().map(|volume| volume["name"].as_str());
-    let mounts: Vec<Value> = names.map(|name| name.map(|name| json!({"name": name, "mountPath": format!("/{name}")}))).collect::<Option<_>>().context("a volume has a name")?;
+    let mounts: Vec<Value> = names
+        .map(|name| name.map(|name| json!({"name": name, "mountPath": format!("/{name}")})))
+        .collect::<Option<_>>()
+        .context("a volume has a name")?;
     let pod = json!({
         "apiVersion": "v1",
         "kind": "Pod",
@@ -68,7 +71,8 @@ pub fn definitions_without_rules(folder: &Path) -> Result<String> {
     let mut out = String::new();
     for file in files {
         for document in serde_yaml::Deserializer::from_str(&fs::read_to_string(&file)?) {
-            let mut value: Value = serde::Deserialize::deserialize(document).with_context(|| format!("cannot read {}", file.display()))?;
+            let mut value: Value =
+                serde::Deserialize::deserialize(document).with_context(|| format!("cannot read {}", file.display()))?;
             remove_rules(&mut value);
             out += "---\n";
             out += &serde_yaml::to_string(&value)?;
@@ -105,6 +109,9 @@ mod tests {
         let text = "spec:\n  x-kubernetes-validations: [{rule: self}]\n  list:\n  - keep: 1\n    x-kubernetes-validations: []\n";
         fs::write(folder.path().join("a.yaml"), text).unwrap();
         let out = definitions_without_rules(folder.path()).unwrap();
-        assert_eq!(serde_yaml::from_str::<Value>(out.trim_start_matches("---\n")).unwrap(), json!({"spec": {"list": [{"keep": 1}]}}));
+        assert_eq!(
+            serde_yaml::from_str::<Value>(out.trim_start_matches("---\n")).unwrap(),
+            json!({"spec": {"list": [{"keep": 1}]}})
+        );
     }
 }

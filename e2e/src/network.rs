@@ -121,7 +121,9 @@ pub async fn remove() -> Result<()> {
         ip(&format!("link del {BRIDGE}")).await?;
     }
     // `ip netns` keeps a mount for its names; ours were the last.
-    if fs::read_dir("/run/netns").is_ok_and(|mut names| names.next().is_none()) && run("umount", ["/run/netns"]).await.is_ok() {
+    if fs::read_dir("/run/netns").is_ok_and(|mut names| names.next().is_none())
+        && run("umount", ["/run/netns"]).await.is_ok()
+    {
         fs::remove_dir("/run/netns")?;
     }
     if !run("ip", ["route", "show", "type", "blackhole", EVERYTHING]).await?.trim().is_empty() {

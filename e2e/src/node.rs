@@ -63,7 +63,14 @@ impl Node {
     }
 
     /// Writes configuration and certificates. Once per cluster.
-    pub fn configure(&self, pki: &Pki, server: &str, programs: &Programs, options: &Options, harness: &Path) -> Result<()> {
+    pub fn configure(
+        &self,
+        pki: &Pki,
+        server: &str,
+        programs: &Programs,
+        options: &Options,
+        harness: &Path,
+    ) -> Result<()> {
         let name = self.name();
         let disk = self.disk();
         for folder in ["config/cni", "kubelet", "aether", "logs/pods", "logs/containers"] {
@@ -71,7 +78,11 @@ impl Node {
         }
         let config = |file: &str| disk.join("config").join(file).display().to_string();
         let user = format!("system:node:{name}");
-        pki.issue("ca", &name, Subject { name: &name, group: None, names: &[&name], addresses: &[self.network().ip()] })?;
+        pki.issue(
+            "ca",
+            &name,
+            Subject { name: &name, group: None, names: &[&name], addresses: &[self.network().ip()] },
+        )?;
         let kubelet = pki.component(server, Subject::user(&user, Some("system:nodes")))?;
         let proxy = pki.component(server, Subject::user("system:kube-proxy", None))?;
 
@@ -98,9 +109,18 @@ impl Node {
             .chain([(self.paths.image_store(&name), PathBuf::from("/var/lib/containerd"))])
             .collect(),
             empty: ["/run", "/var/lib/cni"].map(PathBuf::from).to_vec(),
-            keep: vec![self.paths.cache().to_owned(), PathBuf::from("/usr/bin"), PathBuf::from("/usr/lib"), PathBuf::from("/etc")],
+            keep: vec![
+                self.paths.cache().to_owned(),
+                PathBuf::from("/usr/bin"),
+                PathBuf::from("/usr/lib"),
+                PathBuf::from("/etc"),
+            ],
             programs: vec![
-                self.program("containerd", &["containerd", "--config", &config("containerd.toml")], Some(containerd_socket.clone())),
+                self.program(
+                    "containerd",
+                    &["containerd", "--config", &config("containerd.toml")],
+                    Some(containerd_socket.clone()),
+                ),
                 self.program(
                     "kubelet",
                     &[
@@ -123,7 +143,11 @@ impl Node {
                     ],
                     None,
                 ),
-                self.program("kube-proxy", &[&programs.kubernetes("kube-proxy"), "--config", &config("proxy.json"), "--v=1"], None),
+                self.program(
+                    "kube-proxy",
+                    &[&programs.kubernetes("kube-proxy"), "--config", &config("proxy.json"), "--v=1"],
+                    None,
+                ),
             ],
             name,
         };
@@ -231,11 +255,19 @@ impl Node {
             state.path().join("state")
         );
         fs::write(&config, text)?;
-        let mut daemon = command("containerd", [Path::new("--config"), &config]).stderr(Stdio::null()).stdout(Stdio::null()).spawn()?;
+        let mut daemon = command("containerd", [Path::new("--config"), &config])
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
         let address = socket.display().to_string();
-        let ctr = async |args: &[&str]| command::run("ctr", ["--address", &address, "--namespace", "k8s.io", "containers"].iter().chain(args)).await;
+        let ctr = async |args: &[&str]| {
+            command::run("ctr", ["--address", &address, "--namespace", "k8s.io", "containers"].iter().chain(args)).await
+        };
         let forgotten = async {
-            let names = wait::until("containerd answers", Duration::from_secs(10), async || ctr(&["list", "--quiet"]).await.map(Some)).await?;
+            let names = wait::until("containerd answers", Duration::from_secs(10), async || {
+                ctr(&["list", "--quiet"]).await.map(Some)
+            })
+            .await?;
             let names: Vec<&str> = names.lines().collect();
             if !names.is_empty() {
                 ctr(&[&["delete"], &names[..]].concat()).await?;

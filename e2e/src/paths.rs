@@ -16,7 +16,8 @@ impl Paths {
     pub fn from_environment() -> Result<Self> {
         let cache = match std::env::var_os("AETHER_CACHE") {
             Some(cache) => PathBuf::from(cache),
-            None => PathBuf::from(std::env::var_os("HOME").context("neither AETHER_CACHE nor HOME is set")?).join(".cache/aether"),
+            None => PathBuf::from(std::env::var_os("HOME").context("neither AETHER_CACHE nor HOME is set")?)
+                .join(".cache/aether"),
         };
         Ok(Self { cache })
     }

@@ -10,7 +10,8 @@ use std::{
 use anyhow::{Context, Result};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
 };
 use serde_json::json;
 
@@ -87,7 +88,8 @@ impl Pki {
     pub fn sign(&self, authority: &str, subject: Subject<'_>) -> Result<Pair> {
         let authority_key = KeyPair::from_pem(&self.read(&format!("{authority}.key"))?)?;
         let issuer = Issuer::new(authority_params(authority), authority_key);
-        let mut params = CertificateParams::new(subject.names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())?;
+        let mut params =
+            CertificateParams::new(subject.names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())?;
         params.subject_alt_names.extend(subject.addresses.iter().map(|address| SanType::IpAddress(*address)));
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, subject.name);

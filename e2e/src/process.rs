@@ -75,7 +75,11 @@ impl Processes {
     pub fn start(&self, name: &str, argv: &[String]) -> Result<Process> {
         fs::create_dir_all(&self.records)?;
         fs::create_dir_all(&self.logs)?;
-        let log = File::options().create(true).append(true).open(self.log(name)).with_context(|| format!("cannot open the log of {name}"))?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.log(name))
+            .with_context(|| format!("cannot open the log of {name}"))?;
         let (program, args) = argv.split_first().context("an empty command line")?;
         let child = Command::new(program)
             .args(args)
@@ -106,8 +110,10 @@ impl Processes {
     /// All recorded names, alive or not.
     pub fn names(&self) -> Vec<String> {
         let Ok(entries) = fs::read_dir(&self.records) else { return Vec::new() };
-        let mut names: Vec<String> =
-            entries.flatten().filter_map(|e| e.file_name().to_str()?.strip_suffix(".json").map(str::to_owned)).collect();
+        let mut names: Vec<String> = entries
+            .flatten()
+            .filter_map(|e| e.file_name().to_str()?.strip_suffix(".json").map(str::to_owned))
+            .collect();
         names.sort();
         names
     }

@@ -49,13 +49,21 @@ pub struct Test {
 
 /// Runs a test in a namespace of its own, beside others. The cluster is brought up if it is not; `harness` is the
 /// `aether-cluster` program. The namespace is deleted afterwards, unless `AETHER_KEEP` is set.
-pub async fn with_namespace(harness: impl AsRef<Path>, name: &str, body: impl AsyncFnOnce(&Test) -> Result<()>) -> Result<()> {
+pub async fn with_namespace(
+    harness: impl AsRef<Path>,
+    name: &str,
+    body: impl AsyncFnOnce(&Test) -> Result<()>,
+) -> Result<()> {
     let _turn = turn(false).await?;
     run(harness.as_ref(), name, body).await
 }
 
 /// As [`with_namespace`], with no other test beside it: for a test that cuts off or kills nodes or our own programs.
-pub async fn alone_with_namespace(harness: impl AsRef<Path>, name: &str, body: impl AsyncFnOnce(&Test) -> Result<()>) -> Result<()> {
+pub async fn alone_with_namespace(
+    harness: impl AsRef<Path>,
+    name: &str,
+    body: impl AsyncFnOnce(&Test) -> Result<()>,
+) -> Result<()> {
     let _turn = turn(true).await?;
     run(harness.as_ref(), name, body).await
 }
@@ -80,7 +88,11 @@ async fn turn(alone: bool) -> Result<File> {
     tokio::task::spawn_blocking(move || {
         std::fs::create_dir_all(paths.cache())?;
         let file = File::create(paths.cache().join("cluster-tests.lock"))?;
-        if alone { file.lock()? } else { file.lock_shared()? }
+        if alone {
+            file.lock()?
+        } else {
+            file.lock_shared()?
+        }
         Ok(file)
     })
     .await?
@@ -91,8 +103,10 @@ impl Test {
     pub async fn begin(cluster: Cluster, name: &str) -> Result<Self> {
         let api = Api::<core::Namespace>::all(cluster.client.clone());
         let object = serde_json::from_value(json!({"metadata": {"generateName": format!("{name}-")}}))?;
-        let namespace = api.create(&PostParams::default(), &object).await?.metadata.name.context("a namespace has a name")?;
-        let test = Self { client: cluster.client.clone(), tools: Tools::new(&cluster, &namespace)?, namespace, cluster };
+        let namespace =
+            api.create(&PostParams::default(), &object).await?.metadata.name.context("a namespace has a name")?;
+        let test =
+            Self { client: cluster.client.clone(), tools: Tools::new(&cluster, &namespace)?, namespace, cluster };
         // Pods are refused until the controller-manager has made it.
         test.until::<core::ServiceAccount>("default", "has its token", |account| account.secrets.is_some()).await?;
         Ok(test)
@@ -118,7 +132,13 @@ impl Test {
     /// Watches an object of the test's namespace until it is as wished, for [`LIMIT`].
     pub async fn until<K>(&self, name: &str, what: &str, wished: impl Fn(&K) -> bool) -> Result<K>
     where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned + Serialize + Send + 'static,
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned
+            + Serialize
+            + Send
+            + 'static,
     {
         wait::object(&self.api::<K>(), name, what, LIMIT, wished).await
     }
@@ -126,7 +146,13 @@ impl Test {
     /// Watches until an object of the test's namespace is gone, for [`LIMIT`].
     pub async fn until_gone<K>(&self, name: &str) -> Result<()>
     where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned + Serialize + Send + 'static,
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned
+            + Serialize
+            + Send
+            + 'static,
     {
         wait::gone(&self.api::<K>(), name, LIMIT).await
     }

@@ -84,5 +84,10 @@ where
     if gone.await.is_ok() {
         return Ok(());
     }
-    bail!("waited {} s until {} {name} is gone; last seen:\n{}", limit.as_secs(), K::kind(&()), serde_yaml::to_string(&last)?)
+    bail!(
+        "waited {} s until {} {name} is gone; last seen:\n{}",
+        limit.as_secs(),
+        K::kind(&()),
+        serde_yaml::to_string(&last)?
+    )
 }

@@ -37,7 +37,9 @@ async fn pods_on_both_nodes_reach_each_other_and_services_and_nothing_else() -> 
 
         for client in ["near", "far"] {
             test.until_ready(client).await?;
-            for (address, port) in [(pod_address.as_str(), 8080), (service_address.as_str(), 80), ("10.96.0.1", 443), (HOST, 6443)] {
+            for (address, port) in
+                [(pod_address.as_str(), 8080), (service_address.as_str(), 80), ("10.96.0.1", 443), (HOST, 6443)]
+            {
                 // kube-proxy may need a moment for a new service.
                 wait::until(&format!("{client} reaches {address}:{port}"), LIMIT, async || {
                     Ok((test.tools.exec(client, &dial(address, port)).await?.trim() == "through").then_some(()))
@@ -45,8 +47,14 @@ async fn pods_on_both_nodes_reach_each_other_and_services_and_nothing_else() -> 
                 .await?;
             }
             // A service that does not exist, a name server, a metadata server: none has a way out.
-            for (address, port) in [("10.96.255.254", 80), ("10.255.255.53", 53), ("169.254.169.254", 80), ("192.0.2.1", 53)] {
-                assert_eq!(test.tools.exec(client, &dial(address, port)).await?.trim(), "refused", "{client} to {address}:{port}");
+            for (address, port) in
+                [("10.96.255.254", 80), ("10.255.255.53", 53), ("169.254.169.254", 80), ("192.0.2.1", 53)]
+            {
+                assert_eq!(
+                    test.tools.exec(client, &dial(address, port)).await?.trim(),
+                    "refused",
+                    "{client} to {address}:{port}"
+                );
             }
         }
         for node in test.cluster.nodes() {
@@ -69,7 +77,12 @@ async fn logs_and_exec_and_exit_codes_come_through() -> Result<()> {
         assert_eq!(test.tools.exec_output("talks", "echo wrong >&2; exit 7").await?.code, 7);
         assert!(!test.until_ended("fails").await?);
         let failed = test.api::<Pod>().get("fails").await?;
-        let code = failed.status.and_then(|s| s.container_statuses).and_then(|c| c[0].state.clone()).and_then(|s| s.terminated).map(|t| t.exit_code);
+        let code = failed
+            .status
+            .and_then(|s| s.container_statuses)
+            .and_then(|c| c[0].state.clone())
+            .and_then(|s| s.terminated)
+            .map(|t| t.exit_code);
         assert_eq!(code, Some(3));
         Ok(())
     })
@@ -133,7 +146,11 @@ async fn the_audit_log_tells_who_wrote() -> Result<()> {
         test.tools.kubectl(&["create", "configmap", "one"]).await?;
         test.tools.kubectl(&["get", "configmap", "one"]).await?;
         let ours = wait::until("the write is logged", LIMIT, async || {
-            let writes: Vec<_> = mark.writes()?.into_iter().filter(|write| write.namespace == test.namespace && write.resource == "configmaps").collect();
+            let writes: Vec<_> = mark
+                .writes()?
+                .into_iter()
+                .filter(|write| write.namespace == test.namespace && write.resource == "configmaps")
+                .collect();
             Ok((!writes.is_empty()).then_some(writes))
         })
         .await?;
@@ -194,6 +211,9 @@ async fn a_node_is_cut_off_and_comes_back_and_is_killed_and_starts_again_with_it
         wait::object(&nodes, "node-2", "is not Ready", LIMIT, |node| !ready(node)).await?;
         test.cluster.start_node("node-2").await?;
         node.run(&["rm", "/var/lib/aether/kept"]).await?;
+        // Again, at once: the API server has not yet noticed that it was gone.
+        node.kill().await?;
+        test.cluster.start_node("node-2").await?;
         test.api::<Pod>().delete("doomed", &DeleteParams::default().grace_period(0)).await?;
         test.tools.apply(&pod("after", "node-2", "sleep infinity")?).await?;
         test.until_ready("after").await?;
