@@ -67,7 +67,7 @@ impl Tools {
     pub async fn apply(&self, yaml: &str) -> Result<()> {
         let args = ["apply", "--filename", "-"];
         let output = self.kubectl_output(&args, Some(yaml)).await?;
-        anyhow::ensure!(output.code == 0, "kubectl apply: {}\n{yaml}", output.stderr.trim());
+        anyhow::ensure!(output.code == 0, "kubectl apply: {}", output.stderr.trim());
         Ok(())
     }
 

@@ -178,7 +178,7 @@ pub struct Import {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requested: Option<String>,
     /// Digest of the part of the spec that says where from, so that only a change of that part asks for an import.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub origin: String,
     /// The resource version of the Secret that was used: a failed import is tried again when it changes.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -112,7 +112,7 @@ pub(super) async fn no_copy_is_torn(story: &Story, rounds: usize) -> Result<Stri
             let copies: Vec<String> = (round + 1 - 20..=round).map(|i| format!("copy-{i}")).collect();
             looked_at += look_at(story, &format!("look-{round}"), &copies).await?;
             for copy in &copies {
-                story.aether(&["delete", "session", copy]).await?;
+                story.aether(&["delete", "session", copy, "--yes"]).await?;
             }
         }
     }

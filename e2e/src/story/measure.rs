@@ -72,7 +72,7 @@ pub(super) async fn storage(story: &Story) -> Result<String> {
 
 /// Writes to the API server for one session, from apply to a bound claim.
 #[derive(Debug)]
-pub struct Writes {
+pub(super) struct Writes {
     /// The operator's and the drivers'.
     pub ours: f64,
     /// The controller-manager's binder's.
