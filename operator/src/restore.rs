@@ -1,8 +1,8 @@
 //! AetherRestore of a session that no node holds: a safety checkpoint, then the session's head becomes the
 //! checkpoint's tree. The node that holds a session restores it in place itself.
 //!
-//! At most once: the head carries the time at which the restore began, so one that was cut short right after the
-//! head was moved is recognised as done.
+//! At most once: the target is noted before the head is moved, so one that was cut short right after that is
+//! recognised as done. A node that lets go of the session before it has restored it leaves the rest to the operator.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +12,6 @@ use aether_api::conditions::{self, COMPLETE, FAILED, Wanted, reason};
 use aether_api::names::{ORIGIN_LABEL, ORIGIN_SAFETY};
 use aether_api::session::{Durability, Head};
 use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherRestore, AetherRestoreStatus, AetherSession};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::core::ObjectMeta;
 use kube::runtime::controller::Action;
 use kube::{Api, Resource, ResourceExt};
@@ -105,9 +104,8 @@ pub async fn reconcile(seen: Arc<AetherRestore>, context: Arc<Context>) -> Resul
         }
         Step::Move { root } => {
             let (Some(session), Some(checkpoint)) = (&found.session, &found.checkpoint) else { return Ok(Action::requeue(POLL)) };
-            let time = status.started.clone().unwrap_or_else(objects::now);
             // Refused if a node takes the lease meanwhile; then that node restores it in place.
-            objects::write_status(&sessions, session, &moved(session, checkpoint, &root, time)).await?;
+            objects::write_status(&sessions, session, &moved(session, checkpoint, &root)).await?;
             finish(&mut status, root, generation);
         }
         Step::Finish { root } => finish(&mut status, root, generation),
@@ -144,16 +142,11 @@ fn next(restore: &AetherRestore, found: &Found) -> Step {
     let Some(session) = found.session.as_ref() else {
         return Step::Fail(reason::SESSION_NOT_FOUND, format!("AetherSession {name} does not exist in this namespace"));
     };
-    if let Some(node) = &status.node {
-        return Step::Node(format!("node {node} restores the mounted session"));
-    }
-    if let (Some(root), Some(head)) = (&status.root, session.status.as_ref().and_then(|about| about.head.as_ref())) {
-        if head.root == *root && Some(&head.time) == status.started.as_ref() {
-            return Step::Finish { root: root.clone() };
-        }
-    }
     if let Some(node) = session.holder() {
         return Step::Node(format!("node {node}, which holds AetherSession {name}, has not answered yet"));
+    }
+    if let Some(root) = status.root.filter(|root| status.started.is_some() && session.head_root() == Some(root)) {
+        return Step::Finish { root };
     }
     let Some(checkpoint) = found.checkpoint.as_ref() else {
         return Step::Fail(reason::CHECKPOINT_NOT_FOUND, format!("AetherCheckpoint {checkpoint_name} does not exist in this namespace"));
@@ -187,17 +180,17 @@ fn next(restore: &AetherRestore, found: &Found) -> Step {
         Some(Durability::Durable) if safety.root.as_deref() == session.head_root() => Step::Move { root },
         Some(Durability::Durable) => Step::Fail(
             reason::SESSION_NOT_READY,
-            format!("AetherSession {name} changed after the safety checkpoint {}, so nothing was restored: make another AetherRestore", safety_name(restore)),
+            format!("AetherSession {name} changed after the safety checkpoint {}, so it is left as it is: make another AetherRestore", safety_name(restore)),
         ),
         _ => Step::Wait(reason::IN_PROGRESS, format!("waits for the safety checkpoint {}", safety_name(restore))),
     }
 }
 
 /// The session's status with its head moved.
-fn moved(session: &AetherSession, checkpoint: &AetherCheckpoint, root: &str, time: Time) -> aether_api::AetherSessionStatus {
+fn moved(session: &AetherSession, checkpoint: &AetherCheckpoint, root: &str) -> aether_api::AetherSessionStatus {
     let mut about = session.status.clone().unwrap_or_default();
     let target = checkpoint.status.as_ref();
-    about.head = Some(Head { root: root.into(), durability: Durability::Durable, time });
+    about.head = Some(Head { root: root.into(), durability: Durability::Durable, time: objects::now() });
     about.changed_files = target.and_then(|target| target.changed_files);
     about.own_bytes = target.and_then(|target| target.own_bytes);
     about
@@ -205,6 +198,7 @@ fn moved(session: &AetherSession, checkpoint: &AetherCheckpoint, root: &str, tim
 
 fn finish(status: &mut AetherRestoreStatus, root: String, generation: Option<i64>) {
     status.root = Some(root);
+    status.node = None;
     end(status, "Succeeded", Wanted::yes(COMPLETE, reason::DONE, "no node held the session: its head is the checkpoint's tree now"), generation);
 }
 
@@ -241,7 +235,7 @@ mod tests {
 
     fn found() -> Found {
         let mut session = AetherSession::new("fix", Default::default());
-        let head = Head { root: "new/2".into(), durability: Durability::Durable, time: Time(jiff::Timestamp::UNIX_EPOCH) };
+        let head = Head { root: "new/2".into(), durability: Durability::Durable, time: objects::now() };
         let base = checkpoint("", "linux").status.unwrap().base;
         session.status = Some(AetherSessionStatus { head: Some(head), base, ..Default::default() });
         Found { session: Some(session), checkpoint: Some(checkpoint("old/1", "linux")), safety: None }
@@ -261,7 +255,7 @@ mod tests {
         found.safety = Some(checkpoint("new/2", "linux"));
         assert_eq!(next(&begun(), &found), Step::Move { root: "old/1".into() });
         let session = found.session.as_ref().unwrap();
-        let status = moved(session, found.checkpoint.as_ref().unwrap(), "old/1", begun().status.unwrap().started.unwrap());
+        let status = moved(session, found.checkpoint.as_ref().unwrap(), "old/1");
         found.session.as_mut().unwrap().status = Some(status);
         assert_eq!(next(&begun(), &found), Step::Finish { root: "old/1".into() }, "cut short after the move");
     }
@@ -278,6 +272,12 @@ mod tests {
         let mut found = found();
         found.session.as_mut().unwrap().status.as_mut().unwrap().attachment = Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
         assert!(matches!(next(&restore(), &found), Step::Node(message) if message.contains("n1")));
+        // The node began, and let go before it had restored anything.
+        let mut begun = begun();
+        begun.status.as_mut().unwrap().node = Some("n1".into());
+        found.session.as_mut().unwrap().status.as_mut().unwrap().attachment.as_mut().unwrap().node = None;
+        found.safety = Some(checkpoint("new/2", "linux"));
+        assert_eq!(next(&begun, &found), Step::Move { root: "old/1".into() });
     }
 
     #[test]

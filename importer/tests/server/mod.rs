@@ -7,13 +7,13 @@ use std::path::{Component, Path, PathBuf};
 
 use base64::Engine;
 
-pub struct Server {
+pub(crate) struct Server {
     address: SocketAddr,
 }
 
 impl Server {
     /// Serves the files of `repository` as `/repository.git`. Its thread ends with the test's process.
-    pub fn start(repository: PathBuf, username: &str, password: &str) -> Self {
+    pub(crate) fn start(repository: PathBuf, username: &str, password: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("loopback is there");
         let address = listener.local_addr().expect("it is bound");
         let token = base64::engine::general_purpose::STANDARD.encode(format!("{username}:{password}"));
@@ -26,7 +26,7 @@ impl Server {
         Self { address }
     }
 
-    pub fn url(&self, name: &str) -> String {
+    pub(crate) fn url(&self, name: &str) -> String {
         format!("http://{}/{name}", self.address)
     }
 }

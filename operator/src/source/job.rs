@@ -65,9 +65,10 @@ pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str
         let volume = PersistentVolumeClaimVolumeSource { claim_name: claim.claim_name.clone(), read_only: Some(true) };
         volumes.push(Volume { name: "claim".into(), persistent_volume_claim: Some(volume), ..Volume::default() });
         mounts.push(VolumeMount { name: "claim".into(), mount_path: CLAIM_DIRECTORY.into(), read_only: Some(true), ..VolumeMount::default() });
-        // Files of any owner and mode are to be read, and nothing else.
+        // Files of any owner and mode are to be read. DAC_READ_SEARCH would say no more than that, but the `baseline`
+        // policy of Pod Security allows only this one; the mount is read-only.
         user = 0;
-        capabilities = Some(vec!["DAC_READ_SEARCH".into()]);
+        capabilities = Some(vec!["DAC_OVERRIDE".into()]);
     } else {
         arguments.push("empty".into());
     }
@@ -177,7 +178,7 @@ mod tests {
         assert_eq!(container(&job).args.as_ref().unwrap()[..3], ["claim", "--path", "/source/tree"]);
         let mount = container(&job).volume_mounts.as_ref().unwrap().iter().find(|mount| mount.name == "claim").unwrap();
         assert_eq!(mount.read_only, Some(true));
-        assert_eq!(container(&job).security_context.as_ref().unwrap().capabilities.as_ref().unwrap().add.as_ref().unwrap(), &["DAC_READ_SEARCH"]);
+        assert_eq!(container(&job).security_context.as_ref().unwrap().capabilities.as_ref().unwrap().add.as_ref().unwrap(), &["DAC_OVERRIDE"]);
     }
 
     #[test]
