@@ -210,15 +210,14 @@ impl Engine {
 
     async fn fetch_contents(&self, wanted: Vec<Blob>, remote: &dyn Store) -> Result<()> {
         let missing = self
-            .run(move |inner| inner.objects.missing_contents(&wanted).map_err(|error| Error::store("look up contents", error)))
+            .run(move |inner| {
+                inner.objects.missing_contents(&wanted).map_err(|error| Error::store("look up contents", error))
+            })
             .await?;
         let mut arrived = Vec::new();
         for blob in missing {
             let path = self.objects().temporary_path();
-            remote
-                .fetch_to(blob, &path)
-                .await
-                .map_err(|error| Error::store(format!("fetch content {blob}"), error))?;
+            remote.fetch_to(blob, &path).await.map_err(|error| Error::store(format!("fetch content {blob}"), error))?;
             arrived.push((blob, path));
         }
         self.run(move |inner| inner.objects.adopt_batch(arrived).map_err(|error| Error::store("keep contents", error)))
@@ -374,10 +373,7 @@ impl Inner {
                 Directory::decode(message).map_err(|error| Error::store(format!("keep directory {blob}"), error))
             })
             .collect::<Result<Vec<_>>>()?;
-        self.objects
-            .put_directories(&directories)
-            .map(|_| ())
-            .map_err(|error| Error::store("keep directories", error))
+        self.objects.put_directories(&directories).map(|_| ()).map_err(|error| Error::store("keep directories", error))
     }
 
     /// The rest of a deletion, from wherever it was interrupted.

@@ -37,7 +37,7 @@ const LONGEST_ROOT: usize = 120;
 /// How a node's engine is set up.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The directory that it owns, absolute, at most 120 bytes long.
+    /// The directory that it owns; made if absent. Its path has at most 120 bytes.
     pub root: PathBuf,
     /// Where writable directories lie.
     pub pool: PoolConfig,
@@ -161,7 +161,7 @@ impl Engine {
     /// # Errors
     /// `AlreadyExists` where something else is mounted there.
     pub async fn publish_image(&self, image: &Image, target: &Path) -> Result<()> {
-        let (id, target) = (image.id(), target.to_owned());
+        let (id, target) = (image.id(), mount::resolve(target)?);
         let guard = self.inner.lock(Lock::Image(id.root)).await;
         self.with(guard, move |inner| {
             let lower = inner.mount_image(id)?;
@@ -179,7 +179,7 @@ impl Engine {
     /// # Errors
     /// `Io` where the directory holds something: it is never emptied.
     pub async fn unpublish(&self, target: &Path) -> Result<()> {
-        let target = target.to_owned();
+        let target = mount::resolve(target)?;
         blocking(move || {
             while let Target::Mounted(_) = mount::classify(&target)? {
                 mount::unmount_lazy(&target)?;
@@ -277,12 +277,15 @@ impl Engine {
 }
 
 impl Inner {
-    fn open(config: Config) -> Result<Self> {
+    fn open(mut config: Config) -> Result<Self> {
+        fs::create_dir_all(&config.root).at("create", &config.root)?;
+        // Mount tables show paths without symbolic links; ours must compare equal to them.
+        config.root = fs::canonicalize(&config.root).at("resolve", &config.root)?;
         let root = &config.root;
-        if !root.is_absolute() || root.as_os_str().len() > LONGEST_ROOT {
+        if root.as_os_str().len() > LONGEST_ROOT {
             return Err(Error::Invalid {
                 what: format!("engine directory {}", root.display()),
-                reason: format!("must be an absolute path of at most {LONGEST_ROOT} bytes"),
+                reason: format!("its path is longer than {LONGEST_ROOT} bytes"),
             });
         }
         for directory in ["index", "mnt"] {

@@ -264,9 +264,10 @@ fn write_state(cgroup: &Path, freeze: bool) -> Result<()> {
         (false, false) => ("cgroup.freeze", "0"),
     };
     // Opened without create: a plain write would make a file where a cgroup has just gone.
-    let write = fs::File::options().write(true).open(cgroup.join(file)).and_then(|mut file| {
-        io::Write::write_all(&mut file, value.as_bytes())
-    });
+    let write = fs::File::options()
+        .write(true)
+        .open(cgroup.join(file))
+        .and_then(|mut file| io::Write::write_all(&mut file, value.as_bytes()));
     gone_is_fine(write, if freeze { "freeze" } else { "thaw" }, cgroup)
 }
 

@@ -118,13 +118,17 @@ pub fn probe(pool: &dyn Pool, mounts: &Path) -> Result<Report> {
     row("redirect_max", Need::Recommended, raise_redirect_max());
     row("rename and link on long paths", Need::Recommended, scratch.long_paths());
     row("clone (FICLONE) in the pool", Need::Recommended, scratch.clone());
-    row("snapshots of the pool", Need::Recommended, match pool.kind() {
-        Kind::Btrfs => Ok("btrfs subvolumes".into()),
-        Kind::Directory => Err(Error::Unsupported {
-            what: "snapshot by one ioctl".into(),
-            remedy: "the pool is a plain directory; snapshots walk and clone each file".into(),
-        }),
-    });
+    row(
+        "snapshots of the pool",
+        Need::Recommended,
+        match pool.kind() {
+            Kind::Btrfs => Ok("btrfs subvolumes".into()),
+            Kind::Directory => Err(Error::Unsupported {
+                what: "snapshot by one ioctl".into(),
+                remedy: "the pool is a plain directory; snapshots walk and clone each file".into(),
+            }),
+        },
+    );
     row("freezer", Need::Recommended, freeze::hierarchy().map(|path| path.display().to_string()));
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
     Ok(Report { release, features })
@@ -175,10 +179,10 @@ impl Scratch {
         let name = |text: &str| Name::new(text.as_bytes().to_vec()).expect("a plain name");
         let file = Node::File { content, attributes: attributes.clone(), link_group: None };
         directory.entries.insert(name("file"), file);
-        directory.entries.insert(name("moved"), Node::Directory(directories.insert(Directory {
-            attributes: attributes.clone(),
-            ..Directory::default()
-        })));
+        directory.entries.insert(
+            name("moved"),
+            Node::Directory(directories.insert(Directory { attributes: attributes.clone(), ..Directory::default() })),
+        );
         for _ in 0..LONG {
             let below = directories.insert(directory);
             directory = Directory { attributes: attributes.clone(), ..Directory::default() };
@@ -222,7 +226,10 @@ impl Scratch {
         let file = self.deep().join("file");
         let read = fs::read(&file).at("read", &file)?;
         if read != CONTENT {
-            return Err(Error::Damaged { what: "a file read through the overlay".into(), detail: "other bytes".into() });
+            return Err(Error::Damaged {
+                what: "a file read through the overlay".into(),
+                detail: "other bytes".into(),
+            });
         }
         Ok("a content is found through its redirect".into())
     }
@@ -268,9 +275,8 @@ fn long_name() -> String {
 
 fn raise_redirect_max() -> Result<String> {
     let path = Path::new(REDIRECT_MAX_FILE);
-    let now = |path: &Path| -> Result<u32> {
-        Ok(fs::read_to_string(path).at("read", path)?.trim().parse().unwrap_or(0))
-    };
+    let now =
+        |path: &Path| -> Result<u32> { Ok(fs::read_to_string(path).at("read", path)?.trim().parse().unwrap_or(0)) };
     if now(path)? < REDIRECT_MAX {
         fs::write(path, REDIRECT_MAX.to_string()).at("raise", path)?;
     }

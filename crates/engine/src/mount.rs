@@ -106,8 +106,7 @@ impl Overlay {
         }
         let options = std::ffi::CString::new(options)
             .map_err(|_| Error::Invalid { what: "overlay layers".into(), reason: "a path holds a zero byte".into() })?;
-        sysmount::mount(self.name.as_str(), target, "overlay", flags, options.as_c_str())
-            .at("mount overlay at", target)
+        sysmount::mount(self.name.as_str(), target, "overlay", flags, options.as_c_str()).at("mount overlay at", target)
     }
 }
 
@@ -133,9 +132,8 @@ pub(crate) fn erofs(source: &Path) -> Result<OwnedFd> {
     let context = FsContext::open("erofs")?;
     context.set_path("source", source)?;
     sysmount::fsconfig_set_flag(&context.fd, "ro").map_err(|error| context.explain("ro", error))?;
-    context.mount(
-        MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV,
-    )
+    context
+        .mount(MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV)
 }
 
 /// Mounts the btrfs file system of `device` at `target`.
@@ -282,11 +280,7 @@ impl FsContext {
             said.push_str(text);
         }
         let source = io::Error::from(error);
-        let source = if said.is_empty() {
-            source
-        } else {
-            io::Error::new(source.kind(), format!("{source}: {said}"))
-        };
+        let source = if said.is_empty() { source } else { io::Error::new(source.kind(), format!("{source}: {said}")) };
         Error::Io { action: "configure a mount of", path: format!("{} ({step})", self.kind).into(), source }
     }
 }
@@ -396,9 +390,9 @@ fn unescape_octal(field: &[u8]) -> Vec<u8> {
     let mut rest = field;
     while let Some((first, tail)) = rest.split_first() {
         let octal = |digits: &[u8]| {
-            digits.iter().try_fold(0_u32, |sum, digit| {
-                matches!(digit, b'0'..=b'7').then(|| sum * 8 + u32::from(digit - b'0'))
-            })
+            digits
+                .iter()
+                .try_fold(0_u32, |sum, digit| matches!(digit, b'0'..=b'7').then(|| sum * 8 + u32::from(digit - b'0')))
         };
         match tail.get(..3).filter(|_| *first == b'\\').and_then(octal).and_then(|n| u8::try_from(n).ok()) {
             Some(byte) => {
@@ -430,6 +424,20 @@ pub enum Target {
     Other,
     /// Something is mounted there.
     Mounted(Box<MountEntry>),
+}
+
+/// The path of a mount target as mount tables show it: without symbolic links, but for the last component, which may be
+/// mounted on and is not touched.
+pub(crate) fn resolve(target: &Path) -> Result<PathBuf> {
+    let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
+        return Err(Error::Invalid { what: target.display().to_string(), reason: "is no place to mount at".into() });
+    };
+    match fs::canonicalize(parent) {
+        Ok(parent) => Ok(parent.join(name)),
+        // Nothing is mounted where nothing is.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(target.to_owned()),
+        Err(error) => Err(Error::io("resolve", parent, error)),
+    }
 }
 
 /// Classifies the target of a publish call. A mount is recognised by the mount table alone, so that a dead file
@@ -553,7 +561,8 @@ mod tests {
 
     #[test]
     fn mountinfo_with_optional_fields_and_escapes() {
-        let text = b"36 35 98:0 /mnt1 /a\\040b\\134c rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue\n\
+        let text =
+            b"36 35 98:0 /mnt1 /a\\040b\\134c rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue\n\
             40 36 0:50 / /m ro,nosuid - overlay s rw,lowerdir+=/i,datadir+=/o\\134,x,upperdir=/p/u\\040v,workdir=/p/w\n\
             broken line\n";
         let table = parse_table(text);

@@ -132,7 +132,7 @@ impl Engine {
     /// # Errors
     /// `AlreadyExists` where anything else is mounted there.
     pub async fn publish(&self, id: &str, target: &Path, read_only: bool) -> Result<()> {
-        let target = target.to_owned();
+        let target = mount::resolve(target)?;
         self.with_session(id, move |inner, id| {
             let session = inner.session(id)?;
             let mountpoint = inner.mount(&session)?;
@@ -313,7 +313,10 @@ impl Inner {
             let found = mount::table()?.into_iter().find(|entry| self.shows(entry, session));
             let Some(entry) = found else {
                 self.require_unused(&session.directory)?;
-                return Err(Error::Busy { what: format!("session {}", session.id), by: "a mount that just ended".into() });
+                return Err(Error::Busy {
+                    what: format!("session {}", session.id),
+                    by: "a mount that just ended".into(),
+                });
             };
             mount::bind(&entry.target, &mountpoint, false)?;
             return Ok(mountpoint);
@@ -404,7 +407,9 @@ fn usage(directory: &Path) -> Result<(u64, u64)> {
     for entry in walkdir::WalkDir::new(directory).min_depth(1).follow_links(false) {
         let metadata = match entry.and_then(|entry| entry.metadata()) {
             Ok(metadata) => metadata,
-            Err(error) if error.io_error().is_some_and(|error| error.kind() == std::io::ErrorKind::NotFound) => continue,
+            Err(error) if error.io_error().is_some_and(|error| error.kind() == std::io::ErrorKind::NotFound) => {
+                continue;
+            }
             Err(error) => return Err(Error::io("measure", directory, error)),
         };
         if metadata.nlink() > 1 && !metadata.is_dir() && !linked.insert(metadata.ino()) {

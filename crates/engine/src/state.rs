@@ -182,8 +182,8 @@ impl State {
         options.set_write_buffer_size(4 << 20);
         options.set_keep_log_file_num(2);
         options.set_max_open_files(64);
-        let families = [IMAGES, SESSIONS, SNAPSHOTS, FILES]
-            .map(|name| ColumnFamilyDescriptor::new(name, Options::default()));
+        let families =
+            [IMAGES, SESSIONS, SNAPSHOTS, FILES].map(|name| ColumnFamilyDescriptor::new(name, Options::default()));
         let db = DB::open_cf_descriptors(&options, path, families).map_err(|error| {
             if error.to_string().contains("lock") {
                 Error::Busy { what: path.display().to_string(), by: format!("another engine has it open ({error})") }

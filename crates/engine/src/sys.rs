@@ -35,12 +35,8 @@ pub(crate) struct MountChange {
 
 /// `mount_setattr(2)` on the mount that `mount` is the root of.
 pub(crate) fn mount_setattr(mount: BorrowedFd<'_>, change: MountChange) -> io::Result<()> {
-    let attr = MountAttr {
-        set: change.set.into(),
-        clear: change.clear.into(),
-        propagation: change.propagation,
-        userns_fd: 0,
-    };
+    let attr =
+        MountAttr { set: change.set.into(), clear: change.clear.into(), propagation: change.propagation, userns_fd: 0 };
     let flags = libc::AT_EMPTY_PATH | if change.recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is an empty C string, `attr` lives through the call and its size is passed with it.
     let result = unsafe {

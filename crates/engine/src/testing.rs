@@ -6,6 +6,35 @@ use std::process::{Command, Stdio};
 
 const INSIDE: &str = "AETHER_TEST_ISOLATED";
 
+/// As [`isolated`], for the `main` of a program that measures; it sees this process's arguments and terminal.
+///
+/// # Panics
+/// When not root, or when the body panics.
+pub fn isolated_main(body: impl FnOnce(&Path)) {
+    assert!(rustix::process::geteuid().is_root(), "this program mounts file systems and must run as root");
+    if std::env::var_os(INSIDE).is_some() {
+        return inside(body);
+    }
+    let status = crate::sys::with_own_mounts(&mut Command::new(std::env::current_exe().expect("own path")))
+        .args(std::env::args_os().skip(1))
+        .env(INSIDE, "main")
+        .status()
+        .expect("the program starts");
+    assert!(status.success(), "failed inside its namespace ({status})");
+}
+
+fn inside(body: impl FnOnce(&Path)) {
+    rustix::mount::mount_change(
+        "/",
+        rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC,
+    )
+    .expect("private mounts");
+    let directory = tempfile::Builder::new().prefix("aether-").tempdir().expect("a temporary directory");
+    body(directory.path());
+    // Mounts first: removing through them would delete what they show.
+    crate::mount::unmount_below(directory.path()).expect("nothing left mounted");
+}
+
 /// Runs the body of the test `name` (the function's name within its test file) as root in its own process and mount
 /// namespace, with a temporary directory that may be mounted under.
 ///
@@ -19,15 +48,7 @@ pub fn isolated(name: &str, body: impl FnOnce(&Path)) {
         "{name} mounts file systems and must run as root; `make check` runs every test that needs no root"
     );
     if std::env::var(INSIDE).as_deref() == Ok(name) {
-        rustix::mount::mount_change(
-            "/",
-            rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC,
-        )
-        .expect("private mounts");
-        let directory = tempfile::Builder::new().prefix("aether-").tempdir().expect("a temporary directory");
-        body(directory.path());
-        // Mounts first: removing through them would delete what they show.
-        crate::mount::unmount_below(directory.path()).expect("nothing left mounted");
+        inside(body);
         println!("isolated test {name} done");
         return;
     }

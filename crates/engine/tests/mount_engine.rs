@@ -10,7 +10,7 @@ use std::time::Duration;
 use aether_cas::MemoryStore;
 use aether_cas::tree::Owner;
 use aether_engine::pool::PoolConfig;
-use aether_engine::{Consistency, Engine, Error, mount};
+use aether_engine::{Config, Consistency, Engine, Error, mount};
 use support::{OWNER, Source, engine, isolated_async, read_tree};
 
 fn quiet() -> impl Fn(aether_cas::transfer::Progress) + Send + Sync {
@@ -173,7 +173,10 @@ fn a_new_process_takes_over_what_an_old_one_mounted() {
         let target = root.join("target");
         first.publish("s", &target, false).await.unwrap();
         fs::write(target.join("unsaved"), "x").unwrap();
-        assert!(matches!(Engine::open(support::config(root, pool())).await.err(), Some(Error::Busy { .. })));
+        assert!(matches!(
+            Engine::open(Config { pool: pool(), ..Config::new(root) }).await.err(),
+            Some(Error::Busy { .. })
+        ));
         drop(first);
         // A container that restarts loses the mounts of its own namespace; what it published lives on.
         for below in ["mnt", "pool"] {
@@ -250,7 +253,8 @@ struct Cgroup(std::path::PathBuf);
 
 impl Cgroup {
     fn new(name: &str) -> Self {
-        let path = aether_engine::freeze::hierarchy().unwrap().join(format!("aether-test-{name}-{}", std::process::id()));
+        let path =
+            aether_engine::freeze::hierarchy().unwrap().join(format!("aether-test-{name}-{}", std::process::id()));
         fs::create_dir(&path).unwrap();
         Self(path)
     }
@@ -285,7 +289,8 @@ impl Drop for Cgroup {
 }
 
 /// Creates and closes a file, then makes a directory that says so. Whoever sees the directory must see the file.
-const ORDERED_WRITER: &str = "cd \"$1\" && n=0 && while :; do printf 'contents of %s' $n > file-$n; mkdir marker-$n; n=$((n+1)); done";
+const ORDERED_WRITER: &str =
+    "cd \"$1\" && n=0 && while :; do printf 'contents of %s' $n > file-$n; mkdir marker-$n; n=$((n+1)); done";
 
 fn is_torn(view: &Path) -> Option<String> {
     for entry in fs::read_dir(view).unwrap() {

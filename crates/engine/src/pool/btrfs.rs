@@ -177,7 +177,8 @@ pub(super) fn is_btrfs(path: &Path) -> Result<bool> {
 
 /// Whether a btrfs image can be made and mounted here.
 pub(super) fn is_available() -> bool {
-    let kernel = fs::read_to_string("/proc/filesystems").is_ok_and(|list| list.split_whitespace().any(|f| f == "btrfs"));
+    let kernel =
+        fs::read_to_string("/proc/filesystems").is_ok_and(|list| list.split_whitespace().any(|f| f == "btrfs"));
     kernel && Path::new("/dev/loop-control").exists() && mkfs("--version").is_ok()
 }
 
@@ -212,7 +213,9 @@ fn make_image(image: &Path, bytes: u64) -> Result<()> {
     if bytes < MINIMUM_IMAGE || bytes > free {
         return Err(Error::Unsupported {
             what: format!("a pool image of {bytes} bytes in {}", parent.display()),
-            remedy: format!("{free} bytes are free and at least {MINIMUM_IMAGE} are needed; free space or set its size"),
+            remedy: format!(
+                "{free} bytes are free and at least {MINIMUM_IMAGE} are needed; free space or set its size"
+            ),
         });
     }
     let unfinished = image.with_extension("img.new");

@@ -39,7 +39,11 @@ impl Directory {
         let parent = self.parent(kind);
         let path = parent.join(name);
         if path.exists() {
-            return Err(Error::AlreadyExists { kind: "directory", name: path.display().to_string(), detail: "taken".into() });
+            return Err(Error::AlreadyExists {
+                kind: "directory",
+                name: path.display().to_string(),
+                detail: "taken".into(),
+            });
         }
         let unfinished = parent.join(format!(".new-{name}"));
         remove(&unfinished)?;
@@ -206,7 +210,8 @@ impl Copier {
                     Mode::RUSR | Mode::WUSR,
                 )
                 .at("create", path)?;
-                copy_contents(source.as_fd(), target.as_fd(), u64::try_from(stat.st_size).unwrap_or(0)).at("copy", path)?;
+                copy_contents(source.as_fd(), target.as_fd(), u64::try_from(stat.st_size).unwrap_or(0))
+                    .at("copy", path)?;
             }
             FileType::Symlink => {
                 let link = rustix::fs::readlinkat(from, name, Vec::new()).at("read link", path)?;
@@ -235,12 +240,7 @@ impl Copier {
 }
 
 fn open_directory(at: BorrowedFd<'_>, name: PathBuf) -> rustix::io::Result<OwnedFd> {
-    rustix::fs::openat(
-        at,
-        name,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
+    rustix::fs::openat(at, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
 }
 
 fn times(stat: &Stat) -> Timestamps {
@@ -357,7 +357,8 @@ mod tests {
         assert_eq!(crate::mount::xattr(&to.join("file"), "user.a").unwrap().unwrap(), b"\0binary");
         assert!(fs::metadata(to.join("sparse")).unwrap().blocks() * 512 < 1 << 20, "holes were filled");
         let mut end = [0; 3];
-        std::os::unix::fs::FileExt::read_exact_at(&File::open(to.join("sparse")).unwrap(), &mut end, (1 << 30) - 3).unwrap();
+        std::os::unix::fs::FileExt::read_exact_at(&File::open(to.join("sparse")).unwrap(), &mut end, (1 << 30) - 3)
+            .unwrap();
         assert_eq!(&end, b"end");
     }
 }

@@ -25,7 +25,8 @@ impl Source {
     /// `docs/readme`, `src/main.c`, `src/link` and forty files more.
     pub(crate) async fn new() -> Self {
         let store = MemoryStore::new();
-        let mut files = vec![("docs/readme".to_owned(), b"read me\n".to_vec()), ("src/main.c".to_owned(), b"int main;\n".to_vec())];
+        let mut files =
+            vec![("docs/readme".to_owned(), b"read me\n".to_vec()), ("src/main.c".to_owned(), b"int main;\n".to_vec())];
         files.extend((0..40).map(|n| (format!("src/part-{n:02}"), vec![n; 1000 * usize::from(n)])));
         let mut folders: BTreeMap<&str, Directory> = BTreeMap::new();
         for (path, contents) in &files {
@@ -98,14 +99,9 @@ pub(crate) fn read_tree(root: &Path) -> BTreeMap<String, String> {
     all
 }
 
-/// How the tests set an engine up.
-pub(crate) fn config(root: &Path, pool: PoolConfig) -> Config {
-    Config { pool, ..Config::new(root) }
-}
-
 /// An engine in `root`.
 pub(crate) async fn engine(root: &Path, pool: PoolConfig) -> Engine {
-    Engine::open(config(root, pool)).await.unwrap()
+    Engine::open(Config { pool, ..Config::new(root) }).await.unwrap()
 }
 
 /// [`testing::isolated`] for tests that wait.
