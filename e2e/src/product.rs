@@ -45,7 +45,9 @@ async fn install(cluster: &Cluster) -> Result<()> {
     tools
         .helm(&[
             "upgrade", "--install", "aether", &top.join("charts/aether").display().to_string(),
-            "--create-namespace", "--skip-crds", "--wait", "--timeout", "300s",
+            "--create-namespace", "--skip-crds", "--wait",
+            // The server-side apply of this old API server refuses what it would default itself.
+            "--server-side=false", "--timeout", "300s",
             "--set", "images.tag=dev", "--set", "images.pullPolicy=IfNotPresent",
             "--set", &format!("store.clusterIP={STORE_ADDRESS}"),
             "--set", "store.persistence.hostPath=/var/lib/aether-store",
