@@ -36,11 +36,10 @@ pub(super) fn violation(spec: &AetherCommandSpec) -> Option<String> {
     if spec.command.first().is_none_or(String::is_empty) {
         return Some("spec.command is empty: say a program and its arguments, such as [\"make\", \"test\"]".into());
     }
-    if let Some(directory) = &spec.working_dir {
-        if directory.starts_with('/') || directory.split('/').any(|part| part == "..") {
+    if let Some(directory) = &spec.working_dir
+        && (directory.starts_with('/') || directory.split('/').any(|part| part == "..")) {
             return Some(format!("spec.workingDir {directory:?} leaves the session: say a directory relative to its root, without .."));
         }
-    }
     if let Some(variable) = spec.env.iter().find(|variable| variable.name.is_empty() || variable.name.contains('=')) {
         return Some(format!("spec.env has a variable named {:?}: a name is not empty and has no =", variable.name));
     }

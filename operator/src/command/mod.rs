@@ -64,11 +64,10 @@ pub async fn reconcile(seen: Arc<AetherCommand>, context: Arc<Context>) -> Resul
         false => None,
     };
     let wanted = next_status(&command, outcome, checkpoint);
-    if objects::write_status(&commands, &command, &wanted).await?.is_some() {
-        if let Some(failed) = conditions::get(&wanted.conditions, FAILED).filter(|_| ended) {
+    if objects::write_status(&commands, &command, &wanted).await?.is_some()
+        && let Some(failed) = conditions::get(&wanted.conditions, FAILED).filter(|_| ended) {
             context.warn(&command, &Wanted::yes(FAILED, failed.reason.clone(), failed.message.clone())).await;
         }
-    }
     match ended {
         true => schedule::collect(&commands, &command, wanted.finished, command.spec.ttl_seconds_after_finished).await,
         // Events of the pod tell of everything else.

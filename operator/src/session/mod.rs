@@ -50,13 +50,12 @@ pub async fn reconcile(seen: Arc<AetherSession>, context: Arc<Context>) -> Resul
     if session.meta().deletion_timestamp.is_some() {
         return finalize::finalize(&sessions, &session, &context).await;
     }
-    if let Some(expired) = expiry(&session) {
-        if expired.is_zero() {
+    if let Some(expired) = expiry(&session)
+        && expired.is_zero() {
             context.tell(&session, EventType::Normal, "Expired", "deleted: its timeToLive is over").await;
             objects::delete(&sessions, &session).await?;
             return Ok(Action::await_change());
         }
-    }
     let again = apply(&sessions, session.clone(), &context).await?;
     Ok(schedule::action(match expiry(&session) {
         Some(left) => schedule::sooner(again, left),
@@ -86,11 +85,10 @@ async fn apply(sessions: &Api<AetherSession>, session: AetherSession, context: &
         Ok(start) => start,
         Err(waiting) => return wait(sessions, &session, context, waiting, objects::age(&session)).await,
     };
-    if session.spec.claim != ClaimPolicy::None {
-        if let Some((waiting, since)) = ensure_claim(&session, context).await? {
+    if session.spec.claim != ClaimPolicy::None
+        && let Some((waiting, since)) = ensure_claim(&session, context).await? {
             return wait(sessions, &session, context, waiting, since).await;
         }
-    }
     let mut status = start.stamp(session.status.clone().unwrap_or_default());
     status.claim_name = (session.spec.claim != ClaimPolicy::None).then(|| session.name_any());
     status.phase = Some("Bound".into());

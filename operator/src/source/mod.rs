@@ -124,11 +124,10 @@ async fn start(source: &AetherSource, status: &mut AetherSourceStatus, secret_ve
     let name = job::name(source, &origin, &previous);
     let known = known_commit(status, &origin);
     objects::create(&jobs, &job::job(source, name.clone(), known.as_deref(), &context.config)).await?;
-    if !previous.is_empty() {
-        if let Some(old) = objects::get(&jobs, &previous).await? {
+    if !previous.is_empty()
+        && let Some(old) = objects::get(&jobs, &previous).await? {
             objects::delete(&jobs, &old).await?;
         }
-    }
     status.import = Some(Import {
         job: name.clone(),
         generation: source.meta().generation.unwrap_or_default(),
@@ -267,12 +266,11 @@ fn ready(newest: Option<&Revision>, importing: &Wanted) -> Wanted {
 }
 
 async fn tell_news(source: &AetherSource, before: &AetherSourceStatus, now: &AetherSourceStatus, context: &Context) {
-    if now.latest.is_some() && now.latest != before.latest {
-        if let Some(newest) = now.revisions.first() {
+    if now.latest.is_some() && now.latest != before.latest
+        && let Some(newest) = now.revisions.first() {
             let message = format!("revision {}: {} files, {} bytes in {} ms", newest.name, newest.files, newest.bytes, newest.milliseconds);
             context.tell(source, EventType::Normal, "RevisionImported", &message).await;
         }
-    }
     let Some(importing) = conditions::get(&now.conditions, IMPORTING) else { return };
     let known = conditions::get(&before.conditions, IMPORTING).is_some_and(|old| old.reason == importing.reason && old.message == importing.message);
     let usual = [reason::IN_PROGRESS, reason::DONE].contains(&importing.reason.as_str());

@@ -16,29 +16,26 @@ pub(super) fn violation(spec: &AetherSourceSpec) -> Option<String> {
     if kinds.into_iter().filter(|said| *said).count() != 1 {
         return Some("say exactly one of spec.git, spec.claim and spec.empty".into());
     }
-    if let Some(git) = &spec.git {
-        if let Some(violation) = git_violation(git) {
+    if let Some(git) = &spec.git
+        && let Some(violation) = git_violation(git) {
             return Some(violation);
         }
-    }
     if let Some(claim) = &spec.claim {
         if claim.claim_name.is_empty() {
             return Some("spec.claim.claimName is empty: name a PersistentVolumeClaim".into());
         }
-        if let Some(path) = &claim.path {
-            if path.starts_with('/') || path.split('/').any(|part| part == "..") {
+        if let Some(path) = &claim.path
+            && (path.starts_with('/') || path.split('/').any(|part| part == "..")) {
                 return Some(format!("spec.claim.path {path:?} leaves the volume: say a directory relative to its root, without .."));
             }
-        }
     }
     if spec.revisions_to_keep < 1 {
         return Some("spec.revisionsToKeep is 0: keep at least one revision".into());
     }
-    if let Some(refresh) = spec.refresh {
-        if refresh.is_negative() || Duration::from(refresh) < MINIMUM_REFRESH {
+    if let Some(refresh) = spec.refresh
+        && (refresh.is_negative() || Duration::from(refresh) < MINIMUM_REFRESH) {
             return Some(format!("spec.refresh is under {} s: say a duration such as 15m", MINIMUM_REFRESH.as_secs()));
         }
-    }
     None
 }
 
@@ -51,11 +48,10 @@ fn git_violation(git: &GitSource) -> Option<String> {
     if url.starts_with("http") && url.split('/').nth(2).is_some_and(|host| host.rsplit_once('@').is_some_and(|(user, _)| user.contains(':'))) {
         return Some("spec.git.url has a password in it, which everybody can read: put it into a Secret and name that in spec.git.secretRef".into());
     }
-    if let Some(reference) = &git.reference {
-        if reference.is_empty() || reference.starts_with('-') || reference.contains(|c: char| c.is_whitespace() || c.is_control() || "~^:?*[\\".contains(c)) {
+    if let Some(reference) = &git.reference
+        && (reference.is_empty() || reference.starts_with('-') || reference.contains(|c: char| c.is_whitespace() || c.is_control() || "~^:?*[\\".contains(c))) {
             return Some(format!("spec.git.ref {reference:?} is not a branch, tag, ref or commit id"));
         }
-    }
     if git.depth == Some(0) {
         return Some("spec.git.depth is 0: leave it out for all of the history".into());
     }
