@@ -50,7 +50,7 @@ impl Overlay {
     pub fn mount(&self, target: &Path) -> Result<()> {
         match self.create() {
             Ok(mount) => attach(mount.as_fd(), target),
-            Err(Error::Io { source, .. }) if is_unknown_option(&source) => self.mount_legacy(target),
+            Err(error) if is_unknown_option(&error) => self.mount_legacy(target),
             Err(error) => Err(error),
         }
     }
@@ -73,8 +73,9 @@ impl Overlay {
         context.mount(MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | read_only)
     }
 
-    /// Linux 6.6 knows data-only layers only in the one `lowerdir` string, which the new API cuts at 256 bytes.
-    fn mount_legacy(&self, target: &Path) -> Result<()> {
+    /// As [`mount`](Self::mount), with mount(2): Linux 6.6 knows data-only layers only in the one `lowerdir` string,
+    /// which the new API cuts at 256 bytes.
+    pub fn mount_legacy(&self, target: &Path) -> Result<()> {
         let escape = |path: &Path| {
             let mut escaped = Vec::new();
             for byte in path.as_os_str().as_bytes() {
@@ -110,21 +111,26 @@ impl Overlay {
     }
 }
 
-fn is_unknown_option(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::InvalidInput && error.to_string().contains("Unknown parameter")
+fn is_unknown_option(error: &Error) -> bool {
+    error.io_kind() == Some(io::ErrorKind::InvalidInput) && error.to_string().contains("Unknown parameter")
 }
 
 /// Mounts the EROFS image `image` read-only at `target`: straight from the file where the kernel can (Linux 6.12),
-/// else through a loop device that ends with the mount.
+/// else through a loop device.
 pub fn mount_erofs(image: &Path, target: &Path) -> Result<()> {
     match erofs(image) {
         Err(Error::Io { source, .. }) if source.raw_os_error() == Some(Errno::NOTBLK.raw_os_error()) => {
-            let file = File::open(image).at("open image", image)?;
-            let (_device, path) = sys::loop_attach(&file, image, true).at("attach to a loop device", image)?;
-            attach(erofs(&path)?.as_fd(), target)
+            mount_erofs_through_loop(image, target)
         }
         other => attach(other?.as_fd(), target),
     }
+}
+
+/// As [`mount_erofs`], always through a loop device, which ends with the mount.
+pub fn mount_erofs_through_loop(image: &Path, target: &Path) -> Result<()> {
+    let file = File::open(image).at("open image", image)?;
+    let (_device, path) = sys::loop_attach(&file, image, true).at("attach to a loop device", image)?;
+    attach(erofs(&path)?.as_fd(), target)
 }
 
 /// The image mounted straight from its file, not yet at any place. Fails with ENOTBLK before Linux 6.12.
@@ -279,9 +285,9 @@ impl FsContext {
             said.push_str(if said.is_empty() { "" } else { "; " });
             said.push_str(text);
         }
-        let source = io::Error::from(error);
-        let source = if said.is_empty() { source } else { io::Error::new(source.kind(), format!("{source}: {said}")) };
-        Error::Io { action: "configure a mount of", path: format!("{} ({step})", self.kind).into(), source }
+        // The errno stays as it is: callers tell cases apart by it.
+        let detail = if said.is_empty() { step.to_owned() } else { format!("{step}: {said}") };
+        Error::io("configure a mount of", format!("{} ({detail})", self.kind), error)
     }
 }
 

@@ -174,6 +174,11 @@ impl Engine {
         self.run(move |inner| inner.session(&id)).await
     }
 
+    /// The records of all sessions, without looking at their directories.
+    pub async fn session_records(&self) -> Result<Vec<Session>> {
+        self.run(|inner| Ok(inner.state.sessions()?.into_iter().filter(|session| !session.deleting).collect())).await
+    }
+
     /// One session as it is now. Walks its upper.
     pub async fn session_status(&self, id: &str) -> Result<SessionStatus> {
         let id = id.to_owned();
@@ -322,9 +327,12 @@ impl Inner {
             return Ok(mountpoint);
         }
         let lower = self.mount_image(session.image.id())?;
-        // Written first: from the mount on, the upper may be anything.
-        let session = Session { head: None, generation: session.generation + 1, ..session.clone() };
-        self.state.put_session(&session)?;
+        // Written first: from the mount on, the upper may be anything. Only a head must not come back after a power cut.
+        let next = Session { head: None, generation: session.generation + 1, ..session.clone() };
+        match session.head {
+            Some(_) => self.state.put_session(&next)?,
+            None => self.state.put_session_unsynced(&next)?,
+        }
         Overlay { name: session.id.clone(), lower, data: self.data_layers(), upper: Some((upper, work)) }
             .mount(&mountpoint)?;
         crash_point!("session.mounted");

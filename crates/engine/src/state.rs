@@ -274,6 +274,13 @@ impl State {
         self.put(SESSIONS, &session.id, session)
     }
 
+    /// As [`put_session`](Self::put_session), but only a kill of this process is survived, not a power cut.
+    pub(crate) fn put_session_unsynced(&self, session: &Session) -> Result<()> {
+        let mut batch = WriteBatch::default();
+        self.add(&mut batch, SESSIONS, &session.id, session);
+        self.db.write(batch).map_err(|error| self.failed("write", error))
+    }
+
     /// Forgets a session and what its files were digested to.
     pub(crate) fn remove_session(&self, session: &Session) -> Result<()> {
         let mut batch = WriteBatch::default();

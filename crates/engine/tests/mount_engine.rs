@@ -189,7 +189,7 @@ fn a_new_process_takes_over_what_an_old_one_mounted() {
         for name in ["unsaved", "meanwhile", "after"] {
             assert!(target.join(name).exists() && view.join(name).exists(), "{name}");
         }
-        assert_eq!(second.published("s").await.unwrap(), [target.clone()]);
+        assert_eq!(second.published("s").await.unwrap(), std::slice::from_ref(&target));
         second.unpublish(&target).await.unwrap();
         second.unmount_session("s").await.unwrap();
         assert_eq!(second.digest_session("s").await.unwrap().changed_files, 3);
@@ -248,13 +248,12 @@ fn many_sessions_at_once() {
     });
 }
 
-/// The first v1 freezer or v2 hierarchy, with a cgroup of our own in it.
+/// A cgroup of our own, in the v1 freezer or in v2.
 struct Cgroup(std::path::PathBuf);
 
 impl Cgroup {
-    fn new(name: &str) -> Self {
-        let path =
-            aether_engine::freeze::hierarchy().unwrap().join(format!("aether-test-{name}-{}", std::process::id()));
+    fn new(hierarchy: &Path, name: &str) -> Self {
+        let path = hierarchy.join(format!("aether-test-{name}-{}", std::process::id()));
         fs::create_dir(&path).unwrap();
         Self(path)
     }
@@ -311,13 +310,13 @@ fn a_copy_of_a_busy_session_is_one_moment() {
         let source = Source::new().await;
         let engine = engine(root, PoolConfig::Image { bytes: 400 << 20 }).await;
         let view = session(&engine, &source, "s").await;
-        let cgroup = Cgroup::new("ordered");
+        let cgroup = Cgroup::new(&aether_engine::freeze::hierarchy().unwrap(), "ordered");
         let _writer = cgroup.run(ORDERED_WRITER, &view);
         while !view.join("marker-5").exists() {
             tokio::task::yield_now().await;
         }
         let mut frozen = Vec::new();
-        for n in 0..30 {
+        for n in 0..100 {
             let (snapshot, fork) = (format!("cp-{n}"), format!("fork-{n}"));
             let taken = engine.snapshot("s", &snapshot, std::slice::from_ref(&cgroup.0), None).await.unwrap();
             assert_eq!(taken.consistency, Consistency::PointInTime, "{taken:?}");
@@ -340,36 +339,91 @@ fn a_copy_of_a_busy_session_is_one_moment() {
     });
 }
 
+/// Every mounted hierarchy that can freeze: usually one, both where v1 and v2 are mounted side by side.
+fn freezers() -> Vec<std::path::PathBuf> {
+    let freezes = |entry: &mount::MountEntry| {
+        entry.fs_type == "cgroup2"
+            || entry.fs_type == "cgroup" && String::from_utf8_lossy(&entry.super_options).contains("freezer")
+    };
+    mount::table().unwrap().into_iter().filter(freezes).map(|entry| entry.target).collect()
+}
+
 #[test]
 fn whoever_was_frozen_runs_again_after_the_limit_and_after_a_crash() {
     isolated_async("whoever_was_frozen_runs_again_after_the_limit_and_after_a_crash", async |root| {
-        let cgroup = Cgroup::new("limit");
-        let counter = root.join("counter");
-        let _writer = cgroup.run("while :; do echo >> \"$1\"; done", &counter);
-        let size = || fs::metadata(&counter).map_or(0, |metadata| metadata.len());
-        let grows = || {
+        assert!(!freezers().is_empty());
+        for hierarchy in freezers() {
+            println!("{}", hierarchy.display());
+            let cgroup = Cgroup::new(&hierarchy, "limit");
+            let counter = root.join("counter");
+            let _writer = cgroup.run("while :; do echo >> \"$1\"; done", &counter);
+            let size = || fs::metadata(&counter).map_or(0, |metadata| metadata.len());
+            let grows = || {
+                let before = size();
+                while size() <= before {
+                    std::thread::yield_now();
+                }
+            };
+            grows();
+            let ledger = root.join("ledger");
+            let freezer = aether_engine::freeze::Freezer::open(&ledger).unwrap();
+            let frozen = freezer.freeze(std::slice::from_ref(&cgroup.0), Duration::from_millis(200)).unwrap();
             let before = size();
-            while size() <= before {
-                std::thread::yield_now();
-            }
-        };
-        grows();
-        let ledger = root.join("ledger");
-        let freezer = aether_engine::freeze::Freezer::open(&ledger).unwrap();
-        let frozen = freezer.freeze(std::slice::from_ref(&cgroup.0), Duration::from_millis(200)).unwrap();
-        let before = size();
-        std::thread::sleep(Duration::from_millis(50));
-        assert_eq!(size(), before, "a frozen process wrote");
-        grows();
-        assert!(!frozen.thaw().1, "the limit has passed");
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(size(), before, "a frozen process wrote");
+            grows();
+            assert!(!frozen.thaw().1, "the limit has passed");
 
-        // The record of a freeze whose engine was killed.
-        let frozen = freezer.freeze(std::slice::from_ref(&cgroup.0), Duration::from_secs(60)).unwrap();
-        std::mem::forget(frozen);
-        let before = size();
-        aether_engine::freeze::Freezer::open(&ledger).unwrap();
-        while size() <= before {
-            std::thread::yield_now();
+            // Two sessions of one pod: it runs again when the second is done with it.
+            let first = freezer.freeze(std::slice::from_ref(&cgroup.0), Duration::from_secs(60)).unwrap();
+            let second = freezer.freeze(std::slice::from_ref(&cgroup.0), Duration::from_secs(60)).unwrap();
+            assert!(first.thaw().1);
+            let before = size();
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(size(), before, "thawed while another snapshot needs it still");
+            assert!(second.thaw().1);
+            grows();
+
+            // The record of a freeze whose engine was killed.
+            std::mem::forget(freezer.freeze(std::slice::from_ref(&cgroup.0), Duration::from_secs(60)).unwrap());
+            aether_engine::freeze::Freezer::open(&ledger).unwrap();
+            grows();
         }
+    });
+}
+
+#[test]
+fn one_fetch_serves_all_and_what_is_here_needs_no_store() {
+    isolated_async("one_fetch_serves_all_and_what_is_here_needs_no_store", async |root| {
+        let source = std::sync::Arc::new(Source::new().await);
+        let engine = engine(root, PoolConfig::Directory).await;
+        let fetched = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let (engine, source, fetched) = (engine.clone(), source.clone(), fetched.clone());
+            tasks.spawn(async move {
+                let most = std::sync::atomic::AtomicU64::new(0);
+                let progress = |now: aether_cas::transfer::Progress| {
+                    most.fetch_max(now.files, std::sync::atomic::Ordering::Relaxed);
+                };
+                engine.ensure_image(source.root, OWNER, &source.store, &progress).await.unwrap();
+                fetched.fetch_add(most.into_inner(), std::sync::atomic::Ordering::Relaxed);
+            });
+        }
+        while let Some(task) = tasks.join_next().await {
+            task.unwrap();
+        }
+        // 42 files, of which one is empty.
+        assert_eq!(fetched.load(std::sync::atomic::Ordering::Relaxed), 41);
+        let nothing = MemoryStore::new();
+        let other = engine.ensure_image(source.root, Owner { uid: 5, gid: 5 }, &nothing, &quiet()).await.unwrap();
+        assert_eq!(other.files, 42);
+        // An image that was collected is built anew from its directories.
+        assert_eq!(engine.gc().await.unwrap().len(), 2);
+        engine.create_session("s", &other).await.unwrap();
+        assert_eq!(read_tree(&engine.mount_session("s").await.unwrap()), source.expected());
+        let absent = aether_cas::Blob { size: 1, ..source.root };
+        let error = engine.ensure_image(absent, OWNER, &nothing, &quiet()).await.unwrap_err();
+        assert!(matches!(&error, Error::Store { .. }) && error.to_string().contains(&absent.to_string()), "{error}");
     });
 }

@@ -93,6 +93,17 @@ fn an_image_shows_a_tree_exactly() {
         assert_eq!(fs::read(view.join("empty")).unwrap(), b"");
         assert_eq!(fs::read_link(view.join("link")).unwrap(), Path::new("deep/linked"));
         assert_eq!(mount::xattr(&view.join("note"), "user.note").unwrap().unwrap(), b"a\0b");
+        // What older kernels need: a loop device and mount(2).
+        for directory in ["loop", "legacy"] {
+            fs::create_dir(root.join(directory)).unwrap();
+        }
+        mount::mount_erofs_through_loop(&image::path(&images, id), &root.join("loop")).unwrap();
+        let legacy = Overlay { lower: root.join("loop").join(image::TREE), ..overlay };
+        legacy.mount_legacy(&root.join("legacy")).unwrap();
+        assert_eq!(fs::read(root.join("legacy/deep/linked")).unwrap(), b"hello\n");
+        let entry = mount::find_mount(&root.join("legacy")).unwrap().unwrap();
+        assert!(entry.options.contains("nosuid") && entry.options.contains("nodev"), "{entry:?}");
+
         let stat = |path: &str| fs::symlink_metadata(view.join(path)).unwrap();
         assert_eq!((stat("large").size(), stat("large").mode() & 0o7777), (3 << 20, 0o755));
         assert_eq!((stat("ab").ino(), stat("ab").nlink()), (stat("deep/linked").ino(), 2));
