@@ -75,7 +75,7 @@ pub async fn reconcile(seen: Arc<AetherCheckpoint>, context: Arc<Context>) -> Re
             None
         }
         Verdict::Node(message) | Verdict::NotYet(message) if objects::age(&checkpoint) < GRACE => {
-            tracing::debug!(checkpoint = checkpoint.name_any(), namespace, message, "waits");
+            tracing::debug!(checkpoint = checkpoint.name_any(), namespace, why = message, "waits");
             return Ok(Action::requeue(POLL));
         }
         Verdict::Node(message) => {

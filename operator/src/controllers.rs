@@ -199,12 +199,16 @@ fn on_error<K: Object>(object: Arc<K>, error: &Error, _: Arc<Context>) -> Action
 
 async fn sweeps(context: &Context, stop: &CancellationToken) {
     loop {
-        if let Err(error) = sweep::sweep(context).await {
-            tracing::warn!(%error, "a sweep failed; the next one goes on");
-        }
+        let pause = match sweep::sweep(context).await {
+            Ok(()) => sweep::PERIOD,
+            Err(error) => {
+                tracing::warn!(%error, "a sweep failed; it is tried again");
+                RETRY
+            }
+        };
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(sweep::PERIOD) => {}
+            () = tokio::time::sleep(pause) => {}
         }
     }
 }

@@ -6,10 +6,11 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aether_proto::store::v1::store_admin_client::StoreAdminClient;
 use aether_proto::store::v1::{ListRootsRequest, PinRootRequest, Root, UnpinRootsRequest};
+use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 /// A revision of a source.
@@ -21,6 +22,8 @@ pub const CHECKPOINT: &str = "Checkpoint";
 
 /// When to try again what the store did not take.
 pub const RETRY: Duration = Duration::from_secs(15);
+/// For how long a store that did not answer is left in peace, so that sessions need not wait for each other's pins.
+const PEACE: Duration = Duration::from_secs(5);
 /// How long one call may take.
 const DEADLINE: Duration = Duration::from_secs(5);
 
@@ -41,6 +44,8 @@ pub struct Pin {
 pub struct Pins {
     client: Option<StoreAdminClient<Channel>>,
     taken: Mutex<HashMap<(String, &'static str, String), String>>,
+    /// When the store last failed to answer, until it answers again.
+    silent: Mutex<Option<Instant>>,
 }
 
 impl Pins {
@@ -55,17 +60,20 @@ impl Pins {
         };
         let endpoint = Endpoint::from_shared(address.clone()).map_err(|error| anyhow::anyhow!("--store {address:?} is not an address: {error}"))?;
         let channel = endpoint.connect_timeout(DEADLINE).timeout(DEADLINE).connect_lazy();
-        Ok(Self { client: Some(StoreAdminClient::new(channel)), taken: Mutex::default() })
+        Ok(Self { client: Some(StoreAdminClient::new(channel)), taken: Mutex::default(), silent: Mutex::default() })
     }
 
     /// No store: every pin counts as taken. For tests.
     pub fn nowhere() -> Self {
-        Self { client: None, taken: Mutex::default() }
+        Self { client: None, taken: Mutex::default(), silent: Mutex::default() }
     }
 
     /// Pins what is not known to be pinned. `false` when the store did not take all of it.
     pub async fn keep(&self, pins: Vec<Pin>) -> bool {
         let Some(client) = &self.client else { return true };
+        if self.silent.lock().expect("no holder panics").is_some_and(|since| since.elapsed() < PEACE) {
+            return false;
+        }
         let mut all = true;
         for pin in pins {
             let key = (pin.owner.clone(), pin.kind, pin.name.clone());
@@ -73,17 +81,40 @@ impl Pins {
                 continue;
             }
             let root = Root { owner_uid: pin.owner, kind: pin.kind.into(), name: pin.name, tree: pin.tree.clone(), pinned_at: 0 };
-            match client.clone().pin_root(PinRootRequest { root: Some(root) }).await {
+            let answer = client.clone().pin_root(PinRootRequest { root: Some(root) }).await;
+            if !self.answered(&answer) {
+                return false;
+            }
+            match answer {
                 Ok(_) => {
                     self.taken.lock().expect("no holder panics").insert(key, pin.tree);
                 }
                 Err(status) => {
-                    tracing::warn!(owner = key.0, kind = key.1, name = key.2, tree = pin.tree, code = %status.code(), message = status.message(), "the store did not take a pin; it is tried again");
+                    tracing::warn!(owner = key.0, kind = key.1, name = key.2, tree = pin.tree, code = %status.code(), said = status.message(), "the store did not take a pin; it is tried again");
                     all = false;
                 }
             }
         }
         all
+    }
+
+    /// Whether the store said anything; tells when that changes.
+    fn answered<T>(&self, answer: &Result<T, tonic::Status>) -> bool {
+        let mut silent = self.silent.lock().expect("no holder panics");
+        match answer {
+            Err(status) if matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled) => {
+                if silent.replace(Instant::now()).is_none() {
+                    tracing::warn!(code = %status.code(), said = status.message(), "the store does not answer; pins are tried again");
+                }
+                false
+            }
+            _ => {
+                if silent.take().is_some() {
+                    tracing::info!("the store answers again");
+                }
+                true
+            }
+        }
     }
 
     /// The uids of the objects that pinned something at least `grace` ago.

@@ -52,7 +52,7 @@ pub async fn sweep(context: &Context) -> Result<()> {
         Ok::<(), tonic::Status>(())
     };
     if let Err(status) = forgotten.await {
-        tracing::warn!(code = %status.code(), message = status.message(), "the store's pins could not be swept");
+        tracing::warn!(code = %status.code(), said = status.message(), "the store's pins could not be swept");
     }
     Ok(())
 }

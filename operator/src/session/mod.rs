@@ -133,8 +133,7 @@ async fn ensure_claim(session: &AetherSession, context: &Context) -> Result<Opti
         match claim::next(session, claim.as_ref(), volume.as_ref()) {
             Step::Bound => return Ok(None),
             Step::Wait(waiting) => {
-                let since = claim.as_ref().map_or_else(|| objects::age(session), objects::age);
-                return Ok(Some((waiting, since)));
+                return Ok(Some((waiting, claim.as_ref().map_or_else(|| objects::age(session), waited_for))));
             }
             Step::CreateClaim => {
                 claim = match objects::create(&claims, &claim::claim(session)).await? {
@@ -157,6 +156,11 @@ async fn ensure_claim(session: &AetherSession, context: &Context) -> Result<Opti
         }
     }
     Ok(Some((Waiting::quietly(reason::WAITING_FOR_CLAIM, "its claim and volume keep changing"), objects::age(session))))
+}
+
+/// For how long a claim has been waited for: since it is going, or else since it is there.
+fn waited_for(claim: &PersistentVolumeClaim) -> Duration {
+    claim.meta().deletion_timestamp.as_ref().map_or_else(|| objects::age(claim), objects::since)
 }
 
 /// Writes down what the session waits for, unless that is short by nature and has only begun.

@@ -287,7 +287,7 @@ async fn keep(source: &AetherSource, before: &AetherSourceStatus, context: &Cont
     let kept = context.pins.keep(pins.collect()).await;
     for old in before.revisions.iter().filter(|old| revisions.iter().all(|revision| revision.name != old.name)) {
         if let Err(status) = context.pins.forget_one(&owner, pins::SOURCE_REVISION, &old.name).await {
-            tracing::warn!(source = source.name_any(), revision = old.name, message = status.message(), "the store still keeps an old revision; it goes with the source");
+            tracing::warn!(source = source.name_any(), revision = old.name, said = status.message(), "the store still keeps an old revision; it goes with the source");
         }
     }
     kept
