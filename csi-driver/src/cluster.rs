@@ -33,6 +33,8 @@ pub(crate) struct Cache<K: Kind> {
     writer: Mutex<Option<reflector::store::Writer<K>>>,
     /// Grows with each event.
     version: watch::Sender<u64>,
+    /// Whether the first list is complete. The store's own signal wakes only one of several waiters.
+    listed: watch::Sender<bool>,
     queues: Mutex<Vec<mpsc::UnboundedSender<ObjectRef<K>>>>,
 }
 
@@ -47,6 +49,7 @@ where
             store,
             writer: Mutex::new(Some(writer)),
             version: watch::Sender::new(0),
+            listed: watch::Sender::new(false),
             queues: Mutex::default(),
         }
     }
@@ -63,6 +66,7 @@ where
                 // The store shows a fresh list only when it is complete.
                 Ok(watcher::Event::InitDone) => {
                     tracing::info!(%kind, objects = self.store.len(), "watch is up to date");
+                    self.listed.send_replace(true);
                     self.store.state().iter().for_each(|object| self.poke(object.as_ref()));
                 }
                 Ok(watcher::Event::Init | watcher::Event::InitApply(_)) => continue,
@@ -136,8 +140,8 @@ where
 
     /// Whether the first list is complete.
     pub(crate) async fn ready(&self) {
-        // It fails only when the watch has ended, and then everything has.
-        let _ = self.store.wait_until_ready().await;
+        // The sender lives as long as we do.
+        let _ = self.listed.subscribe().wait_for(|listed| *listed).await;
     }
 
     /// Wakes at each change.
