@@ -8,56 +8,61 @@ cd "$top"
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$AETHER_CACHE/target}"
 unset KEEP
 
+# Each part is a run of this script of its own: in a condition, `set -e` would be off inside it.
 part() {
-    local name=$1 began=$SECONDS
-    shift
-    say "== $name"
-    "$@" || { say "== $name FAILED after $((SECONDS - began)) s"; exit 1; }
-    say "== $name: $((SECONDS - began)) s"
+    local began=$SECONDS
+    say "== $1"
+    "$top/e2e/run-tests.sh" "$1" || { say "== $1 FAILED after $((SECONDS - began)) s"; exit 1; }
+    say "== $1: $((SECONDS - began)) s"
 }
 
 # Every selection is the whole workspace, filtered by target: cargo builds a dependency again for another set of packages.
 cargo_test() { cargo test --quiet --workspace --locked "$@"; }
 
-# Integration tests by the name of their file.
+# Integration tests by the name of their file or folder.
 targets() {
-    local kind=$1 file name
-    for file in crates/*/tests/*.rs */tests/*.rs; do
-        name=$(basename "$file" .rs)
-        case "$file" in
+    local kind=$1 target name found=0
+    for target in crates/*/tests/*.rs */tests/*.rs crates/*/tests/*/main.rs */tests/*/main.rs; do
+        [ -e "$target" ] || continue
+        name=${target%/main.rs}
+        name=$(basename "$name" .rs)
+        case "$target" in
             e2e/tests/*) [ "$kind" = cluster ] ;;
             */mount_* | */property_*) [ "$kind" = mounts ] ;;
             *) [ "$kind" = unit ] ;;
-        esac && printf -- '--test\n%s\n' "$name"
+        esac || continue
+        printf -- '--test\n%s\n' "$name"
+        found=1
     done
-    true
+    [ $found = 1 ]
 }
 
 unit() {
     local tests
-    mapfile -t tests < <(targets unit)
-    cargo_test --lib --bins "${tests[@]}"
+    tests=$(targets unit)
+    # shellcheck disable=SC2086  # one word a line
+    cargo_test --lib --bins $tests
 }
 
 mounts() {
     [ "$(id -u)" = 0 ] || { say "tests with real mounts need root; \`make check\` is what runs without"; return 1; }
     e2e/third-party/packages.sh
     local tests
-    mapfile -t tests < <(targets mounts)
-    cargo_test "${tests[@]}"
+    tests=$(targets mounts)
+    # shellcheck disable=SC2086
+    cargo_test $tests
 }
 
 cluster() {
     [ "$(id -u)" = 0 ] || { say "the test cluster needs root"; return 1; }
-    local tool="$CARGO_TARGET_DIR/debug/aether-cluster" tests failed=0
-    mapfile -t tests < <(targets cluster)
-    cargo build --quiet --workspace --locked
+    tool="$CARGO_TARGET_DIR/debug/aether-cluster"
+    local tests
+    tests=$(targets cluster)
+    cargo build --quiet --workspace --bins --locked
     trap '"$tool" down' EXIT
     "$tool" up --install
-    cargo_test "${tests[@]}" -- --nocapture || failed=1
-    trap - EXIT
-    "$tool" down
-    return $failed
+    # shellcheck disable=SC2086
+    cargo_test $tests -- --nocapture --test-threads=2
 }
 
 checks() {
@@ -67,12 +72,10 @@ checks() {
 }
 
 case "${1:-}" in
-    checks | unit | mounts | cluster) part "$1" "$1" ;;
-    all)
-        part "static checks" checks
-        part "unit and property tests" unit
-        part "tests with real mounts" mounts
-        part "cluster tests" cluster
+    checks | unit | mounts | cluster) "$1" ;;
+    all) for name in checks unit mounts cluster; do part "$name"; done ;;
+    *)
+        echo "usage: e2e/run-tests.sh checks|unit|mounts|cluster|all" >&2
+        exit 2
         ;;
-    *) echo "usage: e2e/run-tests.sh checks|unit|mounts|cluster|all" >&2; exit 2 ;;
 esac

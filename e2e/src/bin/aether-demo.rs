@@ -39,7 +39,7 @@ async fn main() -> ExitCode {
     if let Err(error) = &played {
         eprintln!("\nthe demo failed: {error:#}");
     }
-    if !(arguments.keep && played.is_ok()) {
+    if !arguments.keep {
         if let Err(error) = Cluster::down().await {
             eprintln!("the cluster could not be removed: {error:#}");
             return ExitCode::FAILURE;

@@ -19,6 +19,8 @@ for i in itertools.count():
     if i >= 200:
         os.rmdir(f'order/marker-{i-200}')
         os.unlink(f'order/file-{i-200}')
+    if i == 100:
+        open('/tmp/writes', 'w').close()
     if os.path.exists('stop-order'):
         break
 "#;
@@ -37,7 +39,7 @@ pub(super) async fn start_ordered_writer(story: &Story, pod: &str) -> Result<()>
     story.exec_with_input(pod, "cat >/tmp/ordered-writer.py", ORDERED_WRITER).await?;
     story.exec_with_input(pod, "cat >/tmp/order-check.py", ORDER_CHECK).await?;
     story
-        .exec(pod, "rm -f stop-order; nohup python3 /tmp/ordered-writer.py >/tmp/writer.log 2>&1 & while [ ! -d order/marker-100 ]; do sleep 0.05; done")
+        .exec(pod, "rm -f stop-order; nohup python3 /tmp/ordered-writer.py >/tmp/writer.log 2>&1 & while [ ! -e /tmp/writes ]; do sleep 0.05; done")
         .await?;
     Ok(())
 }

@@ -11,7 +11,7 @@ pub(super) async fn import_a_repository(story: &Story) -> Result<String> {
     let source: AetherSource = story.get_in(PLATFORM_NAMESPACE, "kubernetes").await?;
     let status = source.status.context("a Ready source has a status")?;
     let revision = status.revisions.first().context("a Ready source has a revision")?;
-    let tracked = story.tracked_files().await?;
+    let (_, tracked) = story.tracked().await?;
     ensure!(revision.files >= tracked, "{} files imported, git has {tracked}", revision.files);
     story.figure("import_files", revision.files);
     story.figure("import_bytes", revision.bytes);
@@ -35,7 +35,7 @@ pub(super) async fn wrong_sources(story: &Story) -> Result<String> {
         ("wrong-url", format!("{{url: \"{git}/no-such.git\"}}"), conditions::reason::REPOSITORY_NOT_FOUND, "no-such.git"),
         ("wrong-ref", format!("{{url: \"{git}/kubernetes.git\", ref: no-such-branch}}"), conditions::reason::REF_NOT_FOUND, "no-such-branch"),
         ("no-secret", format!("{{url: \"{git}/kubernetes.git\", secretRef: {{name: no-such-secret}}}}"), conditions::reason::SECRET_NOT_FOUND, "no-such-secret"),
-        ("wrong-password", format!("{{url: \"{locked}/kubernetes.git\", secretRef: {{name: wrong-password}}}}"), conditions::reason::AUTHENTICATION_FAILED, "wrong-password"),
+        ("wrong-password", format!("{{url: \"{locked}/kubernetes.git\", secretRef: {{name: wrong-password}}}}"), conditions::reason::AUTHENTICATION_FAILED, "secretRef"),
     ];
     for (name, source, _, _) in &cases {
         story.apply(&format!("{{apiVersion: aether.dev/v1alpha1, kind: AetherSource, metadata: {{name: {name}}}, spec: {{git: {source}}}}}")).await?;

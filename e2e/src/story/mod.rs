@@ -36,6 +36,7 @@ use serde_json::{Value, json};
 use crate::cluster::Cluster;
 use crate::command::{self as program, Output};
 use crate::testing::{SYSTEM_NAMESPACE, Test, pod_ready};
+use crate::tools::Tools;
 use crate::{product, third_party, wait};
 
 /// Where the shared source lives, as a platform team would have it.
@@ -132,7 +133,7 @@ impl Story {
     /// The imported Kubernetes source, shared by all namespaces.
     pub async fn source(&self) -> Result<()> {
         let manifest = self.sample("source.yaml")?;
-        self.apply(&manifest).await?;
+        Tools::new(&self.cluster, PLATFORM_NAMESPACE)?.apply(&manifest).await?;
         let sources: Api<AetherSource> = Api::namespaced(self.cluster.client.clone(), PLATFORM_NAMESPACE);
         let begun = Instant::now();
         let mut shown = String::new();
@@ -313,11 +314,12 @@ impl Story {
 
     // The repository that is imported.
 
-    /// How many files git tracks in the imported repository.
-    pub async fn tracked_files(&self) -> Result<i64> {
+    /// How many files and symbolic links git tracks in the imported repository, and how many of them are files.
+    pub async fn tracked(&self) -> Result<(i64, i64)> {
         let repository = third_party::kubernetes_repository().await?;
-        let list = program::run("git", ["--git-dir", &repository.display().to_string(), "ls-tree", "-r", "--name-only", "main"]).await?;
-        Ok(i64::try_from(list.lines().count())?)
+        let list = program::run("git", ["--git-dir", &repository.display().to_string(), "ls-tree", "-r", "main"]).await?;
+        let files = list.lines().filter(|line| line.starts_with("100")).count();
+        Ok((i64::try_from(list.lines().count())?, i64::try_from(files)?))
     }
 
     /// One of the README's examples, with the addresses of this cluster.

@@ -33,7 +33,8 @@ pub(super) async fn work_in_a_session(story: &Story) -> Result<String> {
         .await?;
     let status: f64 = super::value(&report, "first_status_us")?;
     let tracked: i64 = super::value(&report, "tracked")?;
-    ensure!(tracked == story.tracked_files().await?, "the pod sees {tracked} tracked files, git has {}", story.tracked_files().await?);
+    let (in_repository, _) = story.tracked().await?;
+    ensure!(tracked == in_repository, "the pod sees {tracked} tracked files, the repository has {in_repository}");
     ensure!(report.contains("2 files changed"), "git diff does not show the edit and the deletion: {report}");
     story.figure("git_status_first_ms", status / 1000.0);
     say(&format!("claim bound after {bound} ms, pod running after {ready} ms"));
