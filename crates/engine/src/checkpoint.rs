@@ -259,6 +259,7 @@ impl Inner {
         let result = self.pool.snapshot(&session.directory, name);
         let (held, whole) = frozen.map_or((Duration::ZERO, true), Frozen::thaw);
         result?;
+        self.pool.finish_snapshot(name)?;
         if !whole {
             reason = Some("the time limit of the freeze passed before the copy was complete".into());
         }

@@ -1,9 +1,10 @@
 //! Named points at which a test can end the process, to prove that [`crate::repair`] understands what is left.
 //!
-//! `AETHER_CRASH_AT=<name>` makes the process abort when it gets there: no destructor, no buffer flushed, as with
-//! `kill -9`. Without the variable a point costs one load of a static.
+//! `AETHER_CRASH_AT=<name>` makes the process abort when it gets there, `<name>@2` when it gets there the second time:
+//! no destructor, no buffer flushed, as with `kill -9`. Without the variable a point costs one load of a static.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Every crash point, in the order in which an operation passes them. The kill test goes through this list, and a
 /// name that is not in it does not compile.
@@ -31,15 +32,27 @@ pub const POINTS: &[&str] = &[
     "delete.removed",
 ];
 
-/// The value of `AETHER_CRASH_AT`, read once.
-fn armed() -> Option<&'static str> {
-    static ARMED: OnceLock<Option<String>> = OnceLock::new();
-    ARMED.get_or_init(|| std::env::var("AETHER_CRASH_AT").ok()).as_deref()
+/// The armed point, from `AETHER_CRASH_AT`, read once.
+struct Armed {
+    name: String,
+    /// How often it is still passed before the end.
+    left: AtomicU64,
+}
+
+fn armed() -> Option<&'static Armed> {
+    static ARMED: OnceLock<Option<Armed>> = OnceLock::new();
+    let read = || {
+        let value = std::env::var("AETHER_CRASH_AT").ok()?;
+        let (name, time) = value.split_once('@').unwrap_or((&value, "1"));
+        Some(Armed { name: name.to_owned(), left: AtomicU64::new(time.parse().unwrap_or(1)) })
+    };
+    ARMED.get_or_init(read).as_ref()
 }
 
 /// Ends the process if this point is armed. Use [`crash_point!`](crate::crash::crash_point), which checks the name.
 pub fn pass(name: &str) {
-    if armed() == Some(name) {
+    let Some(armed) = armed().filter(|armed| armed.name == name) else { return };
+    if armed.left.fetch_sub(1, Ordering::Relaxed) == 1 {
         eprintln!("crash point {name}");
         std::process::abort();
     }

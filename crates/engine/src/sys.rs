@@ -182,6 +182,30 @@ unsafe impl ioctl::Ioctl for GetFree {
     }
 }
 
+/// Opens the loop device `name`, such as `loop3`. A container's `/dev` has only the devices that there were when it
+/// started; the node of a later one is made.
+pub(crate) fn loop_open(name: &str, write: bool) -> io::Result<(File, PathBuf)> {
+    let path = Path::new("/dev").join(name);
+    let open = || File::options().read(true).write(write).open(&path);
+    match open() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let number = std::fs::read_to_string(format!("/sys/block/{name}/dev"))?;
+            let number = number
+                .trim()
+                .split_once(':')
+                .and_then(|(major, minor)| Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?)));
+            let number = number.ok_or(io::ErrorKind::InvalidData)?;
+            let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+            match rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::BlockDevice, mode, number) {
+                Ok(()) | Err(rustix::io::Errno::EXIST) => open(),
+                Err(error) => Err(error.into()),
+            }
+        }
+        other => other,
+    }
+    .map(|device| (device, path.clone()))
+}
+
 /// Puts `file` behind a free loop device, which frees itself at its last close. The caller keeps the returned
 /// descriptor until the device is mounted.
 pub(crate) fn loop_attach(file: &File, name: &Path, read_only: bool) -> io::Result<(File, PathBuf)> {
@@ -190,8 +214,7 @@ pub(crate) fn loop_attach(file: &File, name: &Path, read_only: bool) -> io::Resu
     for _ in 0..64 {
         // SAFETY: see `GetFree`.
         let number = unsafe { ioctl::ioctl(&control, GetFree) }?;
-        let path = PathBuf::from(format!("/dev/loop{number}"));
-        let device = File::options().read(true).write(!read_only).open(&path)?;
+        let (device, path) = loop_open(&format!("loop{number}"), !read_only)?;
         let mut config = LoopConfig {
             fd: u32::try_from(file.as_raw_fd()).unwrap_or(u32::MAX),
             block_size: 0,

@@ -30,9 +30,20 @@ fn inside(body: impl FnOnce(&Path)) {
     )
     .expect("private mounts");
     let directory = tempfile::Builder::new().prefix("aether-").tempdir().expect("a temporary directory");
+    // Before the directory is removed, also when the body panics: removing goes no further than a mount.
+    let _mounts = Mounts(directory.path());
     body(directory.path());
-    // Mounts first: removing through them would delete what they show.
-    crate::mount::unmount_below(directory.path()).expect("nothing left mounted");
+}
+
+/// Unmounts everything below a directory when dropped.
+struct Mounts<'a>(&'a Path);
+
+impl Drop for Mounts<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = crate::mount::unmount_below(self.0) {
+            eprintln!("a mount is left until this process ends: {error}");
+        }
+    }
 }
 
 /// Runs the body of the test `name` (the function's name within its test file) as root in its own process and mount

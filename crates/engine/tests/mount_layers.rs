@@ -156,6 +156,7 @@ fn exercise(pool: &dyn pool::Pool) {
     mount::set_xattr(&upper, "trusted.overlay.opaque", b"y").unwrap();
     pool.flush("a").unwrap();
     pool.snapshot("a", "s").unwrap();
+    pool.finish_snapshot("s").unwrap();
     fs::write(upper.join("file"), "two").unwrap();
     assert_eq!(fs::read(pool.snapshot_upper("s").join("file")).unwrap(), b"one");
     pool.fork("s", "b").unwrap();
@@ -199,6 +200,25 @@ fn the_btrfs_pool_keeps_its_contract_and_its_device() {
         drop(held);
         let refused = pool::open(root, &PoolConfig::Directory).err().unwrap();
         assert!(matches!(&refused, Error::Invalid { .. }) && refused.to_string().contains("image"), "{refused}");
+    });
+}
+
+#[test]
+fn a_container_without_the_node_of_a_loop_device_gets_it() {
+    isolated("a_container_without_the_node_of_a_loop_device_gets_it", |root| {
+        // A container's own /dev: only what there was when it started.
+        let control = fs::metadata("/dev/loop-control").unwrap().rdev();
+        let made = std::process::Command::new("mount").args(["-t", "tmpfs", "dev"]).arg("/dev").status().unwrap();
+        assert!(made.success());
+        let kind = rustix::fs::FileType::CharacterDevice;
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, "/dev/loop-control", kind, mode, control).unwrap();
+        let null = rustix::fs::makedev(1, 3);
+        rustix::fs::mknodat(rustix::fs::CWD, "/dev/null", kind, mode, null).unwrap();
+        let pool = pool::open(&root.join("engine"), &PoolConfig::Image { bytes: 256 << 20 }).unwrap();
+        pool.create("a").unwrap();
+        let device = mount::find_mount(&root.join("engine/pool")).unwrap().unwrap().source;
+        assert!(device.starts_with("/dev") && device.exists());
     });
 }
 

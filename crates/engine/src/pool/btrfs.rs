@@ -139,6 +139,11 @@ impl Pool for Btrfs {
         self.take(&self.session_dir(session), &self.snapshots(), snapshot, true)
     }
 
+    /// The ioctl has done it all.
+    fn finish_snapshot(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
     fn fork(&self, snapshot: &str, session: &str) -> Result<()> {
         self.take(&self.snapshots().join(snapshot), &self.sessions(), session, false)
     }
@@ -245,8 +250,7 @@ fn attach_image(image: &Path) -> Result<(File, PathBuf)> {
         if !entry.path().join("loop/backing_file").exists() {
             continue;
         }
-        let path = Path::new("/dev").join(entry.file_name());
-        let Ok(device) = File::options().read(true).write(true).open(&path) else { continue };
+        let Ok((device, path)) = sys::loop_open(&entry.file_name().to_string_lossy(), true) else { continue };
         if sys::loop_backing(device.as_fd()).is_ok_and(|backing| backing == (metadata.dev(), metadata.ino())) {
             return Ok((device, path));
         }

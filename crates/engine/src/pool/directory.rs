@@ -34,26 +34,32 @@ impl Directory {
         self.root.join(kind)
     }
 
-    /// Builds under a dotted name, syncs, renames.
-    fn build(&self, kind: &str, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-        let parent = self.parent(kind);
-        let path = parent.join(name);
+    /// Fills a new directory under a dotted name.
+    fn begin(&self, kind: &str, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let path = self.parent(kind).join(name);
         if path.exists() {
-            return Err(Error::AlreadyExists {
-                kind: "directory",
-                name: path.display().to_string(),
-                detail: "taken".into(),
-            });
+            let detail = "taken".into();
+            return Err(Error::AlreadyExists { kind: "directory", name: path.display().to_string(), detail });
         }
-        let unfinished = parent.join(format!(".new-{name}"));
+        let unfinished = self.unfinished(kind, name);
         remove(&unfinished)?;
         fs::create_dir(&unfinished).at("create", &unfinished)?;
         fill(&unfinished)?;
         crash_point!("pool.directory.filled");
+        Ok(())
+    }
+
+    /// Syncs it and gives it its name.
+    fn finish(&self, kind: &str, name: &str) -> Result<()> {
+        let (parent, unfinished) = (self.parent(kind), self.unfinished(kind, name));
         let directory = File::open(&parent).at("open", &parent)?;
         rustix::fs::syncfs(&directory).at("sync", &parent)?;
-        fs::rename(&unfinished, &path).at("rename", &unfinished)?;
+        fs::rename(&unfinished, parent.join(name)).at("rename", &unfinished)?;
         directory.sync_all().at("sync", &parent)
+    }
+
+    fn unfinished(&self, kind: &str, name: &str) -> PathBuf {
+        self.parent(kind).join(format!(".new-{name}"))
     }
 
     fn delete(&self, kind: &str, name: &str) -> Result<()> {
@@ -87,12 +93,13 @@ impl Pool for Directory {
     }
 
     fn create(&self, session: &str) -> Result<()> {
-        self.build("sessions", session, |path| {
+        self.begin("sessions", session, |path| {
             for name in ["upper", "work"] {
                 fs::create_dir(path.join(name)).at("create", path.join(name))?;
             }
             Ok(())
-        })
+        })?;
+        self.finish("sessions", session)
     }
 
     /// Cloning writes back what it clones; doing it before the writers are frozen keeps the freeze short.
@@ -103,15 +110,20 @@ impl Pool for Directory {
 
     fn snapshot(&self, session: &str, snapshot: &str) -> Result<()> {
         let upper = self.upper(session);
-        self.build("snapshots", snapshot, |path| copy_tree(&upper, &path.join("upper")))
+        self.begin("snapshots", snapshot, |path| copy_tree(&upper, &path.join("upper")))
+    }
+
+    fn finish_snapshot(&self, snapshot: &str) -> Result<()> {
+        self.finish("snapshots", snapshot)
     }
 
     fn fork(&self, snapshot: &str, session: &str) -> Result<()> {
         let upper = self.snapshot_upper(snapshot);
-        self.build("sessions", session, |path| {
+        self.begin("sessions", session, |path| {
             fs::create_dir(path.join("work")).at("create", path.join("work"))?;
             copy_tree(&upper, &path.join("upper"))
-        })
+        })?;
+        self.finish("sessions", session)
     }
 
     fn delete_session(&self, session: &str) -> Result<()> {

@@ -76,8 +76,12 @@ pub trait Pool: Send + Sync {
     /// Brings what a session has not yet written back to disk, so that the snapshot after it is short.
     fn flush(&self, session: &str) -> Result<()>;
 
-    /// Copies a session's upper as it is now.
+    /// Copies a session's upper as it is now. Writers may be held still meanwhile, so this does no more than it must;
+    /// the snapshot is there when [`finish_snapshot`](Self::finish_snapshot) returns.
     fn snapshot(&self, session: &str, snapshot: &str) -> Result<()>;
+
+    /// Brings a snapshot to disk and under its name.
+    fn finish_snapshot(&self, snapshot: &str) -> Result<()>;
 
     /// Makes a session whose upper begins as a copy of a snapshot's.
     fn fork(&self, snapshot: &str, session: &str) -> Result<()>;
