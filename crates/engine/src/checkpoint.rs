@@ -285,11 +285,12 @@ impl Inner {
 
     /// Freezes the writers, or says why the snapshot will not be a point in time.
     fn hold_still(&self, cgroups: &[PathBuf], unfrozen: Option<String>) -> Result<(Option<Frozen>, Option<String>)> {
-        if unfrozen.is_some() || cgroups.is_empty() {
+        if cgroups.is_empty() {
             return Ok((None, unfrozen));
         }
+        // One writer that cannot be found is no reason to let the others run.
         match self.freezer.freeze(cgroups, self.config.freeze_limit) {
-            Ok(frozen) => Ok((Some(frozen), None)),
+            Ok(frozen) => Ok((Some(frozen), unfrozen)),
             Err(error) => {
                 tracing::warn!(%error, "a snapshot is taken without freezing its writers");
                 Ok((None, Some(error.to_string())))

@@ -96,6 +96,9 @@ pub(crate) struct Inner {
     pub(crate) state: State,
     pub(crate) freezer: Freezer,
     locks: Locks,
+    /// Held while an image is looked for and mounted: sessions of one image ask for it at once, and mounts at one
+    /// place stack.
+    mounting: Mutex<HashMap<ImageId, Arc<Mutex<()>>>>,
 }
 
 impl Engine {
@@ -227,6 +230,11 @@ impl Engine {
         .await
     }
 
+    /// Space of the pool. One call to the kernel, however much the node holds.
+    pub async fn space(&self) -> Result<Space> {
+        self.run(|inner| inner.pool.space()).await
+    }
+
     /// Compares records, pool, images, objects and mounts, and reads every object. Changes nothing. Each line names
     /// one thing that is wrong and what helps; none means that all is well.
     pub async fn fsck(&self) -> Result<Vec<String>> {
@@ -309,7 +317,7 @@ impl Inner {
             inline_limit: 0,
         })
         .map_err(|error| Error::store(format!("open the objects of {}", root.display()), error))?;
-        let inner = Self { config, report, pool, objects, state, freezer, locks: Locks::default() };
+        let inner = Self { config, report, pool, objects, state, freezer, locks: Locks::default(), mounting: Mutex::default() };
         repair::repair(&inner)?;
         Ok(inner)
     }
@@ -337,6 +345,8 @@ impl Inner {
     pub(crate) fn mount_image(&self, id: ImageId) -> Result<PathBuf> {
         let mountpoint = self.image_mountpoint(id);
         let tree = mountpoint.join(image::TREE);
+        let mounting = self.mounting.lock().unwrap_or_else(PoisonError::into_inner).entry(id).or_default().clone();
+        let _mounting = mounting.lock().unwrap_or_else(PoisonError::into_inner);
         if !mount::is_mountpoint(&mountpoint)? {
             let (bytes, summary) = image::build(&self.images(), id, &self.objects)?;
             if self.state.image(id)?.is_none() {

@@ -13,7 +13,11 @@ use crate::state::ImageId;
 use crate::{image, mount};
 
 /// Repairs. Called once, before anybody else uses the engine.
+///
+/// # Errors
+/// `Damaged` where the pool holds sessions or snapshots and the records are those of a new node: nothing is removed.
 pub(crate) fn repair(inner: &Inner) -> Result<()> {
+    require_records(inner)?;
     let swept = inner.pool.sweep()?;
     if swept > 0 {
         tracing::info!(swept, "removed what a crash left half made in the pool");
@@ -58,6 +62,28 @@ pub(crate) fn repair(inner: &Inner) -> Result<()> {
         tracing::error!("{problem}");
     }
     Ok(())
+}
+
+/// A session is made on an image whose record is older than its directory. So directories without any record at all
+/// were not left by a crash: the records were lost, and what no record names may be somebody's work.
+fn require_records(inner: &Inner) -> Result<()> {
+    let listing = inner.pool.listing()?;
+    let recorded = !inner.state.sessions()?.is_empty()
+        || !inner.state.snapshots()?.is_empty()
+        || !inner.state.images()?.is_empty();
+    if recorded || listing.sessions.is_empty() && listing.snapshots.is_empty() {
+        return Ok(());
+    }
+    let (root, pool) = (inner.config.root.display(), inner.pool.root().display());
+    Err(Error::Damaged {
+        what: format!("records in {root}/index/state"),
+        detail: format!(
+            "they are empty, but {pool} holds {} sessions and {} snapshots; bring the index back, or, to begin without \
+             it, move what is in {pool}/sessions and {pool}/snapshots elsewhere and keep it until nobody misses it",
+            listing.sessions.len(),
+            listing.snapshots.len()
+        ),
+    })
 }
 
 /// What is still mounted somewhere is removed at a later start.
