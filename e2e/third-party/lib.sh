@@ -18,10 +18,33 @@ need_packages() {
     say "installing: ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
     apt_update_once
-    # Daemons of a package (etcd, containerd) are never wanted as services of this machine: we start our own.
-    apt-get install -y --no-install-recommends -o Dpkg::Options::=--force-confold -o DPkg::Lock::Timeout=300 \
-        -o Dpkg::Use-Pty=0 -o APT::Update::Error-Mode=any "${missing[@]}" >"$AETHER_CACHE/apt.log" 2>&1 ||
+    # In a subshell, so that the trap is its own.
+    (
+        no_services
+        apt-get install -y --no-install-recommends -o Dpkg::Options::=--force-confold -o DPkg::Lock::Timeout=300 \
+            -o Dpkg::Use-Pty=0 -o APT::Update::Error-Mode=any "${missing[@]}" >"$AETHER_CACHE/apt.log" 2>&1
+    ) ||
         { tail -20 "$AETHER_CACHE/apt.log" >&2; say "apt-get install failed; the whole log is $AETHER_CACHE/apt.log"; return 1; }
+}
+
+# Daemons of a package (etcd, containerd) are never wanted as services of this machine: we start our own. Until the shell
+# that calls this ends, a policy (invoke-rc.d(8)) forbids to start any; a policy that is there already stays as it is.
+no_services() {
+    local policy=/usr/sbin/policy-rc.d
+    [ ! -e "$policy" ] && [ ! -L "$policy" ] || return 0
+    trap "rm -f $policy" EXIT
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+}
+
+# The file in which this machine says where Debian's packages come from.
+debian_sources() {
+    local file
+    for file in /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list; do
+        [ -s "$file" ] && { echo "$file"; return 0; }
+    done
+    say "found neither /etc/apt/sources.list.d/debian.sources nor /etc/apt/sources.list: where do Debian's packages come from?"
+    return 1
 }
 
 # The lists are read again at most once an hour.
@@ -38,7 +61,12 @@ debian_source() {
     need_packages dpkg-dev
     work=$(mktemp -d "$AETHER_CACHE/source.XXXXXX")
     mkdir -p "$work/parts" "$work/lists/partial"
-    sed 's/^Types:.*/Types: deb-src/' /etc/apt/sources.list.d/debian.sources >"$work/parts/src.sources"
+    local sources
+    sources=$(debian_sources)
+    case $sources in
+    *.sources) sed 's/^Types:.*/Types: deb-src/' "$sources" >"$work/parts/src.sources" ;;
+    *) sed -n 's/^deb[[:space:]]/deb-src /p' "$sources" >"$work/parts/src.list" ;;
+    esac
     local options=(-o Dir::Etc::sourcelist=/dev/null -o "Dir::Etc::sourceparts=$work/parts" -o "Dir::State::lists=$work/lists" -o APT::Sandbox::User=root)
     apt-get "${options[@]}" update >"$work/log" 2>&1 || { tail -5 "$work/log" >&2; return 1; }
     (cd "$work" && apt-get "${options[@]}" source "$package" >>"$work/log" 2>&1) || { tail -5 "$work/log" >&2; return 1; }

@@ -15,8 +15,9 @@ if [ ! -e "$out/librocksdb.a" ]; then
     "$top/e2e/third-party/build-packages.sh"
     say "rocksdb $crate: compiling (about eight minutes)"
     work="$AETHER_CACHE/rocksdb-build"
+    # Its features (lz4, zstd) are those that the workspace's own dependency on rocksdb asks for.
     env -u ROCKSDB_LIB_DIR -u ROCKSDB_STATIC CARGO_TARGET_DIR="$work" \
-        cargo build --quiet --locked --manifest-path "$top/Cargo.toml" -p librocksdb-sys --features lz4,zstd
+        cargo build --quiet --locked --manifest-path "$top/Cargo.toml" -p librocksdb-sys
     mkdir -p "$out"
     cp "$(find "$work" -name librocksdb.a | head -1)" "$out/librocksdb.a.new"
     mv "$out/librocksdb.a.new" "$out/librocksdb.a"

@@ -66,6 +66,9 @@ pub struct Git {
     /// Directory with the keys of a Secret as files: username and password, or ssh-privatekey and known_hosts; ca.crt with either.
     #[arg(long)]
     pub secret_dir: Option<PathBuf>,
+    /// What the Secret is called, as NAMESPACE/NAME: for messages.
+    #[arg(long)]
+    pub secret_name: Option<String>,
     /// Import nothing, and say so, if the ref still means this commit.
     #[arg(long)]
     pub unless_commit: Option<String>,

@@ -108,13 +108,14 @@ pub fn classify(words: &str) -> Reason {
     WORDS.iter().find(|(text, _)| words.contains(text)).map_or(Reason::ImportFailed, |(_, reason)| *reason)
 }
 
-/// What a person can do about it.
-pub fn way_out(reason: Reason) -> Option<&'static str> {
+/// What a person can do about it. `secret` is what the Secret is called, if one was given and has a name.
+pub fn way_out(reason: Reason, secret: Option<&str>) -> Option<String> {
+    let secret = secret.map_or("the Secret in spec.git.secretRef".into(), |name| format!("Secret {name}, named by spec.git.secretRef"));
     match reason {
-        Reason::RepositoryNotFound => Some("check spec.git.url, and that the cluster can reach it"),
-        Reason::RefNotFound => Some("check spec.git.ref"),
-        Reason::AuthenticationFailed => Some("check the Secret in spec.git.secretRef"),
-        Reason::SecretInvalid => Some("check ssh-privatekey, known_hosts and ca.crt of the Secret in spec.git.secretRef"),
+        Reason::RepositoryNotFound => Some("check spec.git.url, and that the cluster can reach it".into()),
+        Reason::RefNotFound => Some("check spec.git.ref".into()),
+        Reason::AuthenticationFailed => Some(format!("check {secret}")),
+        Reason::SecretInvalid => Some(format!("check ssh-privatekey, known_hosts and ca.crt of {secret}")),
         Reason::Invalid | Reason::ImportFailed => None,
     }
 }
@@ -122,6 +123,13 @@ pub fn way_out(reason: Reason) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_way_out_names_the_secret() {
+        let way_out = |secret| way_out(Reason::AuthenticationFailed, secret).unwrap();
+        assert_eq!(way_out(Some("platform/deploy-key")), "check Secret platform/deploy-key, named by spec.git.secretRef");
+        assert_eq!(way_out(None), "check the Secret in spec.git.secretRef");
+    }
 
     #[test]
     fn words_of_git_mean_what_people_would_say() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aether_api::conditions::{self, DURABLE, FAILED, READY, Wanted, reason};
-use aether_api::names::{ORIGIN_AUTOMATIC, ORIGIN_LABEL};
+use aether_api::names::{ORIGIN_AUTOMATIC, ORIGIN_LABEL, ORIGIN_RECOVERED};
 use aether_api::session::{Consistency, Durability};
 use aether_api::{AetherCheckpoint, AetherCheckpointStatus, AetherSession};
 use kube::runtime::controller::Action;
@@ -13,9 +13,8 @@ use kube::{Api, Resource, ResourceExt};
 
 use crate::context::Context;
 use crate::error::Result;
-use crate::objects;
 use crate::pins::{self, Pin};
-use crate::schedule;
+use crate::{nodes, objects, schedule};
 
 /// Objects applied together arrive in any order: how long a request waits for what it names.
 pub const GRACE: Duration = Duration::from_secs(10);
@@ -24,7 +23,7 @@ const POLL: Duration = Duration::from_secs(2);
 /// What is to be done about a checkpoint.
 #[derive(Debug, PartialEq)]
 enum Verdict {
-    /// It is taken; nothing is to be done.
+    /// It is taken, or a node brings it; nothing is to be done.
     Taken,
     /// The node that holds the session has it or takes it. After a while people are told whom it waits for.
     Node(String),
@@ -55,7 +54,9 @@ pub async fn reconcile(seen: Arc<AetherCheckpoint>, context: Arc<Context>) -> Re
     let mut status = checkpoint.status.clone().unwrap_or_default();
     let generation = checkpoint.meta().generation;
     let mut failure = None;
-    let again = match judge(&checkpoint, session.as_ref()) {
+    let unsettled = session.as_ref().filter(|_| !is_settled(&checkpoint));
+    let lost = nodes::lost_holder(&context.client, unsettled).await?;
+    let again = match judge(&checkpoint, session.as_ref(), lost.as_deref()) {
         Verdict::Taken => {
             if let Some(session) = session.filter(|_| is_automatic(&checkpoint)) {
                 prune(&checkpoints, &session).await?;
@@ -100,8 +101,12 @@ pub async fn reconcile(seen: Arc<AetherCheckpoint>, context: Arc<Context>) -> Re
     Ok(schedule::action(if pinned { again } else { schedule::sooner(again, pins::RETRY) }))
 }
 
+fn has_origin(checkpoint: &AetherCheckpoint, wanted: &str) -> bool {
+    checkpoint.labels().get(ORIGIN_LABEL).is_some_and(|origin| origin == wanted)
+}
+
 fn is_automatic(checkpoint: &AetherCheckpoint) -> bool {
-    checkpoint.labels().get(ORIGIN_LABEL).is_some_and(|origin| origin == ORIGIN_AUTOMATIC)
+    has_origin(checkpoint, ORIGIN_AUTOMATIC)
 }
 
 fn is_durable(checkpoint: &AetherCheckpoint) -> bool {
@@ -113,8 +118,10 @@ fn is_settled(checkpoint: &AetherCheckpoint) -> bool {
     checkpoint.status.as_ref().is_some_and(|status| status.durability.is_some() || status.node.is_some() || conditions::is_true(&status.conditions, FAILED))
 }
 
-fn judge(checkpoint: &AetherCheckpoint, session: Option<&AetherSession>) -> Verdict {
-    if is_settled(checkpoint) {
+/// Decides. `lost` says why the session's holder counts as lost, if it does.
+fn judge(checkpoint: &AetherCheckpoint, session: Option<&AetherSession>, lost: Option<&str>) -> Verdict {
+    // What a node had unsaved when it lost the session is on that node alone: the head would be the wrong tree.
+    if is_settled(checkpoint) || has_origin(checkpoint, ORIGIN_RECOVERED) {
         return Verdict::Taken;
     }
     let name = &checkpoint.spec.session;
@@ -125,13 +132,16 @@ fn judge(checkpoint: &AetherCheckpoint, session: Option<&AetherSession>) -> Verd
         let message = format!("AetherSession {name} does not exist in this namespace");
         return Verdict::Never(Wanted::yes(FAILED, reason::SESSION_NOT_FOUND, message));
     };
-    if let Some(node) = session.holder() {
+    if let Some(node) = session.holder().filter(|_| lost.is_none()) {
         return Verdict::Node(format!("node {node}, which holds AetherSession {name}, has not answered yet"));
     }
     let about = session.status.clone().unwrap_or_default();
     let unsaved = about.head.as_ref().is_some_and(|head| head.durability == Durability::Local);
     let Some(root) = session.head_root().filter(|_| !unsaved) else {
-        return Verdict::NotYet(format!("AetherSession {name} has no tree in the store yet"));
+        return Verdict::NotYet(match lost {
+            Some(why) => format!("{}; it has no tree in the store yet", nodes::way_out(why, name)),
+            None => format!("AetherSession {name} has no tree in the store yet"),
+        });
     };
     let now = objects::now();
     let mut status = AetherCheckpointStatus {
@@ -148,7 +158,11 @@ fn judge(checkpoint: &AetherCheckpoint, session: Option<&AetherSession>) -> Verd
         ..checkpoint.status.clone().unwrap_or_default()
     };
     let generation = checkpoint.meta().generation;
-    conditions::set(&mut status.conditions, Wanted::yes(READY, reason::READY, "no node held the session: this is its newest tree"), generation);
+    let message = match lost {
+        Some(why) => format!("the session's node is lost ({why}): this is the newest tree that was saved"),
+        None => "no node held the session: this is its newest tree".into(),
+    };
+    conditions::set(&mut status.conditions, Wanted::yes(READY, reason::READY, message), generation);
     conditions::set(&mut status.conditions, Wanted::yes(DURABLE, reason::READY, "the tree is in the store"), generation);
     Verdict::Take(Box::new(status))
 }
@@ -209,22 +223,41 @@ mod tests {
 
     #[test]
     fn nobody_holds_it_so_the_head_is_the_checkpoint() {
-        let Verdict::Take(status) = judge(&checkpoint(), Some(&session())) else { panic!("not taken") };
+        let Verdict::Take(status) = judge(&checkpoint(), Some(&session()), None) else { panic!("not taken") };
         assert_eq!((status.root.as_deref(), status.session_uid.as_deref(), status.changed_files), (Some("d/4"), Some("s-1"), Some(3)));
         assert!(conditions::is_true(&status.conditions, DURABLE) && conditions::is_true(&status.conditions, READY));
         let taken = AetherCheckpoint { status: Some(*status), ..checkpoint() };
-        assert_eq!(judge(&taken, None), Verdict::Taken, "it outlives its session");
+        assert_eq!(judge(&taken, None, None), Verdict::Taken, "it outlives its session");
     }
 
     #[test]
     fn a_held_session_is_its_nodes_business() {
         let mut held = session();
         held.status.as_mut().unwrap().attachment = Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
-        assert!(matches!(judge(&checkpoint(), Some(&held)), Verdict::Node(message) if message.contains("n1")));
+        assert!(matches!(judge(&checkpoint(), Some(&held), None), Verdict::Node(message) if message.contains("n1")));
         let mut unsaved = session();
         unsaved.status.as_mut().unwrap().head.as_mut().unwrap().durability = Durability::Local;
-        assert!(matches!(judge(&checkpoint(), Some(&unsaved)), Verdict::NotYet(_)));
-        assert!(matches!(judge(&checkpoint(), None), Verdict::Never(wanted) if wanted.reason == reason::SESSION_NOT_FOUND));
+        assert!(matches!(judge(&checkpoint(), Some(&unsaved), None), Verdict::NotYet(_)));
+        assert!(matches!(judge(&checkpoint(), None, None), Verdict::Never(wanted) if wanted.reason == reason::SESSION_NOT_FOUND));
+    }
+
+    #[test]
+    fn of_a_lost_node_there_is_what_was_saved() {
+        let mut held = session();
+        held.status.as_mut().unwrap().attachment = Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
+        let Verdict::Take(status) = judge(&checkpoint(), Some(&held), Some("node n1 does not exist any more")) else { panic!("not taken") };
+        assert_eq!(status.root.as_deref(), Some("d/4"));
+        assert!(conditions::get(&status.conditions, READY).unwrap().message.contains("n1 does not exist"));
+        held.status.as_mut().unwrap().head = None;
+        assert!(matches!(judge(&checkpoint(), Some(&held), Some("gone")), Verdict::NotYet(message) if message.contains("mount the session in a pod")));
+    }
+
+    #[test]
+    fn what_a_lost_node_had_unsaved_is_for_that_node_to_bring() {
+        let mut recovered = checkpoint();
+        recovered.labels_mut().insert(ORIGIN_LABEL.into(), ORIGIN_RECOVERED.into());
+        assert_eq!(judge(&recovered, Some(&session()), None), Verdict::Taken);
+        assert_eq!(judge(&recovered, None, None), Verdict::Taken, "also when the session is gone");
     }
 
     #[test]

@@ -13,6 +13,9 @@ use crate::config::Config;
 use crate::objects::Object;
 use crate::pins::Pins;
 
+/// When to ask again for what the API server refused.
+pub const REFUSED: Duration = Duration::from_secs(10);
+
 /// What every reconciler is given.
 pub struct Context {
     /// The Kubernetes API.
@@ -23,6 +26,8 @@ pub struct Context {
     pub pins: Pins,
     /// Keeps the progress of imports from being written more often than people can read.
     pub progress: Throttle,
+    /// Keeps pods that the API server refuses from being asked for again at once.
+    pub refused: Throttle,
     recorder: Recorder,
 }
 
@@ -33,6 +38,7 @@ impl Context {
         Self {
             recorder: Recorder::new(client.clone(), reporter),
             progress: Throttle::new(Duration::from_secs(1)),
+            refused: Throttle::new(REFUSED),
             client,
             config,
             pins,

@@ -45,6 +45,12 @@ impl Error {
         self.reason() == Some(reason::NOT_FOUND)
     }
 
+    /// The API server has read the request and will not do it, so it has not been done.
+    pub fn is_refused(&self) -> bool {
+        let Self::Kube { source, .. } = self;
+        matches!(source.as_ref(), kube::Error::Api(status) if (400..500).contains(&status.code) && ![408, 429].contains(&status.code))
+    }
+
     /// The namespace is being deleted and takes no new objects: ours will be deleted too, and nothing is wrong.
     pub fn is_terminating_namespace(&self) -> bool {
         let Self::Kube { source, .. } = self;

@@ -1,5 +1,6 @@
 //! Whether a node that holds a session still lives. The judge is the node's own Lease, which its kubelet renews.
 
+use aether_api::AetherSession;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use kube::Client;
@@ -19,6 +20,19 @@ pub async fn lost(client: &Client, name: &str) -> Result<Option<String>> {
     }
     let lease = objects::get::<Lease>(&objects::namespaced(client, LEASE_NAMESPACE), name).await?;
     Ok(lease.and_then(|lease| expired(&lease, jiff::Timestamp::now())).map(|seconds| format!("node {name} has not been heard of for {seconds} s")))
+}
+
+/// What is in the way while a lost node holds a session, and what a person can do about it.
+pub fn way_out(why: &str, session: &str) -> String {
+    format!("AetherSession {session} is held by a node that is lost ({why}): mount the session in a pod to take it over")
+}
+
+/// Why the session's holder counts as lost; `None` while it lives, and when nobody holds the session.
+pub async fn lost_holder(client: &Client, session: Option<&AetherSession>) -> Result<Option<String>> {
+    match session.and_then(AetherSession::holder) {
+        Some(node) => lost(client, node).await,
+        None => Ok(None),
+    }
 }
 
 /// For how many seconds a Lease has not been renewed, if that is longer than it lasts. A Lease without a time (a

@@ -1,15 +1,16 @@
 //! AetherRestore of a session that no node holds: a safety checkpoint, then the session's head becomes the
 //! checkpoint's tree. The node that holds a session restores it in place itself.
 //!
-//! At most once: the target is noted before the head is moved, so one that was cut short right after that is
-//! recognised as done. A node that lets go of the session before it has restored it leaves the rest to the operator.
+//! At most once: the target is noted before the head is moved, and the session's `Restored` condition is written together
+//! with its head, so a restore that was cut short right after that is recognised as done, whatever became of the session
+//! since. A node that lets go of the session before it has restored it leaves the rest to the operator.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use aether_api::conditions::{self, COMPLETE, FAILED, Wanted, reason};
-use aether_api::names::{ORIGIN_LABEL, ORIGIN_SAFETY};
+use aether_api::conditions::{self, COMPLETE, FAILED, RESTORED, Wanted, reason};
+use aether_api::names::{ORIGIN_LABEL, ORIGIN_SAFETY, RESTORE_UID_ANNOTATION, SESSION_UID_LABEL};
 use aether_api::session::{Durability, Head};
 use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherRestore, AetherRestoreStatus, AetherSession};
 use kube::core::ObjectMeta;
@@ -19,7 +20,7 @@ use kube::{Api, Resource, ResourceExt};
 use crate::checkpoint::GRACE;
 use crate::context::Context;
 use crate::error::Result;
-use crate::{objects, schedule};
+use crate::{nodes, objects, schedule};
 
 const POLL: Duration = Duration::from_secs(2);
 
@@ -44,7 +45,11 @@ enum Step {
 struct Found {
     session: Option<AetherSession>,
     checkpoint: Option<AetherCheckpoint>,
+    /// The name of the safety checkpoint, whether it is there or not.
+    safety_name: String,
     safety: Option<AetherCheckpoint>,
+    /// Why the node that holds the session counts as lost.
+    lost: Option<String>,
 }
 
 /// Restores a session that no node holds.
@@ -64,10 +69,14 @@ pub async fn reconcile(seen: Arc<AetherRestore>, context: Arc<Context>) -> Resul
     }
     let sessions: Api<AetherSession> = objects::namespaced(&context.client, &namespace);
     let checkpoints: Api<AetherCheckpoint> = objects::namespaced(&context.client, &namespace);
+    let session = objects::get(&sessions, &restore.spec.session).await?;
+    let (safety_name, safety_found) = find_safety(&restore, &checkpoints).await?;
     let found = Found {
-        session: objects::get(&sessions, &restore.spec.session).await?,
         checkpoint: objects::get(&checkpoints, &restore.spec.checkpoint).await?,
-        safety: objects::get(&checkpoints, &safety_name(&restore)).await?,
+        lost: nodes::lost_holder(&context.client, session.as_ref()).await?,
+        session,
+        safety_name,
+        safety: safety_found,
     };
     let mut status = restore.status.clone().unwrap_or_default();
     let generation = restore.meta().generation;
@@ -95,17 +104,18 @@ pub async fn reconcile(seen: Arc<AetherRestore>, context: Arc<Context>) -> Resul
             return Ok(Action::requeue(POLL));
         }
         Step::Begin { root } => {
-            objects::create(&checkpoints, &safety(&restore)).await?;
+            let Some(session) = &found.session else { return Ok(Action::requeue(POLL)) };
+            objects::create(&checkpoints, &safety(&restore, session, &found.safety_name)).await?;
             status.phase = Some("Running".into());
-            status.safety_checkpoint = Some(safety_name(&restore));
-            status.started = Some(objects::now());
+            status.safety_checkpoint = Some(found.safety_name.clone());
+            status.started.get_or_insert_with(objects::now);
             status.root = Some(root);
-            pending(&mut status, reason::IN_PROGRESS, format!("waits for the safety checkpoint {}", safety_name(&restore)));
+            pending(&mut status, reason::IN_PROGRESS, format!("waits for the safety checkpoint {}", found.safety_name));
         }
         Step::Move { root } => {
             let (Some(session), Some(checkpoint)) = (&found.session, &found.checkpoint) else { return Ok(Action::requeue(POLL)) };
             // Refused if a node takes the lease meanwhile; then that node restores it in place.
-            objects::write_status(&sessions, session, &moved(session, checkpoint, &root)).await?;
+            objects::write_status(&sessions, session, &moved(session, checkpoint, &restore, &root)).await?;
             finish(&mut status, root, generation);
         }
         Step::Finish { root } => finish(&mut status, root, generation),
@@ -114,18 +124,45 @@ pub async fn reconcile(seen: Arc<AetherRestore>, context: Arc<Context>) -> Resul
     Ok(Action::requeue(POLL))
 }
 
-fn safety_name(restore: &AetherRestore) -> String {
-    format!("{}-safety", restore.name_any())
+/// The names that the safety checkpoint may have, in order: one that is taken by somebody else's checkpoint (an earlier
+/// restore of the same name, perhaps) is passed over.
+fn safety_names(restore: &AetherRestore) -> Vec<String> {
+    let name = restore.name_any();
+    let plain = format!("{name}-safety");
+    let noted = restore.status.as_ref().and_then(|status| status.safety_checkpoint.clone());
+    let own = objects::derived_name(&name, "safety", &[&restore.uid().unwrap_or_default()]);
+    // A name has at most 253 characters.
+    noted.into_iter().chain((plain.len() <= 253).then_some(plain)).chain([own]).collect()
+}
+
+/// Whether the checkpoint was taken for this restore and no other.
+fn is_safety_of(checkpoint: &AetherCheckpoint, restore: &AetherRestore) -> bool {
+    restore.uid().is_some() && checkpoint.annotations().get(RESTORE_UID_ANNOTATION) == restore.meta().uid.as_ref()
+}
+
+/// The name of the safety checkpoint, and the checkpoint if it is there.
+async fn find_safety(restore: &AetherRestore, checkpoints: &Api<AetherCheckpoint>) -> Result<(String, Option<AetherCheckpoint>)> {
+    let mut names = safety_names(restore);
+    let last = names.pop().unwrap_or_default();
+    for name in names {
+        match objects::get(checkpoints, &name).await? {
+            Some(found) if !is_safety_of(&found, restore) => {}
+            found => return Ok((name, found)),
+        }
+    }
+    let found = objects::get(checkpoints, &last).await?;
+    Ok((last, found))
 }
 
 /// The checkpoint that is the way back.
-fn safety(restore: &AetherRestore) -> AetherCheckpoint {
+fn safety(restore: &AetherRestore, session: &AetherSession, name: &str) -> AetherCheckpoint {
     let message = format!("before AetherRestore {} to {}", restore.name_any(), restore.spec.checkpoint);
     AetherCheckpoint {
         metadata: ObjectMeta {
-            name: Some(safety_name(restore)),
+            name: Some(name.into()),
             namespace: restore.namespace(),
-            labels: Some(BTreeMap::from([(ORIGIN_LABEL.into(), ORIGIN_SAFETY.into())])),
+            labels: Some(BTreeMap::from([(ORIGIN_LABEL.into(), ORIGIN_SAFETY.into()), (SESSION_UID_LABEL.into(), session.uid().unwrap_or_default())])),
+            annotations: Some(BTreeMap::from([(RESTORE_UID_ANNOTATION.into(), restore.uid().unwrap_or_default())])),
             ..ObjectMeta::default()
         },
         spec: AetherCheckpointSpec { session: restore.spec.session.clone(), message: Some(message), ..AetherCheckpointSpec::default() },
@@ -142,11 +179,15 @@ fn next(restore: &AetherRestore, found: &Found) -> Step {
     let Some(session) = found.session.as_ref() else {
         return Step::Fail(reason::SESSION_NOT_FOUND, format!("AetherSession {name} does not exist in this namespace"));
     };
-    if let Some(node) = session.holder() {
-        return Step::Node(format!("node {node}, which holds AetherSession {name}, has not answered yet"));
-    }
-    if let Some(root) = status.root.filter(|root| status.started.is_some() && session.head_root() == Some(root)) {
+    if let Some(root) = status.root.filter(|_| was_moved_by(session, restore)) {
         return Step::Finish { root };
+    }
+    if let Some(node) = session.holder() {
+        return match &found.lost {
+            // What that node has unsaved is not in the head, so there is nothing to take a safety checkpoint of.
+            Some(why) => Step::Wait(reason::WAITING_FOR_NODE, nodes::way_out(why, name)),
+            None => Step::Node(format!("node {node}, which holds AetherSession {name}, has not answered yet")),
+        };
     }
     let Some(checkpoint) = found.checkpoint.as_ref() else {
         return Step::Fail(reason::CHECKPOINT_NOT_FOUND, format!("AetherCheckpoint {checkpoint_name} does not exist in this namespace"));
@@ -166,33 +207,46 @@ fn next(restore: &AetherRestore, found: &Found) -> Step {
     if session.head_root().is_none() {
         return Step::Wait(reason::SESSION_NOT_READY, format!("AetherSession {name} has no tree in the store yet"));
     }
-    if status.started.is_none() {
-        return Step::Begin { root };
-    }
-    let Some(safety) = found.safety.as_ref().and_then(|safety| safety.status.clone()) else {
-        return Step::Wait(reason::IN_PROGRESS, format!("waits for the safety checkpoint {}", safety_name(restore)));
+    // A node that let go may have begun, and not come to the safety checkpoint.
+    let Some(safety) = found.safety.as_ref().filter(|_| status.started.is_some()) else { return Step::Begin { root } };
+    let safety_name = &found.safety_name;
+    let Some(safety) = safety.status.clone() else {
+        return Step::Wait(reason::IN_PROGRESS, format!("waits for the safety checkpoint {safety_name}"));
     };
     if conditions::is_true(&safety.conditions, FAILED) {
-        return Step::Fail(reason::CHECKPOINT_NOT_READY, format!("the safety checkpoint {} failed, so nothing was changed", safety_name(restore)));
+        return Step::Fail(reason::CHECKPOINT_NOT_READY, format!("the safety checkpoint {safety_name} failed, so nothing was changed"));
     }
     // The safety checkpoint must be of what is there now, or the way back would miss something.
     match safety.durability {
         Some(Durability::Durable) if safety.root.as_deref() == session.head_root() => Step::Move { root },
         Some(Durability::Durable) => Step::Fail(
             reason::SESSION_NOT_READY,
-            format!("AetherSession {name} changed after the safety checkpoint {}, so it is left as it is: make another AetherRestore", safety_name(restore)),
+            format!("AetherSession {name} changed after the safety checkpoint {safety_name}, so it is left as it is: make another AetherRestore"),
         ),
-        _ => Step::Wait(reason::IN_PROGRESS, format!("waits for the safety checkpoint {}", safety_name(restore))),
+        _ => Step::Wait(reason::IN_PROGRESS, format!("waits for the safety checkpoint {safety_name}")),
     }
 }
 
-/// The session's status with its head moved.
-fn moved(session: &AetherSession, checkpoint: &AetherCheckpoint, root: &str) -> aether_api::AetherSessionStatus {
+/// How the message of a session's `Restored` condition ends.
+fn mark(restore: &AetherRestore) -> String {
+    format!("(uid {})", restore.uid().unwrap_or_default())
+}
+
+/// Whether this restore has moved the session's head.
+fn was_moved_by(session: &AetherSession, restore: &AetherRestore) -> bool {
+    let conditions = session.status.as_ref().map_or(&[][..], |about| &about.conditions);
+    restore.uid().is_some() && conditions::get(conditions, RESTORED).is_some_and(|restored| restored.message.ends_with(&mark(restore)))
+}
+
+/// The session's status with its head moved, and the mark of who moved it.
+fn moved(session: &AetherSession, checkpoint: &AetherCheckpoint, restore: &AetherRestore, root: &str) -> aether_api::AetherSessionStatus {
     let mut about = session.status.clone().unwrap_or_default();
     let target = checkpoint.status.as_ref();
     about.head = Some(Head { root: root.into(), durability: Durability::Durable, time: objects::now() });
     about.changed_files = target.and_then(|target| target.changed_files);
     about.own_bytes = target.and_then(|target| target.own_bytes);
+    let message = format!("to AetherCheckpoint {} by AetherRestore {} {}", checkpoint.name_any(), restore.name_any(), mark(restore));
+    conditions::set(&mut about.conditions, Wanted::yes(RESTORED, reason::DONE, message), session.meta().generation);
     about
 }
 
@@ -215,7 +269,9 @@ mod tests {
     use aether_api::{AetherCheckpointStatus, AetherRestoreSpec, AetherSessionStatus};
 
     fn restore() -> AetherRestore {
-        AetherRestore::new("back", AetherRestoreSpec { session: "fix".into(), checkpoint: "before".into(), ..Default::default() })
+        let mut restore = AetherRestore::new("back", AetherRestoreSpec { session: "fix".into(), checkpoint: "before".into(), ..Default::default() });
+        restore.metadata.uid = Some("r-1".into());
+        restore
     }
 
     fn checkpoint(root: &str, source: &str) -> AetherCheckpoint {
@@ -238,7 +294,7 @@ mod tests {
         let head = Head { root: "new/2".into(), durability: Durability::Durable, time: objects::now() };
         let base = checkpoint("", "linux").status.unwrap().base;
         session.status = Some(AetherSessionStatus { head: Some(head), base, ..Default::default() });
-        Found { session: Some(session), checkpoint: Some(checkpoint("old/1", "linux")), safety: None }
+        Found { session: Some(session), checkpoint: Some(checkpoint("old/1", "linux")), safety_name: "back-safety".into(), safety: None, lost: None }
     }
 
     fn begun() -> AetherRestore {
@@ -251,13 +307,54 @@ mod tests {
     fn the_safety_checkpoint_comes_first_then_the_head_moves_once() {
         let mut found = found();
         assert_eq!(next(&restore(), &found), Step::Begin { root: "old/1".into() });
+        assert_eq!(next(&begun(), &found), Step::Begin { root: "old/1".into() }, "cut short before the safety checkpoint");
+        found.safety = Some(AetherCheckpoint { status: None, ..checkpoint("", "linux") });
         assert!(matches!(next(&begun(), &found), Step::Wait(reason::IN_PROGRESS, _)));
         found.safety = Some(checkpoint("new/2", "linux"));
         assert_eq!(next(&begun(), &found), Step::Move { root: "old/1".into() });
         let session = found.session.as_ref().unwrap();
-        let status = moved(session, found.checkpoint.as_ref().unwrap(), "old/1");
-        found.session.as_mut().unwrap().status = Some(status);
+        let mut status = moved(session, found.checkpoint.as_ref().unwrap(), &restore(), "old/1");
+        assert_eq!(status.head.as_ref().map(|head| head.root.as_str()), Some("old/1"));
+        found.session.as_mut().unwrap().status = Some(status.clone());
         assert_eq!(next(&begun(), &found), Step::Finish { root: "old/1".into() }, "cut short after the move");
+        status.head.as_mut().unwrap().root = "newer/5".into();
+        status.attachment = Some(Attachment { node: Some("n1".into()), epoch: 2, since: None });
+        found.session.as_mut().unwrap().status = Some(status);
+        assert_eq!(next(&begun(), &found), Step::Finish { root: "old/1".into() }, "and somebody worked on since");
+        let mut another = begun();
+        another.metadata.uid = Some("r-2".into());
+        assert!(matches!(next(&another, &found), Step::Node(_)), "a later restore is another one");
+    }
+
+    #[test]
+    fn a_session_that_has_the_tree_already_is_restored_with_a_way_back_too() {
+        let mut found = found();
+        found.session.as_mut().unwrap().status.as_mut().unwrap().head.as_mut().unwrap().root = "old/1".into();
+        assert_eq!(next(&restore(), &found), Step::Begin { root: "old/1".into() });
+        found.safety = Some(checkpoint("old/1", "linux"));
+        assert_eq!(next(&begun(), &found), Step::Move { root: "old/1".into() });
+    }
+
+    #[test]
+    fn a_safety_checkpoint_belongs_to_one_restore() {
+        let found = found();
+        let made = safety(&restore(), found.session.as_ref().unwrap(), "back-safety");
+        assert!(is_safety_of(&made, &restore()));
+        let mut again = restore();
+        again.metadata.uid = Some("r-2".into());
+        assert!(!is_safety_of(&made, &again), "an earlier restore of the same name");
+        assert!(!is_safety_of(&checkpoint("new/2", "linux"), &restore()), "a checkpoint of a person");
+        let names = safety_names(&again);
+        assert_eq!(names[0], "back-safety");
+        assert_ne!(names.last(), safety_names(&restore()).last());
+    }
+
+    #[test]
+    fn while_its_node_is_lost_people_are_told_the_way_out() {
+        let mut found = found();
+        found.session.as_mut().unwrap().status.as_mut().unwrap().attachment = Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
+        found.lost = Some("node n1 does not exist any more".into());
+        assert!(matches!(next(&restore(), &found), Step::Wait(reason::WAITING_FOR_NODE, message) if message.contains("mount the session in a pod")));
     }
 
     #[test]

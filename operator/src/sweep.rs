@@ -18,6 +18,9 @@ pub const PERIOD: Duration = Duration::from_secs(5 * 60);
 /// A pin younger than this may be of an object that was not listed yet.
 const PIN_GRACE: Duration = Duration::from_secs(10 * 60);
 
+/// A checkpoint made for the time of a diff and older than this was left behind by a client that was killed.
+const DIFF_GRACE: Duration = Duration::from_secs(60 * 60);
+
 /// Removes every stray there is.
 ///
 /// # Errors
@@ -40,6 +43,11 @@ pub async fn sweep(context: &Context) -> Result<()> {
     for checkpoint in checkpoints.iter().filter(|checkpoint| is_stray_checkpoint(checkpoint, &session_uids)) {
         let namespace = checkpoint.namespace().unwrap_or_default();
         tracing::info!(checkpoint = checkpoint.name_any(), namespace, "deleting a checkpoint that goes with its session, which is gone");
+        objects::delete(&objects::namespaced(client, &namespace), checkpoint).await?;
+    }
+    for checkpoint in checkpoints.iter().filter(|checkpoint| is_forgotten_diff(checkpoint)) {
+        let namespace = checkpoint.namespace().unwrap_or_default();
+        tracing::info!(checkpoint = checkpoint.name_any(), namespace, "deleting a checkpoint that was left behind by a diff");
         objects::delete(&objects::namespaced(client, &namespace), checkpoint).await?;
     }
     let uids = sources.iter().filter_map(ResourceExt::uid).chain(checkpoints.iter().filter_map(ResourceExt::uid));
@@ -68,6 +76,11 @@ fn is_stray_checkpoint(checkpoint: &AetherCheckpoint, sessions: &HashSet<String>
     checkpoint.spec.deletion_policy == DeletionPolicy::WithSession && checkpoint.meta().deletion_timestamp.is_none() && uid.is_some_and(|uid| !sessions.contains(uid))
 }
 
+fn is_forgotten_diff(checkpoint: &AetherCheckpoint) -> bool {
+    let of_diff = checkpoint.labels().get(names::ORIGIN_LABEL).is_some_and(|origin| origin == names::ORIGIN_DIFF);
+    of_diff && checkpoint.meta().deletion_timestamp.is_none() && objects::age(checkpoint) > DIFF_GRACE
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,6 +100,21 @@ mod tests {
         assert!(is_stray_volume(&volume(names::CSI_DRIVER, "s-2"), &sessions));
         assert!(!is_stray_volume(&volume(names::CSI_DRIVER, "s-1"), &sessions));
         assert!(!is_stray_volume(&volume("other.driver", "s-2"), &sessions));
+    }
+
+    #[test]
+    fn a_checkpoint_of_a_diff_is_forgotten_after_an_hour() {
+        use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+        let checkpoint = |origin: &str, minutes: i64| {
+            let mut checkpoint = AetherCheckpoint::new("c", Default::default());
+            checkpoint.labels_mut().insert(names::ORIGIN_LABEL.into(), origin.into());
+            checkpoint.metadata.creation_timestamp = Some(Time(jiff::Timestamp::now() - jiff::SignedDuration::from_mins(minutes)));
+            checkpoint
+        };
+        assert!(is_forgotten_diff(&checkpoint(names::ORIGIN_DIFF, 61)));
+        assert!(!is_forgotten_diff(&checkpoint(names::ORIGIN_DIFF, 59)));
+        assert!(!is_forgotten_diff(&checkpoint(names::ORIGIN_SAFETY, 61)));
+        assert!(!is_forgotten_diff(&AetherCheckpoint::new("c", Default::default())));
     }
 
     #[test]

@@ -6,6 +6,8 @@
 
 // kube's derive repeats the visibility of a spec where the lint cannot see who uses it.
 #![allow(unreachable_pub)]
+// Each printcolumn has a name and a type of its own, which the lint takes for repetitions.
+#![allow(clippy::duplicated_attributes)]
 
 pub mod checkpoint;
 pub mod command;

@@ -44,6 +44,8 @@ pub const ORIGIN_DIFF: &str = "diff";
 pub const CLAIM_SOURCE_ANNOTATION: &str = "aether.dev/source";
 /// Annotation on a claim of class `aether`: the session's owner as `UID:GID`; 1000:1000 when absent.
 pub const CLAIM_OWNER_ANNOTATION: &str = "aether.dev/owner";
+/// Annotation on a safety checkpoint: the uid of the restore that it was taken for.
+pub const RESTORE_UID_ANNOTATION: &str = "aether.dev/restore-uid";
 /// Annotation on a source: any new value asks for a new import.
 pub const REFRESH_ANNOTATION: &str = "aether.dev/refresh";
 

@@ -21,6 +21,8 @@ pub(super) struct Access {
     pub(super) settings: Vec<(String, String)>,
     /// Environment.
     pub(super) environment: Vec<(&'static str, String)>,
+    /// What the Secret is called.
+    pub(super) secret_name: Option<String>,
     /// What must not be seen in any message.
     secrets: Vec<String>,
 }
@@ -28,7 +30,11 @@ pub(super) struct Access {
 impl Access {
     /// Reads the Secret's files.
     pub(super) fn prepare(asked: &Git, scratch: &Path) -> Result<Self, Failure> {
-        let mut access = Self::default();
+        if has_credentials(&asked.url) {
+            let message = "the URL has credentials in it, which everybody can read: put them into a Secret and name that in spec.git.secretRef (here --secret-dir)";
+            return Err(Failure::new(Reason::Invalid, message));
+        }
+        let mut access = Self { secret_name: asked.secret_name.clone(), ..Self::default() };
         if asked.url.starts_with("file://") {
             // Submodules with relative URLs lie beside it. Others may be reached by their own protocols as always.
             access.settings.push(("protocol.file.allow".into(), "always".into()));
@@ -103,17 +109,26 @@ impl Access {
     }
 }
 
-/// The text without passwords in URLs.
+/// Whether a URL holds a secret: over http a user alone may be a token; elsewhere it takes a password.
+fn has_credentials(address: &str) -> bool {
+    let Some((scheme, rest)) = address.split_once("://") else { return false };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let http = scheme.to_ascii_lowercase().starts_with("http");
+    authority.rsplit_once('@').is_some_and(|(user, _)| http || user.contains(':'))
+}
+
+/// The text without secrets in URLs: no password, and over http no user either, because that may be a token.
 fn without_passwords(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(at) = rest.find("://") {
         let (before, after) = rest.split_at(at + 3);
+        let http = ["http://", "https://"].iter().any(|scheme| before.to_ascii_lowercase().ends_with(scheme));
         out.push_str(before);
         let end = after.find(|c: char| c.is_whitespace() || "/'\"".contains(c)).unwrap_or(after.len());
         rest = match after[..end].rfind('@') {
             Some(at) => {
-                let user = after[..at].split(':').next().unwrap_or_default();
+                let user = if http { "***" } else { after[..at].split(':').next().unwrap_or_default() };
                 out.push_str(user);
                 &after[at..]
             }
@@ -163,12 +178,24 @@ mod tests {
         assert_eq!(keys, ["http.https://example.org:8443.sslCAInfo", "credential.https://example.org:8443.helper"]);
         let shown = format!("{:?} {:?}", access.settings, access.environment);
         assert!(!shown.contains("hunter22"), "{shown}");
-        assert_eq!(access.redact("fatal: https://me:hunter22@example.org/ refused hunter22"), "fatal: https://me@example.org/ refused ***");
+        assert_eq!(access.redact("fatal: https://me:hunter22@example.org/ refused hunter22"), "fatal: https://***@example.org/ refused ***");
+    }
+
+    #[test]
+    fn a_url_with_credentials_is_refused() {
+        for told in ["https://token@h/x", "http://u:p@h/x", "ssh://git:p@h/y"] {
+            let failure = Access::prepare(&Git { url: told.into(), ..Default::default() }, Path::new("/")).unwrap_err();
+            assert!(failure.reason == Reason::Invalid && failure.message.contains("secretRef") && !failure.message.contains('@'), "{failure}");
+        }
+        for good in ["https://h/x@y", "ssh://git@h/y", "git@h:y", "file:///srv/a@b"] {
+            assert!(!has_credentials(good), "{good}");
+        }
     }
 
     #[test]
     fn passwords_in_urls_are_not_shown() {
-        assert_eq!(without_passwords("a https://u:p@h/x and ssh://git@h/y, z"), "a https://u@h/x and ssh://git@h/y, z");
+        assert_eq!(without_passwords("a https://u:p@h/x and ssh://git@h/y, z"), "a https://***@h/x and ssh://git@h/y, z");
+        assert_eq!(without_passwords("https://token@h/x ssh://git:p@h/y"), "https://***@h/x ssh://git@h/y");
         assert_eq!(without_passwords("no url: here@all"), "no url: here@all");
     }
 

@@ -46,7 +46,7 @@ impl<'a> Program<'a> {
         }
         let reason = classify(&words);
         let words = self.access.redact(&telling(&words));
-        let message = match way_out(reason) {
+        let message = match way_out(reason, self.access.secret_name.as_deref()) {
             Some(way_out) => format!("{what} failed: {words} ({way_out})"),
             None => format!("{what} failed ({status}): {words}"),
         };

@@ -21,6 +21,8 @@ use crate::objects;
 pub(super) const CONTAINER: &str = "command";
 /// The container that brings the program which runs it.
 pub(super) const INSTALLER: &str = "worker";
+/// Annotation: which container kubectl means when none is named.
+const DEFAULT_CONTAINER: &str = "kubectl.kubernetes.io/default-container";
 /// Where the session is in the pod.
 const WORKSPACE: &str = "/workspace";
 /// Where the program is in the pod.
@@ -102,6 +104,8 @@ pub(super) fn pod(command: &AetherCommand, session: &AetherSession, owner: Owner
             name: Some(pod_name(command)),
             namespace: command.namespace(),
             labels: Some(labels),
+            // So that `kubectl logs POD` shows the command's output.
+            annotations: Some(BTreeMap::from([(DEFAULT_CONTAINER.into(), CONTAINER.into())])),
             owner_references: Some(objects::owned_by(command)),
             ..ObjectMeta::default()
         },
@@ -209,6 +213,7 @@ mod tests {
         let command = command(AetherCommandSpec { timeout: Some(Duration::from_millis(1500).into()), working_dir: Some("src".into()), ..spec(&["make"]) });
         let pod = pod(&command, &session, Owner { uid: 1001, gid: 100 }, &config());
         assert!(objects::is_owned_by(&pod, &command));
+        assert_eq!(pod.annotations().get(DEFAULT_CONTAINER).map(String::as_str), Some(CONTAINER));
         let spec = pod.spec.unwrap();
         assert_eq!(spec.automount_service_account_token, Some(false));
         assert_eq!(spec.restart_policy.as_deref(), Some("Never"));

@@ -1,5 +1,5 @@
-//! AetherCommand: one pod, once. The pod is made before the status says so and is never made again once the status
-//! names it; what became of it is read from its container.
+//! AetherCommand: one pod, once. The status names the pod before it is made, and a pod that was named is never made again;
+//! what became of it is read from its container.
 
 mod build;
 mod outcome;
@@ -18,7 +18,7 @@ use kube::runtime::controller::Action;
 use kube::{Api, Resource, ResourceExt};
 
 use crate::checkpoint::GRACE;
-use crate::context::Context;
+use crate::context::{Context, REFUSED};
 use crate::error::Result;
 use crate::{objects, schedule};
 use outcome::{Ended, Outcome};
@@ -32,7 +32,7 @@ const POLL: Duration = Duration::from_secs(2);
 pub async fn reconcile(seen: Arc<AetherCommand>, context: Arc<Context>) -> Result<Action> {
     let namespace = seen.namespace().unwrap_or_default();
     let commands: Api<AetherCommand> = objects::namespaced(&context.client, &namespace);
-    let Some(command) = objects::get(&commands, &seen.name_any()).await? else { return Ok(Action::await_change()) };
+    let Some(mut command) = objects::get(&commands, &seen.name_any()).await? else { return Ok(Action::await_change()) };
     if command.meta().deletion_timestamp.is_some() {
         return Ok(Action::await_change());
     }
@@ -44,16 +44,17 @@ pub async fn reconcile(seen: Arc<AetherCommand>, context: Arc<Context>) -> Resul
     let pod = objects::get(&pods, &build::pod_name(&command)).await?;
     let outcome = match (pod, &status.pod_name) {
         (Some(pod), _) if objects::is_owned_by(&pod, &command) => outcome::outcome(Some(&pod), command.spec.timeout.is_some()),
-        (None, None) => match start(&command, &pods, &context).await? {
-            Start::Started => Outcome::Pending(None),
+        (None, None) => match start(&command, &commands, &pods, &context).await? {
+            Start::Started(named) => {
+                command = *named;
+                Outcome::Pending(None)
+            }
+            Start::Refused => return Ok(Action::requeue(REFUSED)),
             Start::Wait(why, message) => return wait(&commands, &command, why, message).await,
             Start::Never(wanted) if wanted.reason == reason::SESSION_NOT_FOUND && objects::age(&command) < GRACE => return Ok(Action::requeue(POLL)),
             Start::Never(condition) => Outcome::Ended(Ended { exit_code: None, started: None, finished: None, condition }),
         },
-        (Some(pod), None) => {
-            let message = format!("a pod named {} exists and is not the command's: delete it, or give the command another name", pod.name_any());
-            Outcome::Ended(Ended { exit_code: None, started: None, finished: None, condition: Wanted::yes(FAILED, reason::NAME_TAKEN, message) })
-        }
+        (Some(pod), None) => Outcome::Ended(Ended { exit_code: None, started: None, finished: None, condition: taken(&pod) }),
         (_, Some(_)) => outcome::outcome(None, false),
     };
     let ended = matches!(outcome, Outcome::Ended(_));
@@ -75,14 +76,23 @@ pub async fn reconcile(seen: Arc<AetherCommand>, context: Arc<Context>) -> Resul
     }
 }
 
+/// The condition of a command whose pod's name is somebody else's.
+fn taken(pod: &Pod) -> Wanted {
+    let message = format!("a pod named {} exists and is not the command's: delete it, or give the command another name", pod.name_any());
+    Wanted::yes(FAILED, reason::NAME_TAKEN, message)
+}
+
 enum Start {
-    Started,
+    /// The pod is made; this is the command whose status names it.
+    Started(Box<AetherCommand>),
+    /// The API server did not make the pod; the status says why.
+    Refused,
     Wait(&'static str, String),
     Never(Wanted),
 }
 
-/// Makes the pod, if the session is ready for it.
-async fn start(command: &AetherCommand, pods: &Api<Pod>, context: &Context) -> Result<Start> {
+/// Names the pod and makes it, if the session is ready for it.
+async fn start(command: &AetherCommand, commands: &Api<AetherCommand>, pods: &Api<Pod>, context: &Context) -> Result<Start> {
     let never = |why: &str, message: String| Ok(Start::Never(Wanted::yes(FAILED, why, message)));
     if let Some(violation) = build::violation(&command.spec) {
         return never(reason::INVALID, violation);
@@ -105,9 +115,36 @@ async fn start(command: &AetherCommand, pods: &Api<Pod>, context: &Context) -> R
     }
     let (uid, gid) = DEFAULT_OWNER;
     let owner = about.base.map_or(Owner { uid, gid }, |base| base.owner);
-    // Should one of that name have appeared just now, the next activation finds out whose it is.
-    objects::create(pods, &build::pod(command, &session, owner, &context.config)).await?;
-    Ok(Start::Started)
+    let refused = conditions::get(&command.status.clone().unwrap_or_default().conditions, COMPLETE).is_some_and(|last| last.reason == reason::POD_FAILED);
+    if refused && !context.refused.due(&command.uid().unwrap_or_default()) {
+        return Ok(Start::Refused);
+    }
+    let pod = build::pod(command, &session, owner, &context.config);
+    let mut status = command.status.clone().unwrap_or_default();
+    status.pod_name = Some(pod.name_any());
+    status.phase = Some("Pending".into());
+    let named = objects::write_status(commands, command, &status).await?.unwrap_or_else(|| command.clone());
+    match objects::create(pods, &pod).await {
+        Ok(Some(_)) => Ok(Start::Started(Box::new(named))),
+        // It may be ours all the same, if the API server is slow to answer.
+        Ok(None) => match objects::get(pods, &pod.name_any()).await? {
+            Some(foreign) if !objects::is_owned_by(&foreign, command) => {
+                status.pod_name = None;
+                objects::write_status(commands, &named, &status).await?;
+                Ok(Start::Refused)
+            }
+            _ => Ok(Start::Started(Box::new(named))),
+        },
+        // There is no pod (a quota or a policy forbids it): the name is withdrawn, and it is tried again.
+        Err(error) if error.is_refused() && !error.is_terminating_namespace() => {
+            status.pod_name = None;
+            let message = format!("its pod cannot be made: {error}");
+            conditions::set(&mut status.conditions, Wanted::no(COMPLETE, reason::POD_FAILED, message), command.meta().generation);
+            objects::write_status(commands, &named, &status).await?;
+            Ok(Start::Refused)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Notes what a command that has no pod waits for.

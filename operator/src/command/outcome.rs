@@ -36,7 +36,7 @@ pub(super) struct Ended {
 
 /// Reads the pod. `None` for a pod that was there and is gone.
 pub(super) fn outcome(pod: Option<&Pod>, has_timeout: bool) -> Outcome {
-    let Some(pod) = pod else { return Outcome::Ended(lost("its pod was deleted before the command ended; it is not run again".into())) };
+    let Some(pod) = pod else { return Outcome::Ended(lost("its pod was deleted before the command ended, or never made; it is not run again, because it may have run: make another AetherCommand".into())) };
     if let Some(end) = pod::terminated(pod, CONTAINER) {
         let condition = match end.exit_code {
             0 => Wanted::yes(COMPLETE, reason::DONE, "the command ended with exit code 0"),

@@ -7,7 +7,7 @@ use aether_api::{AetherCheckpoint, AetherSession, AetherSessionStatus, AetherSou
 use kube::{Client, ResourceExt};
 
 use crate::error::Result;
-use crate::objects;
+use crate::{nodes, objects};
 
 /// What the spec names, as it is now.
 pub(super) enum Origin {
@@ -15,7 +15,8 @@ pub(super) enum Origin {
     Known,
     Source(Option<AetherSource>),
     Checkpoint(Option<AetherCheckpoint>),
-    Parent(Option<AetherSession>),
+    /// The parent, and why the node that holds it counts as lost, if it does.
+    Parent(Option<AetherSession>, Option<String>),
 }
 
 /// Where the session starts.
@@ -23,6 +24,8 @@ pub(super) enum Origin {
 pub(super) struct Start {
     base: Option<Base>,
     forked_from: Option<ForkedFrom>,
+    /// What people should be told of it.
+    pub(super) notice: Option<String>,
 }
 
 impl Start {
@@ -73,16 +76,20 @@ pub(super) async fn dereference(session: &AetherSession, client: &Client) -> Res
         return Ok(Origin::Checkpoint(objects::get(&objects::namespaced(client, &namespace), checkpoint).await?));
     }
     let parent = session.spec.session.as_deref().unwrap_or_default();
-    Ok(Origin::Parent(objects::get(&objects::namespaced(client, &namespace), parent).await?))
+    let parent = objects::get(&objects::namespaced(client, &namespace), parent).await?;
+    // Once the moment is caught, the parent's node matters no more.
+    let waits = session.status.as_ref().is_none_or(|status| status.forked_from.is_none());
+    let lost = nodes::lost_holder(client, parent.as_ref().filter(|_| waits)).await?;
+    Ok(Origin::Parent(parent, lost))
 }
 
 /// Decides where the session starts.
 pub(super) fn resolve(session: &AetherSession, origin: &Origin) -> std::result::Result<Start, Waiting> {
     match origin {
-        Origin::Known => Ok(Start { base: None, forked_from: None }),
+        Origin::Known => Ok(Start { base: None, forked_from: None, notice: None }),
         Origin::Source(source) => from_source(session, source.as_ref()),
         Origin::Checkpoint(checkpoint) => from_checkpoint(session, checkpoint.as_ref()),
-        Origin::Parent(parent) => from_parent(session, parent.as_ref()),
+        Origin::Parent(parent, lost) => from_parent(session, parent.as_ref(), lost.as_deref()),
     }
 }
 
@@ -126,7 +133,7 @@ fn from_source(session: &AetherSession, source: Option<&AetherSource>) -> std::r
         revision_root: Some(revision.root.clone()),
         owner: owner(session, None),
     };
-    Ok(Start { base: Some(base), forked_from: None })
+    Ok(Start { base: Some(base), forked_from: None, notice: None })
 }
 
 fn from_checkpoint(session: &AetherSession, checkpoint: Option<&AetherCheckpoint>) -> std::result::Result<Start, Waiting> {
@@ -141,40 +148,46 @@ fn from_checkpoint(session: &AetherSession, checkpoint: Option<&AetherCheckpoint
     let (Some(root), Some(Durability::Durable)) = (&status.root, status.durability) else {
         return Err(Waiting::openly(reason::CHECKPOINT_NOT_READY, format!("AetherCheckpoint {name} is not in the store yet")));
     };
-    Ok(Start { base: Some(continued(session, status.base.as_ref(), Some(root.clone()))), forked_from: None })
+    Ok(Start { base: Some(continued(session, status.base.as_ref(), Some(root.clone()))), forked_from: None, notice: None })
 }
 
-fn from_parent(session: &AetherSession, parent: Option<&AetherSession>) -> std::result::Result<Start, Waiting> {
+fn from_parent(session: &AetherSession, parent: Option<&AetherSession>, lost: Option<&str>) -> std::result::Result<Start, Waiting> {
     let name = session.spec.session.as_deref().unwrap_or_default();
     let lineage = parent.and_then(|parent| parent.status.as_ref()?.base.as_ref());
     if session.status.as_ref().is_some_and(|status| status.forked_from.is_some()) {
         // The parent's node has caught the moment. Its tree follows when it is digested.
-        return Ok(Start { base: Some(continued(session, lineage, None)), forked_from: None });
+        return Ok(Start { base: Some(continued(session, lineage, None)), forked_from: None, notice: None });
     }
     let Some(parent) = parent else {
         return Err(Waiting::openly(reason::SESSION_NOT_FOUND, format!("AetherSession {name} does not exist in this namespace")));
     };
-    if let Some(node) = parent.holder() {
+    if let Some(node) = parent.holder().filter(|_| lost.is_none()) {
         let message = format!("node {node}, which holds AetherSession {name}, has not caught the moment of the fork yet");
         return Err(Waiting::quietly(reason::WAITING_FOR_NODE, message));
     }
     let status = parent.status.as_ref();
     let unsaved = status.and_then(|status| status.head.as_ref()).is_some_and(|head| head.durability == Durability::Local);
     let Some(root) = parent.head_root().filter(|_| !unsaved) else {
-        let message = format!("AetherSession {name}, the parent, has no tree in the store yet");
+        let message = match lost {
+            Some(why) => format!("{}; it has no tree in the store yet", nodes::way_out(why, name)),
+            None => format!("AetherSession {name}, the parent, has no tree in the store yet"),
+        };
         return Err(Waiting::openly(reason::SESSION_NOT_READY, message));
     };
+    // Nobody can catch the moment on a lost node: the fork is of the last one that was saved.
+    let saved = status.and_then(|status| status.head.as_ref()).map(|head| head.time.clone());
     let forked_from = ForkedFrom {
         session: name.into(),
         uid: parent.uid().unwrap_or_default(),
         node: None,
         snapshot: None,
-        time: objects::now(),
+        time: saved.filter(|_| lost.is_some()).unwrap_or_else(objects::now),
         consistency: Consistency::PointInTime,
         frozen_microseconds: None,
         durable: true,
     };
-    Ok(Start { base: Some(continued(session, lineage, Some(root.into()))), forked_from: Some(forked_from) })
+    let notice = lost.map(|why| format!("starts from the newest tree of AetherSession {name} that was saved, because its node is lost ({why})"));
+    Ok(Start { base: Some(continued(session, lineage, Some(root.into()))), forked_from: Some(forked_from), notice })
 }
 
 /// A base that goes on where an ancestor was, with the ancestor's source, for the sake of diffs.
@@ -269,14 +282,18 @@ mod tests {
         parent.status = Some(AetherSessionStatus { base: Some(base), head: Some(head), ..Default::default() });
         parent.metadata.uid = Some("p-1".into());
         let fork = session(AetherSessionSpec { session: Some("fix".into()), ..Default::default() });
-        let start = resolve(&fork, &Origin::Parent(Some(parent.clone()))).unwrap();
+        let start = resolve(&fork, &Origin::Parent(Some(parent.clone()), None)).unwrap();
         let base = start.base.unwrap();
         assert_eq!((base.root.as_deref(), base.revision_root.as_deref(), base.owner.uid), (Some("d/4"), Some("b/2"), 7));
         assert!(start.forked_from.is_some_and(|from| from.durable && from.uid == "p-1"));
 
         parent.status.as_mut().unwrap().attachment = Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
-        let waiting = resolve(&fork, &Origin::Parent(Some(parent.clone()))).unwrap_err();
+        let waiting = resolve(&fork, &Origin::Parent(Some(parent.clone()), None)).unwrap_err();
         assert_eq!((waiting.reason, waiting.quiet), (reason::WAITING_FOR_NODE, true));
+
+        let saved = resolve(&fork, &Origin::Parent(Some(parent.clone()), Some("node n1 does not exist any more".into()))).unwrap();
+        assert!(saved.notice.is_some_and(|notice| notice.contains("n1")), "people are told that it is not the present moment");
+        assert_eq!(saved.base.unwrap().root.as_deref(), Some("d/4"));
 
         let mut caught = fork;
         let from = ForkedFrom {
@@ -290,7 +307,7 @@ mod tests {
             durable: false,
         };
         caught.status = Some(AetherSessionStatus { forked_from: Some(from), ..Default::default() });
-        let base = resolve(&caught, &Origin::Parent(Some(parent))).unwrap().base.unwrap();
+        let base = resolve(&caught, &Origin::Parent(Some(parent), None)).unwrap().base.unwrap();
         assert_eq!((base.root, base.revision_root.as_deref()), (None, Some("b/2")), "the root follows when the node has digested it");
     }
 }

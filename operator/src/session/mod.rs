@@ -89,12 +89,16 @@ async fn apply(sessions: &Api<AetherSession>, session: AetherSession, context: &
         && let Some((waiting, since)) = ensure_claim(&session, context).await? {
             return wait(sessions, &session, context, waiting, since).await;
         }
+    let notice = start.notice.clone();
     let mut status = start.stamp(session.status.clone().unwrap_or_default());
     status.claim_name = (session.spec.claim != ClaimPolicy::None).then(|| session.name_any());
     status.phase = Some("Bound".into());
     status.observed_generation = session.meta().generation;
     conditions::set(&mut status.conditions, ready(&session), session.meta().generation);
     let session = objects::write_status(sessions, &session, &status).await?.unwrap_or(session);
+    if let Some(notice) = notice {
+        context.tell(&session, EventType::Warning, "ForkedFromSaved", &notice).await;
+    }
     Ok(keep(&session, context).await)
 }
 

@@ -55,6 +55,7 @@ pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str
         }
         if let Some(secret) = &git.secret_ref {
             arguments.extend(["--secret-dir".into(), SECRET_DIRECTORY.into()]);
+            arguments.extend(["--secret-name".into(), format!("{}/{}", source.namespace().unwrap_or_default(), secret.name)]);
             let files = SecretVolumeSource { secret_name: Some(secret.name.clone()), default_mode: Some(0o440), ..SecretVolumeSource::default() };
             volumes.push(Volume { name: "secret".into(), secret: Some(files), ..Volume::default() });
             mounts.push(VolumeMount { name: "secret".into(), mount_path: SECRET_DIRECTORY.into(), read_only: Some(true), ..VolumeMount::default() });

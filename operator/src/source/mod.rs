@@ -33,6 +33,8 @@ use plan::Plan;
 /// How often the progress of an import is looked at, and when to look again for a Secret or claim that is missing.
 const PROGRESS: Duration = Duration::from_secs(1);
 const MISSING: Duration = Duration::from_secs(10);
+/// The phase of a source whose spec breaks a rule.
+const INVALID_PHASE: &str = "Invalid";
 
 /// What the spec names beside itself, as it is now.
 struct Named {
@@ -56,7 +58,7 @@ pub async fn reconcile(seen: Arc<AetherSource>, context: Arc<Context>) -> Result
     let again = match validate::violation(&source.spec) {
         Some(violation) => {
             describe(&mut status, &source, Wanted::no(IMPORTING, reason::INVALID, violation));
-            status.phase = Some("Invalid".into());
+            status.phase = Some(INVALID_PHASE.into());
             None
         }
         None => step(&source, &mut status, &context).await?,
@@ -83,12 +85,7 @@ async fn step(source: &AetherSource, status: &mut AetherSourceStatus, context: &
         }
         Plan::Follow => follow(source, status, context).await,
         Plan::Rest(again) => {
-            // The last import's condition stands; the rest follows from the spec.
-            let last = conditions::get(&status.conditions, IMPORTING).cloned();
-            let wanted = match last {
-                Some(last) => Wanted { type_: IMPORTING, status: last.status == "True", reason: last.reason, message: last.message },
-                None => Wanted::no(IMPORTING, reason::DONE, ""),
-            };
+            let wanted = resting(status);
             describe(status, source, wanted);
             Ok(again)
         }
@@ -235,6 +232,20 @@ fn add_revision(status: &mut AetherSourceStatus, imported: Imported) -> String {
     format!("imported revision {name}")
 }
 
+/// The condition of the last import stands, but not one that spoke of a spec or a Secret which is mended since.
+fn resting(status: &AetherSourceStatus) -> Wanted {
+    let failed = status.import.as_ref().is_some_and(|import| import.phase == plan::FAILED_PHASE);
+    let last = conditions::get(&status.conditions, IMPORTING);
+    match last {
+        Some(last) if failed && status.phase.as_deref() != Some(INVALID_PHASE) => {
+            Wanted { type_: IMPORTING, status: last.status == "True", reason: last.reason.clone(), message: last.message.clone() }
+        }
+        Some(last) if !failed && last.reason == reason::DONE => Wanted::no(IMPORTING, reason::DONE, last.message.clone()),
+        _ if failed => Wanted::no(IMPORTING, reason::IMPORT_FAILED, "the last import failed; it is tried again"),
+        _ => Wanted::no(IMPORTING, reason::DONE, format!("nothing to import since revision {}", status.latest.as_deref().unwrap_or("none"))),
+    }
+}
+
 /// Completes the status from the state of the import: everything but the import and its revisions follows from them.
 fn describe(status: &mut AetherSourceStatus, source: &AetherSource, importing: Wanted) {
     let generation = source.meta().generation;
@@ -314,6 +325,34 @@ mod tests {
         assert_eq!(names, ["r3", "r2"]);
         assert_eq!(status.latest.as_deref(), Some("r3"));
         assert!(conditions::is_true(&status.conditions, READY));
+    }
+
+    #[test]
+    fn a_mended_spec_is_not_called_invalid_any_longer() {
+        let source = AetherSource::new("s", Default::default());
+        let import = |phase: &str| Import {
+            job: "j".into(),
+            generation: 1,
+            requested: None,
+            origin: "o".into(),
+            secret_version: None,
+            failures: 0,
+            phase: phase.into(),
+            files: 0,
+            bytes: 0,
+            started: objects::now(),
+            finished: Some(objects::now()),
+        };
+        let mut status = AetherSourceStatus { import: Some(import(plan::DONE_PHASE)), ..Default::default() };
+        add_revision(&mut status, imported("a/1"));
+        describe(&mut status, &source, Wanted::no(IMPORTING, reason::INVALID, "spec.revisionsToKeep is 0"));
+        status.phase = Some(INVALID_PHASE.into());
+        assert_eq!(resting(&status).reason, reason::DONE);
+        status.import = Some(import(plan::FAILED_PHASE));
+        assert_eq!(resting(&status).reason, reason::IMPORT_FAILED);
+        // What an import itself called invalid stands.
+        describe(&mut status, &source, Wanted::no(IMPORTING, reason::INVALID, "no such thing"));
+        assert_eq!(resting(&status).message, "no such thing");
     }
 
     #[test]

@@ -42,11 +42,11 @@ pub(super) fn violation(spec: &AetherSourceSpec) -> Option<String> {
 fn git_violation(git: &GitSource) -> Option<String> {
     let url = git.url.as_str();
     let schemes = ["https://", "http://", "ssh://", "git://", "file://"];
+    if let Some(violation) = credentials_violation(url) {
+        return Some(violation);
+    }
     if !(schemes.iter().any(|scheme| url.starts_with(scheme)) || is_scp_like(url)) || url.contains(char::is_whitespace) {
         return Some(format!("spec.git.url {url:?} is not a repository's URL: say https://, ssh://, file:// or user@host:path"));
-    }
-    if url.starts_with("http") && url.split('/').nth(2).is_some_and(|host| host.rsplit_once('@').is_some_and(|(user, _)| user.contains(':'))) {
-        return Some("spec.git.url has a password in it, which everybody can read: put it into a Secret and name that in spec.git.secretRef".into());
     }
     if let Some(reference) = &git.reference
         && (reference.is_empty() || reference.starts_with('-') || reference.contains(|c: char| c.is_whitespace() || c.is_control() || "~^:?*[\\".contains(c))) {
@@ -59,6 +59,18 @@ fn git_violation(git: &GitSource) -> Option<String> {
         return Some("spec.git.secretRef.name is empty: name a Secret of the source's namespace".into());
     }
     None
+}
+
+/// Everybody who may see the source can read its URL, and so can whoever sees its Job: it must hold no credentials. Over
+/// http a user alone may be a token; over ssh it is not secret. What is found is not repeated.
+fn credentials_violation(url: &str) -> Option<String> {
+    let (scheme, rest) = url.split_once("://")?;
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let (user, _) = authority.rsplit_once('@')?;
+    if scheme.to_ascii_lowercase().starts_with("http") {
+        return Some("spec.git.url has credentials in it, which everybody can read: put username and password into a Secret and name that in spec.git.secretRef".into());
+    }
+    user.contains(':').then(|| "spec.git.url has a password in it, which everybody can read: put a key into a Secret and name that in spec.git.secretRef".into())
 }
 
 /// Whether the URL has the form `user@host:path`.
@@ -109,8 +121,13 @@ mod tests {
         for bad in ["", "example.org/a", "--upload-pack=x:y", "ext::sh -c x", "a b@c:d", "host:path"] {
             assert!(violation(&git(bad)).is_some(), "{bad}");
         }
-        assert!(violation(&git("https://me:secret@example.org/a")).unwrap().contains("secretRef"));
-        assert_eq!(violation(&git("https://me@example.org/a")), None);
+        for told in ["https://me:secret@example.org/a", "https://secret@example.org/a", "HTTPS://me:secret@h/a", "ssh://git:secret@example.org/a", "ftp://me:secret@h"] {
+            let message = violation(&git(told)).unwrap();
+            assert!(message.contains("secretRef") && !message.contains("secret@"), "{message}");
+        }
+        for good in ["https://example.org/a@b", "https://example.org/?a=b:c@d"] {
+            assert_eq!(violation(&git(good)), None, "{good}");
+        }
     }
 
     #[test]
