@@ -24,7 +24,9 @@ prepare: ## Install the packages that a build needs.
 
 .PHONY: build
 build: prepare ## Build every binary.
-	$(CARGO) build --workspace --locked
+	$(CARGO) build --workspace --bins --locked
+	@# Commands run in any image, so the worker is linked statically; naming the target keeps the flag from build scripts.
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --locked --package aether-worker --target x86_64-unknown-linux-gnu
 
 .PHONY: generate
 generate: prepare ## Write crds/, the chart's copy and docs/reference.md from crates/api.

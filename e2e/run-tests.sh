@@ -58,7 +58,7 @@ cluster() {
     tool="$CARGO_TARGET_DIR/debug/aether-cluster"
     local tests
     tests=$(targets cluster)
-    cargo build --quiet --workspace --bins --locked
+    make --no-print-directory build
     trap '"$tool" down' EXIT
     "$tool" up --install
     # shellcheck disable=SC2086

@@ -182,11 +182,9 @@ impl Cluster {
         Ok(())
     }
 
-    /// Builds the product and loads its images into every node.
+    /// Makes images of what `make build` has built, and loads them into every node.
     pub async fn load_images(&self) -> Result<()> {
         let progress = Progress(Instant::now());
-        images::build_product().await?;
-        progress.say("programs are built");
         let mut all = images::product(&self.paths).await?;
         all.push(images::tools(&self.paths).await?);
         progress.say("images are made");

@@ -8,13 +8,11 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
-    process::Stdio,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tokio::process::Command;
 
 use crate::{
     command::{command, expect_success},
@@ -30,17 +28,16 @@ pub const TAG: &str = "dev";
 /// Agents' pods in tests: git, python3, coreutils and a user with uid 1000.
 pub const TOOLS: &str = "docker.io/aether/tools:dev";
 
-/// One of the product's images: `(image, [(package, program)])`. The first program is the entry point.
-const COMPONENTS: [(&str, &[(&str, &str)]); 5] = [
-    ("operator", &[("aether-operator", "aether-operator")]),
-    ("driver", &[("aether-csi-driver", "aether-csi-driver"), ("aether-csi-driver", "aether-node")]),
-    ("store", &[("aether-store-node", "aether-store-node")]),
-    ("importer", &[("aether-importer", "aether-importer")]),
-    ("review", &[("aether-review", "aether-review")]),
+/// The product's images and their programs; the first is the entry point.
+const COMPONENTS: [(&str, &[&str]); 5] = [
+    ("operator", &["aether-operator"]),
+    ("driver", &["aether-csi-driver", "aether-node"]),
+    ("store", &["aether-store-node"]),
+    ("importer", &["aether-importer"]),
+    ("review", &["aether-review"]),
 ];
-/// Copied into any image, so it is linked statically.
-const WORKER: (&str, &str) = ("aether-worker", "aether-worker");
-const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Copied into any image, so it is linked statically; `make build` names the target for it.
+const STATIC_WORKER: &str = "x86_64-unknown-linux-gnu/debug/aether-worker";
 
 /// A layer: an uncompressed tar, named by its digest.
 #[derive(Debug, Clone)]
@@ -62,41 +59,6 @@ pub struct Image {
     manifest: Vec<u8>,
 }
 
-/// Builds the product with cargo.
-pub async fn build_product() -> Result<()> {
-    // The whole workspace: cargo builds a dependency again for another selection of packages.
-    cargo(["build", "--workspace", "--bins", "--locked"].into_iter(), None).await?;
-    // Naming the target keeps the flag from build scripts and gives the output a folder of its own.
-    cargo(
-        ["build", "--locked", "--package", WORKER.0, "--target", STATIC_TARGET].into_iter(),
-        Some("-C target-feature=+crt-static"),
-    )
-    .await
-}
-
-async fn cargo(args: impl Iterator<Item = &str>, rustflags: Option<&str>) -> Result<()> {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo
-        .arg("--quiet")
-        .args(args)
-        .current_dir(workspace())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .kill_on_drop(true);
-    // Set for this program by a `cargo run` around us; for another package they would only make it build twice.
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("CARGO_PKG_")) {
-        cargo.env_remove(name);
-    }
-    if let Some(flags) = rustflags {
-        cargo.env("RUSTFLAGS", flags);
-    }
-    let status = cargo.status().await.context("cannot run cargo")?;
-    if !status.success() {
-        bail!("{} failed ({status})", crate::command::describe(&cargo));
-    }
-    Ok(())
-}
-
 /// The image of every pod's sandbox, which a node needs before its first pod.
 pub fn sandbox(paths: &Paths, programs: &Programs) -> Result<Image> {
     let layer = layer(paths, "pause", &[(Path::new(&programs.kubernetes("pause")), "pause")])?;
@@ -108,14 +70,14 @@ pub async fn tools(paths: &Paths) -> Result<Image> {
     image(TOOLS, vec![base(paths).await?], json!({"Env": [PATH], "Cmd": ["/bin/bash"]}))
 }
 
-/// The product's images, of programs that [`build_product`] has built.
+/// The product's images, of the programs that `make build` has built.
 pub async fn product(paths: &Paths) -> Result<Vec<Image>> {
     let base = base(paths).await?;
     let target = target_folder();
     let mut images = Vec::new();
     for (name, programs) in COMPONENTS {
         let mut files = Vec::new();
-        for (_, program) in programs {
+        for program in programs {
             files.push((
                 stripped(paths, &target.join("debug").join(program)).await?,
                 format!("usr/local/bin/{program}"),
@@ -123,14 +85,14 @@ pub async fn product(paths: &Paths) -> Result<Vec<Image>> {
         }
         let files: Vec<(&Path, &str)> = files.iter().map(|(from, to)| (from.as_path(), to.as_str())).collect();
         let layer = layer(paths, name, &files)?;
-        let entry = format!("/usr/local/bin/{}", programs[0].1);
+        let entry = format!("/usr/local/bin/{}", programs[0]);
         images.push(image(
             &format!("{REGISTRY}/{name}:{TAG}"),
             vec![base.clone(), layer],
             json!({"Env": [PATH], "Entrypoint": [entry]}),
         )?);
     }
-    let worker = stripped(paths, &target.join(STATIC_TARGET).join("debug").join(WORKER.1)).await?;
+    let worker = stripped(paths, &target.join(STATIC_WORKER)).await?;
     let layer = layer(paths, "worker", &[(&worker, "worker")])?;
     images.push(image(&format!("{REGISTRY}/worker:{TAG}"), vec![layer], json!({"Entrypoint": ["/worker"]}))?);
     Ok(images)

@@ -27,7 +27,7 @@ enum Command {
         /// Settings.
         #[command(flatten)]
         options: Options,
-        /// Build Aether and install it with its Helm chart.
+        /// Install Aether, as `make build` has built it, with its Helm chart.
         #[arg(long)]
         install: bool,
     },
@@ -37,7 +37,7 @@ enum Command {
     Status,
     /// Print shell lines that make kubectl and helm use the cluster.
     Env,
-    /// Build the product and load its images into all nodes.
+    /// Load images of what `make build` has built into all nodes.
     LoadImages {
         /// Load only the image of agents' pods.
         #[arg(long)]

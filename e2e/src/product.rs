@@ -21,7 +21,7 @@ const LOCKED_GIT_PORT: u16 = 8419;
 /// The store's address: the cluster has no DNS, and drivers use their node's network.
 const STORE_ADDRESS: &str = "10.96.0.80";
 
-/// Builds Aether, loads its images, serves the demo's repository, and installs or upgrades the chart.
+/// Loads the images of Aether, serves the demo's repository, and installs or upgrades the chart.
 pub async fn provide(cluster: &Cluster) -> Result<()> {
     let (loaded, repository) = tokio::join!(cluster.load_images(), third_party::kubernetes_repository());
     loaded?;

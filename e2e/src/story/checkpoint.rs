@@ -23,7 +23,7 @@ pub(super) async fn checkpoint_and_diff(story: &Story) -> Result<String> {
             ln -s README.md link
             rm SUPPORT.md
             mkdir -p scratch
-            nohup sh -c 'i=0; while [ ! -e stop ]; do i=$((i+1)); echo $i >scratch/count; echo $i >scratch/file-$((i % 100)); done' >/dev/null 2>&1 &
+            nohup sh -c 'i=0; while [ ! -e stop ]; do i=$((i+1)); echo $i >>scratch/log; echo $i >scratch/file-$((i % 100)); done' >/dev/null 2>&1 &
             "#,
         )
         .await?;
@@ -44,7 +44,7 @@ pub(super) async fn checkpoint_and_diff(story: &Story) -> Result<String> {
     story.figure("checkpoint_frozen_ms", status.frozen_microseconds.unwrap_or_default() as f64 / 1000.0);
     ensure!(local >= created.round(jiff::Unit::Second)? - jiff::SignedDuration::from_secs(1), "a checkpoint of the past");
 
-    let went_on = story.exec("scribe", "a=$(cat scratch/count); sleep 0.5; b=$(cat scratch/count); touch stop; echo $a $b; [ $b -gt $a ] && echo yes").await?;
+    let went_on = story.exec("scribe", "a=$(wc -l <scratch/log); sleep 0.5; b=$(wc -l <scratch/log); touch stop; echo $a $b; [ $b -gt $a ] && echo yes").await?;
     ensure!(went_on.trim().ends_with("yes"), "the writer did not go on: {went_on}");
 
     let diff = story.aether(&["diff", "--checkpoint", "check-1", "--color=never"]).await?.stdout;

@@ -20,7 +20,14 @@ pub(super) async fn hand_over(story: &Story) -> Result<String> {
     ensure!(event.contains("baton"), "the event does not name the session: {event}");
 
     let begun = Instant::now();
-    story.create_pod("reader", "baton", Some("node-2"), true).await?;
+    // By an inline volume: a kubelet mounts one claim for one pod at a time, so that on this node a reader by the claim would
+    // queue behind the waiting writer.
+    let mut reader: serde_json::Value = serde_yaml::from_str(&story.sample("pod.yaml")?)?;
+    reader["metadata"]["name"] = "reader".into();
+    reader["spec"]["nodeSelector"] = serde_json::json!({"kubernetes.io/hostname": "node-2"});
+    reader["spec"]["volumes"][0] =
+        serde_json::json!({"name": "workspace", "csi": {"driver": names::CSI_DRIVER, "readOnly": true, "volumeAttributes": {"session": "baton"}}});
+    story.apply(&reader.to_string()).await?;
     story.until_pod_ready("reader", limit(60)).await?;
     let reader = begun.elapsed();
     let refused = story.exec("reader", "touch new 2>&1 || true").await?;

@@ -12,7 +12,7 @@ pub(super) async fn kill_our_parts(story: &Story) -> Result<String> {
         .exec(
             "looper",
             r#"
-            nohup sh -c 'i=0; while [ ! -e /tmp/end ]; do i=$((i+1)); { echo $i >loop-$i && [ "$(cat loop-$i)" = $i ] && head -c 100 README.md >/dev/null && rm loop-$i; } || echo "error at $i" >>/tmp/errors; echo $i >/tmp/rounds; done' >/tmp/log 2>&1 &
+            nohup sh -c 'i=0; while [ ! -e /tmp/end ]; do i=$((i+1)); { echo $i >loop-$i && [ "$(cat loop-$i)" = $i ] && head -c 100 README.md >/dev/null && rm loop-$i; } || echo "error at $i" >>/tmp/errors; echo $i >>/tmp/rounds; done' >/tmp/log 2>&1 &
             "#,
         )
         .await?;
@@ -29,13 +29,13 @@ pub(super) async fn kill_our_parts(story: &Story) -> Result<String> {
     // Back and serving: a checkpoint needs all three.
     story.aether(&["checkpoint", "steady", "--name", "steady-1", "--wait", "durable"]).await?;
     story.pod("another", "steady", Some("node-1")).await?;
-    let end = story.exec("looper", "touch /tmp/end; cat /tmp/rounds; cat /tmp/errors 2>/dev/null || echo none").await?;
+    let end = story.exec("looper", "touch /tmp/end; wc -l </tmp/rounds; cat /tmp/errors 2>/dev/null || echo none").await?;
     ensure!(end.trim().ends_with("none"), "the pod saw errors: {end}");
     Ok(format!("{} rounds of write, read and delete, no error; all parts serve again", end.lines().next().unwrap_or_default()))
 }
 
 async fn rounds(story: &Story) -> Result<i64> {
-    story.exec("looper", "cat /tmp/rounds").await?.trim().parse().context("the writer has not begun")
+    story.exec("looper", "wc -l </tmp/rounds").await?.trim().parse().context("the writer has not begun")
 }
 
 impl Story {
