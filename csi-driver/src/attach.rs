@@ -64,8 +64,19 @@ impl Driver {
             }
             let lock = self.session_locks.lock(&uid).await;
             let record = self.sessions.get(&uid);
-            let attachment = session.status.as_ref().and_then(|status| status.attachment.as_ref());
-            match lease::decide(attachment, record.as_ref(), self.node(), liveness.take()) {
+            let alive = liveness.take();
+            let decide = |session: &AetherSession| {
+                let attachment = session.status.as_ref().and_then(|status| status.attachment.as_ref());
+                lease::decide(attachment, record.as_ref(), self.node(), alive)
+            };
+            let mut action = decide(&session);
+            // The cache may be behind what another pod's publish here has just done. Only what the API server says now, with
+            // nobody else at work on the session, may cost that pod its mount.
+            if matches!(action, Action::Reread | Action::Recover) {
+                session = self.reread(&session).await?;
+                action = decide(&session);
+            }
+            match action {
                 Action::Keep { epoch } => {
                     self.mount(&session, record.as_ref(), epoch).await?;
                     return Ok(Attached { session, _lock: lock });
@@ -86,6 +97,13 @@ impl Driver {
                 Action::Recover => {
                     let record = record.ok_or(Failure::Lost("the record of a session"))?;
                     self.recover(&session, &record).await?;
+                }
+                Action::Reread => {
+                    let epoch = record.map_or(0, |record| record.epoch);
+                    return Err(Failure::NotYet(format!(
+                        "session {} was written here under epoch {epoch}, but its status names an older one: it was set back, so put {epoch} into status.attachment.epoch",
+                        full_name(&*session)
+                    )));
                 }
                 Action::Inspect { holder } => {
                     // The cache may show a holder that has let go since.
@@ -151,6 +169,9 @@ impl Driver {
             Upper::Fenced { .. } => false,
         });
         let usable = here && self.engine.session(&uid).await.map(|_| true).or_else(absent)?;
+        if here && !usable && record.is_some_and(|record| record.upper == Upper::Dirty) {
+            self.tell_of_lost_upper(session).await;
+        }
         if !usable {
             // From here until the new record, nothing on this node counts as the session.
             self.sessions.remove(&uid)?;
@@ -167,17 +188,19 @@ impl Driver {
                 }
             }
         }
-        self.sessions.put(SessionRecord {
+        // What is known of another upper says nothing of a new one.
+        let known = record.filter(|_| usable).cloned().unwrap_or_default();
+        let put = SessionRecord {
             namespace: session.namespace().unwrap_or_default(),
             name: session.name_any(),
             epoch,
             upper: Upper::Dirty,
-            last_root: record
-                .filter(|_| usable)
-                .and_then(|record| record.last_root.clone())
-                .or_else(|| session.head_root().map(str::to_owned)),
+            last_root: known.last_root.or_else(|| session.head_root().map(str::to_owned)),
+            head_nanos: known.head_nanos.filter(|_| known.epoch == epoch),
+            applied: record.map(|record| record.applied.clone()).unwrap_or_default(),
             uid: uid.clone(),
-        })?;
+        };
+        self.sessions.put(put).await?;
         self.engine.mount_session(&uid).await?;
         Ok(())
     }
@@ -308,6 +331,16 @@ impl Driver {
         };
         self.metrics.lease_wait.observe(begun.elapsed().as_secs_f64());
         result
+    }
+
+    pub(crate) async fn tell_of_lost_upper(&self, session: &AetherSession) {
+        let note = format!(
+            "node {} no longer has the files that were written there; the session continues from {}",
+            self.node(),
+            session.head_root().unwrap_or("its base")
+        );
+        tracing::error!(session = full_name(session), note, "the upper is gone");
+        self.events.on(session, EventType::Warning, "UpperLost", note).await;
     }
 
     async fn tell_of_takeover(&self, session: &AetherSession, from: &str, epoch: i64) {

@@ -15,6 +15,7 @@ use crate::cluster::Cluster;
 use crate::config::Config;
 use crate::events::Events;
 use crate::failure::{Failure, Result};
+use crate::lease;
 use crate::metrics::Metrics;
 use crate::moments::Moments;
 use crate::records::{PublishRecord, Records, SessionRecord, Upper};
@@ -146,6 +147,22 @@ impl Driver {
             Some(session) => Ok(Some(session)),
             None => Ok(self.cluster.sessions.read(&record.namespace, &record.name).await?.filter(same)),
         }
+    }
+
+    /// The session as this node holds it: its record says that it wrote, and the API names this node under the same epoch.
+    /// A cache that says otherwise may be behind, so the API server decides. Whoever acts on the answer holds the session's
+    /// lock.
+    pub(crate) async fn holds_now(&self, uid: &str) -> Result<Option<(Arc<AetherSession>, SessionRecord)>> {
+        let Some(record) = self.sessions.get(uid).filter(|record| record.upper == Upper::Dirty) else { return Ok(None) };
+        let held = |session: &Arc<AetherSession>| {
+            let attachment = session.status.as_ref().and_then(|status| status.attachment.as_ref());
+            session.uid().as_deref() == Some(uid) && lease::holds(attachment, &record, self.node())
+        };
+        let session = match self.cluster.sessions.get(&record.namespace, &record.name).filter(held) {
+            Some(session) => Some(session),
+            None => self.cluster.sessions.read(&record.namespace, &record.name).await?.filter(held),
+        };
+        Ok(session.map(|session| (session, record)))
     }
 
     /// Tells the control loops to look at a session, and at what waits for it, again.

@@ -56,6 +56,8 @@ pub(crate) enum Action {
     Take { epoch: i64, from: Option<String> },
     /// First keep what the upper here has unsaved as the checkpoint `recovered-<epoch>`: others may have written since.
     Recover,
+    /// What was seen of the lease is older than what this node wrote: read the session again. Never a reason to recover.
+    Reread,
     /// Somebody else holds it: ask whether they live.
     Inspect { holder: String },
     /// Somebody else holds it and lives: wait, and look again when the session changes or the holder's lease ends.
@@ -76,6 +78,7 @@ pub(crate) fn decide(
         let mine = holder == Some(me) && local.epoch == epoch;
         match local.upper {
             Upper::Dirty if mine => return Action::Keep { epoch },
+            Upper::Dirty if local.epoch > epoch => return Action::Reread,
             Upper::Dirty | Upper::Fenced { .. } => return Action::Recover,
             Upper::Clean { .. } => {}
         }
@@ -91,6 +94,12 @@ pub(crate) fn decide(
             Some(_) => Action::Wait { holder: holder.to_owned() },
         },
     }
+}
+
+/// Whether `me` holds the lease under the epoch of its record, and the upper here is the session.
+pub(crate) fn holds(attachment: Option<&Attachment>, local: &SessionRecord, me: &str) -> bool {
+    local.upper == Upper::Dirty
+        && attachment.is_some_and(|attachment| attachment.node.as_deref() == Some(me) && attachment.epoch == local.epoch)
 }
 
 /// Whether another node has taken the session over since this node wrote it.
@@ -121,7 +130,7 @@ mod tests {
             name: "fix".into(),
             epoch,
             upper,
-            last_root: None,
+            ..SessionRecord::default()
         })
     }
 
@@ -151,10 +160,13 @@ mod tests {
             ("taken over by another", attachment(Some("b"), 5), record(4, Upper::Dirty), alive, Action::Recover),
             ("taken over and released", attachment(None, 5), record(4, Upper::Dirty), None, Action::Recover),
             ("let go by another hand", attachment(None, 4), record(4, Upper::Dirty), None, Action::Recover),
+            ("two pods at once: the cache has not seen the lease", None, record(1, Upper::Dirty), None, Action::Reread),
+            ("the cache shows the holder before", attachment(Some("b"), 3), record(4, Upper::Dirty), alive, Action::Reread),
+            ("the cache shows our own lease before", attachment(Some("a"), 3), record(4, Upper::Dirty), None, Action::Reread),
             (
                 "recovery not finished",
                 attachment(Some("a"), 4),
-                record(4, Upper::Fenced { snapshot: "s".into() }),
+                record(4, Upper::Fenced { snapshot: "s".into(), root: None }),
                 None,
                 Action::Recover,
             ),
@@ -176,6 +188,18 @@ mod tests {
         // What the cache shows may be older than what this node has written.
         assert!(!lost(attachment(Some("b"), 3)));
         assert!(!lost(None));
+    }
+
+    #[test]
+    fn a_node_holds_under_its_own_epoch_only() {
+        let held = |attachment: Option<Attachment>, upper| holds(attachment.as_ref(), &record(4, upper).unwrap(), "a");
+        assert!(held(attachment(Some("a"), 4), Upper::Dirty));
+        assert!(!held(attachment(Some("a"), 4), clean()));
+        assert!(!held(attachment(Some("a"), 5), Upper::Dirty));
+        assert!(!held(attachment(Some("a"), 3), Upper::Dirty));
+        assert!(!held(attachment(Some("b"), 4), Upper::Dirty));
+        assert!(!held(attachment(None, 4), Upper::Dirty));
+        assert!(!held(None, Upper::Dirty));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use tokio::sync::OnceCell;
 use crate::cluster::update_status;
 use crate::driver::{Driver, parse_root};
 use crate::failure::{Failure, Result};
-use crate::records::SessionRecord;
+use crate::lease;
 
 /// A snapshot that several wait for.
 type Coming = Shared<BoxFuture<'static, Result<Arc<Snapshot>, Arc<Failure>>>>;
@@ -82,10 +82,10 @@ impl Driver {
                         let _session = driver.session_locks.lock(&uid).await;
                         // From here on, whoever comes is too late for this one.
                         driver.moments.coming.lock().unwrap_or_else(PoisonError::into_inner).remove(&uid);
-                        if !driver.holds(&uid) {
+                        let Some((_, record)) = driver.holds_now(&uid).await.map_err(Arc::new)? else {
                             return Err(Arc::new(Failure::NotYet("the session is no longer held by this node".into())));
-                        }
-                        let name = format!("fork-{}", uuid::Uuid::new_v4());
+                        };
+                        let name = under_epoch(&format!("fork-{}", uuid::Uuid::new_v4()), record.epoch);
                         driver.snapshot(&uid, &name).await.map(Arc::new).map_err(Arc::new)
                     }
                     .boxed()
@@ -106,9 +106,8 @@ impl Driver {
         let digested = cell
             .get_or_try_init(async || {
                 let _permit = self.workers.acquire().await.map_err(|_| Failure::Lost("worker pool"))?;
-                let started = Instant::now();
                 let digested = self.engine.digest(snapshot).await?;
-                self.metrics.digest.observe(started.elapsed().as_secs_f64());
+                self.metrics.digest.observe(std::time::Duration::from_millis(digested.milliseconds).as_secs_f64());
                 let uploading = Instant::now();
                 let moved = self.engine.upload(digested.root, &self.remote, &|_| {}).await?;
                 self.metrics.upload.observe(uploading.elapsed().as_secs_f64());
@@ -117,7 +116,7 @@ impl Driver {
                     snapshot,
                     root = %digested.root,
                     changed_files = digested.changed_files,
-                    digest_ms = u64::try_from((uploading - started).as_millis()).unwrap_or(u64::MAX),
+                    digest_ms = digested.milliseconds,
                     upload_ms = u64::try_from(uploading.elapsed().as_millis()).unwrap_or(u64::MAX),
                     uploaded_files = moved.files,
                     uploaded_bytes = moved.bytes,
@@ -158,38 +157,71 @@ impl Driver {
         Ok(account)
     }
 
-    /// Moves the head of a session that this node holds on to a durable tree, unless it is further already.
-    pub(crate) async fn move_head(
-        &self,
-        session: &Arc<AetherSession>,
-        record: &SessionRecord,
-        root: Blob,
-        taken: Timestamp,
-        account: Account,
-    ) -> Result<()> {
+    /// Moves the head of a session that this node holds on to the durable tree of a moment that was taken under the same
+    /// epoch, unless it is further already. A moment of an earlier holding, such as what was recovered, moves nothing.
+    pub(crate) async fn move_head(&self, moment: &Snapshot, root: Blob, account: Account) -> Result<()> {
+        let uid = moment.session.as_str();
+        let _lock = self.session_locks.lock(uid).await;
+        let Some((session, mut record)) = self.holds_now(uid).await? else { return Ok(()) };
+        if epoch_of(&moment.id) != Some(record.epoch) {
+            return Ok(());
+        }
+        let local = record.head_nanos;
+        if local.is_none_or(|local| local < moment.taken_nanos) {
+            // Written first: an older moment that comes later must not pass this one, also when the answer is lost.
+            record.head_nanos = Some(moment.taken_nanos);
+            self.sessions.put(record.clone()).await?;
+        }
         let api = self.cluster.sessions.api(&record.namespace);
-        let me = self.node();
-        update_status(&api, session.clone(), names::DRIVER_MANAGER, |session| {
+        let after = update_status(&api, session, names::DRIVER_MANAGER, |session| {
             let status = session.status.as_ref()?;
-            let attachment = status.attachment.as_ref()?;
-            let ours = attachment.node.as_deref() == Some(me) && attachment.epoch == record.epoch;
-            let newer = status.head.as_ref().is_none_or(|head| head.time.0 < taken);
-            (ours && newer).then(|| head_status(root, taken, account))
+            let ours = lease::holds(status.attachment.as_ref(), &record, self.node());
+            (ours && newer(status.head.as_ref(), local, moment.taken_nanos)).then(|| head_status(root, taken_at(moment), Some(account)))
         })
         .await?;
+        let status = after.status.as_ref();
+        let ours = lease::holds(status.and_then(|status| status.attachment.as_ref()), &record, self.node());
+        if ours && after.head_root() == Some(root.to_string().as_str()) {
+            record.last_root = Some(root.to_string());
+            self.sessions.put(record).await?;
+        }
         Ok(())
     }
 }
 
+/// Whether a moment is not older than a session's head. The API keeps whole seconds; within one, `local` decides: the
+/// nanoseconds of the newest moment that this node made the head under its present epoch.
+pub(crate) fn newer(head: Option<&Head>, local: Option<i64>, taken_nanos: i64) -> bool {
+    let after_head = head.is_none_or(|head| taken_nanos.div_euclid(1_000_000_000) >= head.time.0.as_second());
+    after_head && local.is_none_or(|local| local <= taken_nanos)
+}
+
+/// The name of a moment that is taken under `epoch`: what is made of it later counts as the session only under that epoch.
+pub(crate) fn under_epoch(stem: &str, epoch: i64) -> String {
+    format!("{stem}.e{epoch}")
+}
+
+/// The epoch under which a moment was taken.
+pub(crate) fn epoch_of(moment: &str) -> Option<i64> {
+    moment.rsplit_once(".e")?.1.parse().ok()
+}
+
+/// The name of a moment without its epoch.
+pub(crate) fn stem_of(moment: &str) -> &str {
+    epoch_of(moment).and_then(|_| moment.rsplit_once(".e")).map_or(moment, |(stem, _)| stem)
+}
+
 /// The part of a session's status that a durable tree moves on.
-pub(crate) fn head_status(root: Blob, taken: Timestamp, account: Account) -> serde_json::Value {
+pub(crate) fn head_status(root: Blob, taken: Timestamp, account: Option<Account>) -> serde_json::Value {
     let head = Head { root: root.to_string(), durability: Durability::Durable, time: Time(taken) };
-    serde_json::json!({
-        "head": head,
-        "changedFiles": account.changed_files,
-        "ownBytes": account.own_bytes,
-        "sharedBytes": account.shared_bytes,
-    })
+    let mut status = serde_json::json!({"head": head});
+    // A tree that the session had already has its counts there.
+    if let Some(account) = account {
+        status["changedFiles"] = account.changed_files.into();
+        status["ownBytes"] = account.own_bytes.into();
+        status["sharedBytes"] = account.shared_bytes.into();
+    }
+    status
 }
 
 /// Counts changes against a base of `base_bytes`.
@@ -261,6 +293,37 @@ mod tests {
 
     fn file(text: &str) -> Node {
         Node::File { content: Blob::of(text.as_bytes()), attributes: Attributes::default(), link_group: None }
+    }
+
+    #[test]
+    fn the_head_never_goes_back_within_a_second() {
+        const SECOND: i64 = 1_000_000_000;
+        let head = |second| Head {
+            root: "ab/1".into(),
+            durability: Durability::Durable,
+            time: Time(Timestamp::from_second(second).unwrap()),
+        };
+        assert!(newer(None, None, 5 * SECOND));
+        assert!(newer(Some(&head(5)), None, 6 * SECOND));
+        assert!(!newer(Some(&head(5)), None, 5 * SECOND - 1));
+        // Stored as second 5 is what was taken at 5.9.
+        assert!(!newer(Some(&head(5)), Some(5 * SECOND + 900), 5 * SECOND + 200));
+        assert!(newer(Some(&head(5)), Some(5 * SECOND + 200), 5 * SECOND + 900));
+        // The same moment again, after an answer that was lost.
+        assert!(newer(Some(&head(5)), Some(5 * SECOND + 900), 5 * SECOND + 900));
+        // The newer one was noted and has not been written yet: the older one waits for nothing.
+        assert!(!newer(Some(&head(5)), Some(7 * SECOND), 6 * SECOND));
+    }
+
+    #[test]
+    fn a_moment_carries_its_epoch() {
+        let name = under_epoch("0f5e-e77", 12);
+        assert_eq!(epoch_of(&name), Some(12));
+        assert_eq!(stem_of(&name), "0f5e-e77");
+        for other in ["0f5e-e77", "recovered-0f5e-4", "recovered-0f5e-4-2", "x.e", "x.east"] {
+            assert_eq!(epoch_of(other), None, "{other}");
+            assert_eq!(stem_of(other), other);
+        }
     }
 
     #[test]

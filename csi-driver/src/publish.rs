@@ -15,7 +15,7 @@ use crate::cluster::Patience;
 use crate::driver::{Driver, parse_root};
 use crate::failure::{Failure, Result};
 use crate::inline;
-use crate::moments::full_name;
+use crate::moments::{epoch_of, full_name, newer};
 use crate::records::{PublishRecord, Record as _, Upper};
 use crate::target::{self, Target};
 use crate::volume::{Volume, Wanted};
@@ -105,6 +105,9 @@ impl Driver {
             // What an inline volume made stays recorded: its unpublish comes, or the next attempt finds it.
             self.take_away(&record).await;
             self.publishes.remove(&key)?;
+        }
+        if result.is_err() && !record.session.is_empty() {
+            // It may have taken the lease, which goes again when nobody here writes.
             self.poke(&record.namespace, &record.session);
         }
         self.count();
@@ -127,7 +130,7 @@ impl Driver {
                 record.namespace.clone_from(&pod.namespace);
                 record.session = inline::session_name(pod, &request.volume_id);
                 record.inline = true;
-                self.publishes.put(record.clone())?;
+                self.publishes.put(record.clone()).await?;
                 let own = self.own_session(record, pod, (source_namespace, source), *owner, patience).await?;
                 (own.session, Some(own.first))
             }
@@ -138,7 +141,7 @@ impl Driver {
         }
         let attached = self.attach(session, first, record.pod.as_ref(), patience).await?;
         // Under the session's lock: from this record on, the session counts as written here.
-        self.publishes.put(record.clone())?;
+        self.publishes.put(record.clone()).await?;
         let uid = record.uid.clone().unwrap_or_default();
         self.engine.publish(&uid, &request.target, false).await?;
         tracing::info!(session = full_name(&*attached.session), target = %request.target.display(), "published");
@@ -174,15 +177,21 @@ impl Driver {
             let uid = session.uid().unwrap_or_default();
             let forked = session.status.as_ref().and_then(|status| status.forked_from.as_ref());
             let moment = forked.filter(|forked| forked.node.as_deref() == Some(self.node())).and_then(|forked| forked.snapshot.clone());
-            let held = self.holds(&uid);
+            let held = self.sessions.get(&uid).filter(|local| local.upper == Upper::Dirty);
+            let head = session.status.as_ref().and_then(|status| status.head.as_ref());
             let never_released = session.status.as_ref().is_none_or(|status| status.head.is_none());
             let last = self
                 .engine
                 .snapshots()
                 .await?
                 .into_iter()
-                .filter(|snapshot| !snapshot.deleting)
-                .filter(|snapshot| held && snapshot.session == uid || never_released && Some(&snapshot.id) == moment.as_ref())
+                .filter(|snapshot| !snapshot.deleting && !snapshot.temporary)
+                // Of the upper that is the session now, and newer than the head: the head is what others see.
+                .filter(|snapshot| held.as_ref().is_some_and(|local| {
+                    snapshot.session == uid
+                        && epoch_of(&snapshot.id) == Some(local.epoch)
+                        && newer(head, local.head_nanos, snapshot.taken_nanos)
+                }) || never_released && Some(&snapshot.id) == moment.as_ref())
                 // A snapshot that is in the store is the head, or older than it.
                 .filter(|snapshot| snapshot.digested.as_ref().is_none_or(|digested| Some(digested.root.to_string().as_str()) != session.head_root()))
                 .max_by_key(|snapshot| snapshot.taken_nanos)
@@ -190,7 +199,7 @@ impl Driver {
             if let Some(snapshot) = last {
                 let view = format!("view-{}", uuid::Uuid::new_v4());
                 record.view = Some(view.clone());
-                self.publishes.put(record.clone())?;
+                self.publishes.put(record.clone()).await?;
                 self.engine.fork_session(&view, &snapshot.id).await?;
                 self.engine.mount_session(&view).await?;
                 self.engine.publish(&view, &request.target, true).await?;
@@ -199,7 +208,7 @@ impl Driver {
             if let Some(root) = session.head_root() {
                 let root = parse_root(root, &format!("session {}", full_name(&*session)))?;
                 let image = self.engine.ensure_image(root, owner(&session), &self.remote, &|_| {}).await?;
-                self.publishes.put(record.clone())?;
+                self.publishes.put(record.clone()).await?;
                 self.engine.publish_image(&image, &request.target).await?;
                 return Ok(());
             }
@@ -217,14 +226,12 @@ impl Driver {
         }
         let _target = self.target_locks.lock(&key).await;
         let record = self.publishes.get(&key);
-        if let Err(error) = self.engine.unpublish(path).await {
-            tracing::warn!(target = key, %error, "unpublish, going on without the engine");
-        }
+        // Without the mount table: with thousands of mounts, reading it is what takes long here.
         target::clear(path)?;
         let Some(record) = record else { return Ok(()) };
-        self.take_away(&record).await;
+        self.take_view_away(&record).await;
         if record.inline {
-            self.publishes.put(PublishRecord { unpublished: true, ..record.clone() })?;
+            self.publishes.put(PublishRecord { unpublished: true, ..record.clone() }).await?;
             self.begin_end_own_session(record);
         } else {
             self.publishes.remove(&key)?;
@@ -239,9 +246,13 @@ impl Driver {
 
     /// Takes away the mount of a record and the view behind it; failures are left to the housekeeping.
     async fn take_away(&self, record: &PublishRecord) {
-        if let Err(error) = self.engine.unpublish(&record.target).await {
+        if let Err(error) = target::clear(&record.target) {
             tracing::warn!(target = %record.target.display(), %error, "unpublish");
         }
+        self.take_view_away(record).await;
+    }
+
+    async fn take_view_away(&self, record: &PublishRecord) {
         if let Some(view) = &record.view {
             let gone = async {
                 self.engine.unmount_session(view).await.or_else(absent)?;
@@ -280,7 +291,7 @@ impl Driver {
             .and_then(|uid| self.sessions.get(uid))
             .is_some_and(|session| matches!(session.upper, Upper::Fenced { .. }))
             .then(|| "another node has taken the session over".to_owned());
-        let space = self.engine.statistics().await?.space;
+        let space = self.engine.space().await?;
         let engine_id = record.view.clone().or_else(|| record.uid.clone().filter(|_| !record.read_only));
         let (bytes, inodes) = match engine_id {
             Some(id) => {

@@ -8,21 +8,22 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::driver::Locks;
 use crate::failure::{Failure, Result};
 
 /// A kind of record.
-pub(crate) trait Record: Clone + Serialize + DeserializeOwned {
+pub(crate) trait Record: Clone + PartialEq + Serialize + DeserializeOwned + Send + 'static {
     /// Unique among the records of its kind.
     fn key(&self) -> String;
 }
 
 /// What this node has of a session.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct SessionRecord {
     /// The session object's uid, and the session's id in the engine.
@@ -32,22 +33,49 @@ pub(crate) struct SessionRecord {
     /// The lease epoch under which the upper was last written.
     pub epoch: i64,
     pub upper: Upper,
-    /// The newest tree of this upper that is in the store, to tell whether anything changed since.
+    /// The newest tree of this upper that became the session's head, to tell whether anything changed since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_root: Option<String>,
+    /// When the newest moment was taken that was made the head under this epoch, in nanoseconds since 1970: the API keeps
+    /// whole seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_nanos: Option<i64>,
+    /// The newest restores that were done here, oldest first, so that none is done twice.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub applied: Vec<Applied>,
+}
+
+/// A restore that was done in place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Applied {
+    /// The uid of the AetherRestore.
+    pub restore: String,
+    /// Entries written, moved or given other attributes.
+    pub changed: u64,
+    /// Entries removed.
+    pub removed: u64,
+    /// How long the pods stood still, in microseconds.
+    pub frozen_micros: u64,
 }
 
 /// What the node's upper of a session is worth.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", tag = "state")]
 pub(crate) enum Upper {
     /// It may hold changes that exist nowhere else.
+    #[default]
     Dirty,
     /// The lease was let go with exactly this tree as the session's head; it has not been mounted for writing since.
     Clean { root: String },
     /// Another node took the session over. What was unsaved is in this snapshot, kept for the checkpoint
     /// `recovered-<epoch>`; the upper goes as soon as nothing uses it.
-    Fenced { snapshot: String },
+    Fenced {
+        snapshot: String,
+        /// The snapshot's tree, once it is kept or known to be kept elsewhere.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        root: Option<String>,
+    },
 }
 
 impl Record for SessionRecord {
@@ -101,7 +129,9 @@ pub(crate) struct Pod {
 #[derive(Debug)]
 pub(crate) struct Records<R> {
     directory: PathBuf,
-    known: Mutex<HashMap<String, R>>,
+    known: Arc<Mutex<HashMap<String, R>>>,
+    /// Held while the file of a record is written.
+    writing: Locks,
 }
 
 impl<R: Record> Records<R> {
@@ -127,7 +157,7 @@ impl<R: Record> Records<R> {
             })?;
             known.insert(record.key(), record);
         }
-        Ok(Self { directory: directory.to_owned(), known: Mutex::new(known) })
+        Ok(Self { directory: directory.to_owned(), known: Arc::new(Mutex::new(known)), writing: Locks::default() })
     }
 
     pub(crate) fn get(&self, key: &str) -> Option<R> {
@@ -148,35 +178,45 @@ impl<R: Record> Records<R> {
         self.lock().values().filter(|record| keep(record)).cloned().collect()
     }
 
-    /// Stores a record; it is on the disk when this returns.
-    pub(crate) fn put(&self, record: R) -> Result<()> {
-        let path = self.path(&record.key());
-        let new = path.with_extension("new");
-        let text = serde_json::to_vec_pretty(&record).expect("a record is plain data");
-        let mut known = self.lock();
-        (|| {
-            let mut file = File::create(&new)?;
-            file.write_all(&text)?;
-            file.sync_all()?;
-            fs::rename(&new, &path)?;
-            File::open(&self.directory)?.sync_all()
-        })()
-        .map_err(Failure::io("write record", &path))?;
-        known.insert(record.key(), record);
-        Ok(())
+    /// Stores a record; it is on the disk when this returns. One that is there already costs nothing. Once begun it is done to
+    /// its end, also when nobody waits for it.
+    pub(crate) async fn put(&self, record: R) -> Result<()> {
+        let key = record.key();
+        let writing = self.writing.lock(&key).await;
+        if self.lock().get(&key) == Some(&record) {
+            return Ok(());
+        }
+        let (path, directory, known) = (self.path(&key), self.directory.clone(), self.known.clone());
+        tokio::task::spawn_blocking(move || {
+            let _writing = writing;
+            let new = path.with_extension("new");
+            let text = serde_json::to_vec_pretty(&record).expect("a record is plain data");
+            (|| {
+                let mut file = File::create(&new)?;
+                file.write_all(&text)?;
+                file.sync_all()?;
+                fs::rename(&new, &path)?;
+                File::open(&directory)?.sync_all()
+            })()
+            .map_err(Failure::io("write record", &path))?;
+            // The map is locked for this alone, never during a sync.
+            known.lock().unwrap_or_else(PoisonError::into_inner).insert(key, record);
+            Ok(())
+        })
+        .await
+        .map_err(|_| Failure::Lost("the writing of a record"))?
     }
 
     /// Forgets a record; removing what is not there is no error.
     pub(crate) fn remove(&self, key: &str) -> Result<()> {
         let path = self.path(key);
-        let mut known = self.lock();
         match fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Failure::io("remove record", &path)(error));
             }
             _ => {}
         }
-        known.remove(key);
+        self.lock().remove(key);
         Ok(())
     }
 
@@ -185,8 +225,8 @@ impl<R: Record> Records<R> {
         self.directory.join(format!("{}.json", aether_cas::Digest::of(key.as_bytes())))
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, R>> {
-        self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, R>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -201,17 +241,38 @@ mod tests {
             name: "fix".into(),
             epoch: 3,
             upper: Upper::Clean { root: "ab/12".into() },
-            last_root: None,
+            ..SessionRecord::default()
         }
     }
 
-    #[test]
-    fn records_survive_a_reopen_and_half_written_ones_do_not() {
+    #[tokio::test]
+    async fn an_equal_record_is_not_written_again() {
         let directory = tempfile::tempdir().unwrap();
         let records = Records::open(directory.path()).unwrap();
-        records.put(record("one")).unwrap();
-        records.put(record("../two/with slash")).unwrap();
-        records.put(SessionRecord { epoch: 4, upper: Upper::Dirty, ..record("one") }).unwrap();
+        records.put(record("one")).await.unwrap();
+        let path = records.path("one");
+        fs::remove_file(&path).unwrap();
+        records.put(record("one")).await.unwrap();
+        assert!(!path.exists(), "an equal record needs no write");
+        records.put(SessionRecord { epoch: 4, ..record("one") }).await.unwrap();
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn records_of_an_earlier_version_are_understood() {
+        let text = r#"{"uid": "u", "namespace": "team", "name": "fix", "epoch": 2, "upper": {"state": "fenced", "snapshot": "s"}}"#;
+        let record: SessionRecord = serde_json::from_str(text).unwrap();
+        assert_eq!(record.upper, Upper::Fenced { snapshot: "s".into(), root: None });
+        assert!(record.applied.is_empty() && record.head_nanos.is_none());
+    }
+
+    #[tokio::test]
+    async fn records_survive_a_reopen_and_half_written_ones_do_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let records = Records::open(directory.path()).unwrap();
+        records.put(record("one")).await.unwrap();
+        records.put(record("../two/with slash")).await.unwrap();
+        records.put(SessionRecord { epoch: 4, upper: Upper::Dirty, ..record("one") }).await.unwrap();
         fs::write(directory.path().join("half.new"), "{\"uid\":").unwrap();
         records.remove("absent").unwrap();
 

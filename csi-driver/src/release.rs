@@ -17,7 +17,7 @@ use crate::cluster::update_status;
 use crate::driver::Driver;
 use crate::failure::{Failure, Result, status_code};
 use crate::lease;
-use crate::moments::{base_root, consistency, frozen_microseconds, full_name, head_status, taken_at, uid};
+use crate::moments::{base_root, consistency, frozen_microseconds, full_name, head_status, taken_at, uid, under_epoch};
 use crate::records::{SessionRecord, Upper};
 use crate::target;
 
@@ -35,10 +35,13 @@ impl Driver {
             if record.upper != Upper::Dirty {
                 return Ok(());
             }
+            if matches!(self.engine.session(&uid).await, Err(error) if error.is_not_found()) {
+                return self.let_go_of_nothing(record).await;
+            }
             // Nobody writes once it is unmounted, so this moment is the session's last.
             self.engine.unmount_session(&uid).await.or_else(absent)?;
             let generation = self.engine.session(&uid).await?.generation;
-            let name = format!("release-{}", uuid::Uuid::new_v4());
+            let name = under_epoch(&format!("release-{}", uuid::Uuid::new_v4()), record.epoch);
             (self.snapshot(&uid, &name).await?, generation)
         };
         let result = self.release_moment(session, &uid, &snapshot, generation).await;
@@ -53,10 +56,29 @@ impl Driver {
         snapshot: &aether_engine::Snapshot,
         generation: u64,
     ) -> Result<()> {
-        let digested = self.make_durable(&snapshot.id).await?;
-        let account = self.account(base_root(session), digested.root).await?;
+        let digested = {
+            let _permit = self.workers.acquire().await.map_err(|_| Failure::Lost("worker pool"))?;
+            self.engine.digest(&snapshot.id).await?
+        };
+        // The next node waits for the store alone: counting goes on beside it, and is left out when nothing has changed.
+        let counting = async {
+            if session.head_root() == Some(digested.root.to_string().as_str()) {
+                return Ok(None);
+            }
+            self.account(base_root(session), digested.root).await.map(Some)
+        };
+        let (digested, account) = tokio::try_join!(self.make_durable(&snapshot.id), counting)?;
         let _lock = self.session_locks.lock(uid).await;
         let Some(mut record) = self.sessions.get(uid).filter(|record| record.upper == Upper::Dirty) else { return Ok(()) };
+        let session = match self.holds_now(uid).await? {
+            Some((session, _)) => session,
+            // Lost, or let go by an attempt whose answer did not arrive: what is written below decides on the newest.
+            None => match self.cluster.sessions.read(&record.namespace, &record.name).await? {
+                Some(session) if session.uid().as_deref() == Some(uid) => session,
+                _ => return Ok(()),
+            },
+        };
+        let session = &session;
         if self.published_for_writing(uid) {
             tracing::info!(session = full_name(&**session), "published again before it was let go");
             return Ok(());
@@ -66,15 +88,27 @@ impl Driver {
             return Err(Failure::NotYet("the session was mounted again in the meantime".into()));
         }
         let root = digested.root.to_string();
-        record.last_root = Some(root.clone());
-        self.sessions.put(record.clone())?;
         let after = self.let_go(session, &record, head_status(digested.root, taken_at(snapshot), account)).await?;
-        // Only now is the upper a mere copy. A kill before this line costs the copy, not the tree.
+        // Only now is the upper a mere copy of the head. Were it said before, a node that takes over meanwhile would make what
+        // was uploaded here nobody's.
         if after.holder().is_none() && after.head_root() == Some(&root) {
+            record.last_root = Some(root.clone());
             record.upper = Upper::Clean { root };
-            self.sessions.put(record)?;
+            self.sessions.put(record).await?;
         }
         self.attached.send_modify(|version| *version += 1);
+        Ok(())
+    }
+
+    /// Lets go of a session whose upper is gone: there is no moment to take, so its head stays where it is. Whoever calls it
+    /// holds the session's lock.
+    async fn let_go_of_nothing(&self, record: SessionRecord) -> Result<()> {
+        if let Some(session) = self.session_of(&record).await? {
+            let after = self.let_go(&session, &record, json!({})).await?;
+            self.tell_of_lost_upper(&after).await;
+        }
+        self.sessions.remove(&record.uid)?;
+        self.count();
         Ok(())
     }
 
@@ -96,7 +130,9 @@ impl Driver {
             Some(status)
         })
         .await?;
-        tracing::info!(session = full_name(&**session), epoch = record.epoch, "lease let go");
+        if after.holder().is_none() {
+            tracing::info!(session = full_name(&**session), epoch = record.epoch, "lease let go");
+        }
         Ok(after)
     }
 
@@ -147,8 +183,8 @@ impl Driver {
     /// `Busy` while processes of a pod still use the mount; the checkpoint exists by then.
     pub(crate) async fn recover(self: &Arc<Self>, session: &Arc<AetherSession>, record: &SessionRecord) -> Result<()> {
         let uid = record.uid.as_str();
-        let name = match &record.upper {
-            Upper::Fenced { snapshot } => snapshot.clone(),
+        let (name, kept) = match &record.upper {
+            Upper::Fenced { snapshot, root } => (snapshot.clone(), root.clone()),
             Upper::Clean { .. } => return self.let_fall(record).await,
             Upper::Dirty => {
                 let name = format!("recovered-{uid}-{}", record.epoch);
@@ -159,35 +195,69 @@ impl Driver {
                     }
                     Err(failure) => return Err(failure),
                 }
-                self.sessions.put(SessionRecord { upper: Upper::Fenced { snapshot: name.clone() }, ..record.clone() })?;
-                name
+                self.sessions.put(fenced(record, &name, None)).await?;
+                (name, None)
             }
         };
-        if let Some(snapshot) = self.engine.snapshot_record(&name).await.map(Some).or_else(absent)? {
-            let digested = self.engine.digest(&name).await?;
-            if record.last_root == Some(digested.root.to_string()) {
-                tracing::info!(session = full_name(&**session), "was taken over; nothing was unsaved here");
-                self.drop_snapshot(&name).await;
-            } else {
-                self.keep_recovered(session, record, &snapshot).await?;
-            }
-        }
+        let kept = match kept {
+            Some(root) => Some(root),
+            None => match self.engine.snapshot_record(&name).await.map(Some).or_else(absent)? {
+                Some(snapshot) => {
+                    let checkpoint = names::recovered_checkpoint_name(&record.name, record.epoch);
+                    let root = self.keep_recovered(session, record, &snapshot, &checkpoint, None).await?;
+                    self.sessions.put(fenced(record, &name, Some(root.clone()))).await?;
+                    Some(root)
+                }
+                None => None,
+            },
+        };
+        self.clear_writers(record).await?;
+        self.keep_the_rest(session, record, kept.as_deref()).await?;
         self.let_fall(record).await
     }
 
+    /// Processes that had files open went on writing after the snapshot. Now that the session is unmounted, what they wrote
+    /// beyond the tree `kept` is kept too.
+    async fn keep_the_rest(
+        &self,
+        session: &Arc<AetherSession>,
+        record: &SessionRecord,
+        kept: Option<&str>,
+    ) -> Result<()> {
+        let uid = record.uid.as_str();
+        let name = format!("recovered-{uid}-{}-2", record.epoch);
+        let snapshot = match self.snapshot(uid, &name).await {
+            Ok(snapshot) => snapshot,
+            Err(Failure::Engine(error)) if error.is_not_found() => return Ok(()),
+            Err(failure) => return Err(failure),
+        };
+        let checkpoint = format!("{}-2", names::recovered_checkpoint_name(&record.name, record.epoch));
+        self.keep_recovered(session, record, &snapshot, &checkpoint, kept).await.map(|_| ())
+    }
+
+    /// Makes a checkpoint of a snapshot of a lost session, unless its tree is known to be kept: as the session's head, as the
+    /// tree last made the head here, or as `kept`. Returns the tree.
     async fn keep_recovered(
         &self,
         session: &Arc<AetherSession>,
         record: &SessionRecord,
         snapshot: &aether_engine::Snapshot,
-    ) -> Result<()> {
-        let name = names::recovered_checkpoint_name(&record.name, record.epoch);
+        name: &str,
+        kept: Option<&str>,
+    ) -> Result<String> {
+        let root = self.engine.digest(&snapshot.id).await?.root.to_string();
+        let known = [record.last_root.as_deref(), session.head_root(), kept];
+        if known.contains(&Some(root.as_str())) {
+            tracing::info!(session = full_name(&**session), snapshot = snapshot.id, "was taken over; nothing was unsaved here");
+            self.drop_snapshot(&snapshot.id).await;
+            return Ok(root);
+        }
         let message = format!(
             "what node {} had unsaved under epoch {} when another node took the session over",
             self.node(),
             record.epoch
         );
-        let checkpoint = self.make_checkpoint(session, &name, names::ORIGIN_RECOVERED, message.clone()).await?;
+        let checkpoint = self.make_checkpoint(session, name, names::ORIGIN_RECOVERED, message.clone(), None).await?;
         let seen = checkpoint.status.as_ref().and_then(|status| status.durability);
         if seen.is_none() {
             let status = local_status(self.node(), session, snapshot, &checkpoint);
@@ -202,16 +272,22 @@ impl Driver {
             let note = format!("checkpoint {name} keeps {message}");
             self.events.on(&**session, EventType::Warning, "Recovered", note).await;
         }
-        Ok(())
+        Ok(root)
     }
 
-    /// Takes away mounts and upper of a session that this node has lost.
-    async fn let_fall(self: &Arc<Self>, record: &SessionRecord) -> Result<()> {
+    /// Takes away the mounts of a session that this node has lost.
+    async fn clear_writers(&self, record: &SessionRecord) -> Result<()> {
         for publish in self.mounts_of(&record.uid).into_iter().filter(|publish| !publish.read_only) {
             target::clear(&publish.target)?;
             self.publishes.remove(&crate::records::Record::key(&publish))?;
         }
         self.engine.unmount_session(&record.uid).await.or_else(absent)?;
+        Ok(())
+    }
+
+    /// Takes away mounts and upper of a session that this node has lost.
+    async fn let_fall(&self, record: &SessionRecord) -> Result<()> {
+        self.clear_writers(record).await?;
         self.engine.delete_session(&record.uid).await.or_else(absent)?;
         self.sessions.remove(&record.uid)?;
         self.count();
@@ -219,13 +295,14 @@ impl Driver {
     }
 
     /// Makes a checkpoint object in the name of the node; the one of that name that is there already is as good, if it
-    /// is of the same session.
+    /// is of the same session. `restore` is the uid of the restore that it is made for.
     pub(crate) async fn make_checkpoint(
         &self,
         session: &AetherSession,
         name: &str,
         origin: &str,
         message: String,
+        restore: Option<&str>,
     ) -> Result<AetherCheckpoint> {
         let mut checkpoint = AetherCheckpoint::new(
             name,
@@ -236,6 +313,9 @@ impl Driver {
             (names::ORIGIN_LABEL.to_owned(), origin.to_owned()),
             (names::SESSION_UID_LABEL.to_owned(), uid(session)),
         ]);
+        if let Some(restore) = restore {
+            checkpoint.annotations_mut().insert(names::RESTORE_UID_ANNOTATION.to_owned(), restore.to_owned());
+        }
         let namespace = session.namespace().unwrap_or_default();
         let api = self.cluster.checkpoints.api(&namespace);
         let describe = || format!("make checkpoint {namespace}/{name}");
@@ -259,6 +339,11 @@ impl Driver {
     pub(crate) fn lost(&self, session: &AetherSession, record: &SessionRecord) -> bool {
         lease::lost(session.status.as_ref().and_then(|status| status.attachment.as_ref()), record, self.node())
     }
+}
+
+/// The record of a session that was taken over.
+fn fenced(record: &SessionRecord, snapshot: &str, root: Option<String>) -> SessionRecord {
+    SessionRecord { upper: Upper::Fenced { snapshot: snapshot.to_owned(), root }, ..record.clone() }
 }
 
 /// The status of a checkpoint that has a snapshot on this node and is not in the store yet.

@@ -35,7 +35,8 @@ impl Volume {
     /// Reads the attributes of a volume.
     ///
     /// # Errors
-    /// [`Failure::Invalid`] names the attribute that is missing or wrong.
+    /// [`Failure::Invalid`] names the attribute that is missing or wrong, [`Failure::Denied`] the namespace of a session that
+    /// is not the pod's.
     pub(crate) fn parse(attributes: &HashMap<String, String>) -> Result<Self> {
         let pod = pod(attributes);
         if attributes.get(EPHEMERAL).is_some_and(|value| value == "true") {
@@ -54,12 +55,15 @@ impl Volume {
                 .cloned()
                 .ok_or_else(|| Failure::Invalid(format!("the volume lacks the attribute {key}: was it made by aether-operator?")))
         };
-        let wanted = Wanted::Session {
-            namespace: required(names::ATTRIBUTE_NAMESPACE)?,
-            name: required(names::ATTRIBUTE_SESSION)?,
-            uid: attributes.get(names::ATTRIBUTE_SESSION_UID).filter(|uid| !uid.is_empty()).cloned(),
-        };
-        Ok(Self { wanted, pod })
+        let (namespace, name) = (required(names::ATTRIBUTE_NAMESPACE)?, required(names::ATTRIBUTE_SESSION)?);
+        let uid = Some(required(names::ATTRIBUTE_SESSION_UID)?);
+        // Anybody who may make volumes could name any session in one.
+        if let Some(pods) = attributes.get(POD_NAMESPACE).filter(|pods| !pods.is_empty() && **pods != namespace) {
+            return Err(Failure::Denied(format!(
+                "the volume is session {namespace}/{name}, which a pod in namespace {pods} may not mount: run the pod in {namespace}"
+            )));
+        }
+        Ok(Self { wanted: Wanted::Session { namespace, name, uid }, pod })
     }
 }
 
@@ -186,6 +190,19 @@ mod tests {
         assert_eq!(volume.pod.unwrap().name, "agent-7");
         let message = Volume::parse(&attributes(&[(names::ATTRIBUTE_NAMESPACE, "team")])).unwrap_err().to_string();
         assert!(message.contains(names::ATTRIBUTE_SESSION), "{message}");
+    }
+
+    #[test]
+    fn a_volume_names_one_session_of_the_pods_own_namespace() {
+        let of = |namespace| [(names::ATTRIBUTE_NAMESPACE, namespace), (names::ATTRIBUTE_SESSION, "fix")];
+        let with_uid = |namespace| [of(namespace).as_slice(), &[(names::ATTRIBUTE_SESSION_UID, "s-1")]].concat();
+        let message = Volume::parse(&attributes(&of("team"))).unwrap_err().to_string();
+        assert!(message.contains(names::ATTRIBUTE_SESSION_UID), "{message}");
+        let forged = Volume::parse(&attributes(&with_uid("platform"))).unwrap_err();
+        assert!(matches!(&forged, Failure::Denied(why) if why.contains("platform/fix") && why.contains("team")), "{forged}");
+        // A stage names no pod; the publish that follows does.
+        let plain = with_uid("platform").into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+        assert!(Volume::parse(&plain).is_ok());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use kube::ResourceExt as _;
 use super::checkpoints::stamp_local;
 use crate::driver::Driver;
 use crate::failure::{Result, chain};
-use crate::moments::full_name;
+use crate::moments::{full_name, under_epoch};
 use crate::records::{SessionRecord, Upper};
 
 /// The shortest interval: a snapshot holds pods still.
@@ -37,7 +37,7 @@ pub(super) async fn run(driver: Arc<Driver>, stop: CancellationToken) {
             let due = look.time + interval;
             if due <= now {
                 look.time = now;
-                if let Err(failure) = checkpoint_if_changed(&driver, &record, &session, &mut look.root).await {
+                if let Err(failure) = checkpoint_if_changed(&driver, &record, &mut look.root).await {
                     tracing::warn!(session = full_name(&*session), error = chain(&failure), "automatic checkpoint");
                 }
             }
@@ -87,12 +87,11 @@ fn interval(checkpoints: &AutomaticCheckpoints) -> Duration {
 async fn checkpoint_if_changed(
     driver: &Arc<Driver>,
     record: &SessionRecord,
-    session: &Arc<AetherSession>,
     seen: &mut Option<Blob>,
 ) -> Result<()> {
-    let name = format!("automatic-{}", uuid::Uuid::new_v4());
     let _lock = driver.session_locks.lock(&record.uid).await;
-    let Some(record) = driver.sessions.get(&record.uid).filter(|record| record.upper == Upper::Dirty) else { return Ok(()) };
+    let Some((session, record)) = driver.holds_now(&record.uid).await? else { return Ok(()) };
+    let name = under_epoch(&format!("automatic-{}", uuid::Uuid::new_v4()), record.epoch);
     let snapshot = driver.snapshot(&record.uid, &name).await?;
     let made = async {
         let digested = driver.engine.digest(&name).await?;
@@ -101,8 +100,8 @@ async fn checkpoint_if_changed(
         }
         let object = format!("{}-auto-{}", session.name_any(), Timestamp::now().strftime("%Y%m%d%H%M%S"));
         let message = "automatic".to_owned();
-        let checkpoint = driver.make_checkpoint(session, &object, names::ORIGIN_AUTOMATIC, message).await?;
-        let stamped = stamp_local(&Arc::new(checkpoint), session, &snapshot, driver).await?;
+        let checkpoint = driver.make_checkpoint(&session, &object, names::ORIGIN_AUTOMATIC, message, None).await?;
+        let stamped = stamp_local(&Arc::new(checkpoint), &session, &snapshot, driver).await?;
         *seen = Some(digested.root);
         Ok(stamped.status.as_ref().and_then(|status| status.snapshot.as_ref()) == Some(&name))
     }

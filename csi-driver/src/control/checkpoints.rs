@@ -17,7 +17,7 @@ use crate::attach::absent;
 use crate::cluster::update_status;
 use crate::driver::Driver;
 use crate::failure::{Failure, Result};
-use crate::moments::{base_root, full_name, taken_at, uid};
+use crate::moments::{base_root, full_name, uid, under_epoch};
 use crate::release::local_status;
 
 /// Takes a checkpoint that was asked for, or brings one that was taken to the store.
@@ -41,16 +41,14 @@ pub(super) async fn reconcile(checkpoint: Arc<AetherCheckpoint>, driver: Arc<Dri
 /// Takes a checkpoint; `None` when that is not for this node to do.
 pub(super) async fn take(checkpoint: &Arc<AetherCheckpoint>, driver: &Arc<Driver>) -> Result<Option<Arc<AetherCheckpoint>>> {
     // What a node had unsaved is no moment of the session as it is now: the node that made the object fills it in.
-    if checkpoint.labels().get(names::ORIGIN_LABEL).is_some_and(|origin| origin == names::ORIGIN_RECOVERED) {
+    if recovered(checkpoint) {
         return Ok(None);
     }
     let namespace = checkpoint.namespace().unwrap_or_default();
     let Some(session) = driver.cluster.sessions.get(&namespace, &checkpoint.spec.session) else { return Ok(None) };
     let session_uid = uid(&*session);
     let _lock = driver.session_locks.lock(&session_uid).await;
-    if !driver.holds(&session_uid) {
-        return Ok(None);
-    }
+    let Some((session, record)) = driver.holds_now(&session_uid).await? else { return Ok(None) };
     // The automatic ones are filled in by the task that makes them, under the same lock.
     let mut checkpoint = checkpoint.clone();
     if checkpoint.labels().contains_key(names::ORIGIN_LABEL) {
@@ -62,8 +60,13 @@ pub(super) async fn take(checkpoint: &Arc<AetherCheckpoint>, driver: &Arc<Driver
             return Ok(Some(checkpoint));
         }
     }
-    let snapshot = driver.snapshot(&session_uid, &uid(&*checkpoint)).await?;
+    let snapshot = driver.snapshot(&session_uid, &under_epoch(&uid(&*checkpoint), record.epoch)).await?;
     stamp_local(&checkpoint, &session, &snapshot, driver).await.map(Some)
+}
+
+/// It keeps what a node had unsaved when it lost its session, which is never the session itself.
+fn recovered(checkpoint: &AetherCheckpoint) -> bool {
+    checkpoint.labels().get(names::ORIGIN_LABEL).is_some_and(|origin| origin == names::ORIGIN_RECOVERED)
 }
 
 /// Says that a checkpoint is taken.
@@ -102,6 +105,10 @@ async fn bring_to_store(checkpoint: Arc<AetherCheckpoint>, driver: &Arc<Driver>)
         .or_else(|| session.as_ref().and_then(|session| base_root(session)).map(str::to_owned));
     let account = driver.account(base.as_deref(), digested.root).await?;
     let root = digested.root.to_string();
+    // Before the checkpoint says that it is durable: nobody comes back for one that does.
+    if !recovered(&checkpoint) {
+        driver.move_head(&snapshot, digested.root, account).await?;
+    }
 
     let api = driver.cluster.checkpoints.api(&checkpoint.namespace().unwrap_or_default());
     let generation = checkpoint.metadata.generation;
@@ -125,17 +132,6 @@ async fn bring_to_store(checkpoint: Arc<AetherCheckpoint>, driver: &Arc<Driver>)
     })
     .await?;
 
-    if let Some(mut record) = status.session_uid.as_deref().and_then(|uid| driver.sessions.get(uid)).filter(|_| driver.holds(&snapshot.session)) {
-        if let Some(session) = driver.session_of(&record).await? {
-            driver.move_head(&session, &record, digested.root, taken_at(&snapshot), account).await?;
-        }
-        let _lock = driver.session_locks.lock(&record.uid).await;
-        if let Some(current) = driver.sessions.get(&record.uid) {
-            record = current;
-            record.last_root = Some(root);
-            driver.sessions.put(record)?;
-        }
-    }
     driver.drop_snapshot(name).await;
     Ok(())
 }
@@ -153,4 +149,20 @@ async fn give_up(checkpoint: &Arc<AetherCheckpoint>, driver: &Driver, message: S
     .await?;
     driver.events.on(&**checkpoint, EventType::Warning, "CheckpointLost", message.clone()).await;
     Err(Failure::NotFound(format!("checkpoint {}: {message}", full_name(&**checkpoint))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_recovered_is_told_by_its_origin() {
+        let of = |origin: Option<&str>| {
+            let mut checkpoint = AetherCheckpoint::new("c", aether_api::AetherCheckpointSpec::default());
+            checkpoint.labels_mut().extend(origin.map(|origin| (names::ORIGIN_LABEL.to_owned(), origin.to_owned())));
+            recovered(&checkpoint)
+        };
+        assert!(of(Some(names::ORIGIN_RECOVERED)));
+        assert!(!of(Some(names::ORIGIN_AUTOMATIC)) && !of(Some(names::ORIGIN_SAFETY)) && !of(None));
+    }
 }

@@ -32,6 +32,7 @@ pub(super) async fn reconcile(fork: Arc<AetherSession>, driver: Arc<Driver>) -> 
             if !driver.holds(&uid(&*parent)) {
                 return Ok(());
             }
+            // It asks again whether this node holds the parent, under the lock.
             let moment = driver.next_moment(&uid(&*parent)).await?;
             stamp_moment(&fork, &parent, &moment, &driver).await?
         }

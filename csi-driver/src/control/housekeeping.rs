@@ -12,7 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 use crate::attach::absent;
 use crate::driver::Driver;
 use crate::failure::{Result, chain};
-use crate::moments::{taken_at, uid};
+use crate::moments::{stem_of, taken_at, uid};
 use crate::records::{SessionRecord, Upper};
 
 /// How often to look, beside the changes that bring it here at once.
@@ -117,12 +117,14 @@ async fn drop_snapshots(driver: &Arc<Driver>) -> Result<()> {
         }
     }
     for record in driver.sessions.all() {
-        if let Upper::Fenced { snapshot } = record.upper {
+        if let Upper::Fenced { snapshot, .. } = record.upper {
             needed.insert(snapshot);
         }
     }
     for snapshot in driver.engine.snapshots().await? {
-        if !needed.contains(&snapshot.id) && now.duration_since(taken_at(&snapshot)) > YOUNG {
+        // A checkpoint that is not stamped yet names its snapshot by its own uid, without the epoch.
+        let unneeded = !needed.contains(&snapshot.id) && !needed.contains(stem_of(&snapshot.id));
+        if unneeded && now.duration_since(taken_at(&snapshot)) > YOUNG {
             tracing::info!(snapshot = snapshot.id, "nothing needs it any more");
             driver.drop_snapshot(&snapshot.id).await;
         }

@@ -1,5 +1,6 @@
 //! Restores of sessions that this node holds: a safety checkpoint first, then the tree difference through the mount with
-//! the pods held still. A restore that a kill interrupted begins again at the difference that is left.
+//! the pods held still. A restore that a kill interrupted in the middle begins again at the difference that is left; one that
+//! was done is remembered in the session's record before anybody is told, and is never done again.
 
 use std::sync::Arc;
 
@@ -7,7 +8,6 @@ use aether_api::conditions::{self, COMPLETE, FAILED, Wanted, reason};
 use aether_api::session::Durability;
 use aether_api::{AetherCheckpoint, AetherRestore, AetherRestoreStatus, AetherSession, names};
 use aether_cas::Blob;
-use aether_engine::RestoreReport;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt as _;
@@ -19,6 +19,10 @@ use crate::cluster::update_status;
 use crate::driver::{Driver, parse_root};
 use crate::failure::{Failure, Result, chain};
 use crate::moments::{full_name, uid};
+use crate::records::{Applied, Upper};
+
+/// How many restores of a session are remembered: more than can be on their way to an answer at once.
+const REMEMBERED: usize = 16;
 
 /// Does a restore that is for this node to do.
 pub(super) async fn reconcile(restore: Arc<AetherRestore>, driver: Arc<Driver>) -> Result<()> {
@@ -27,7 +31,11 @@ pub(super) async fn reconcile(restore: Arc<AetherRestore>, driver: Arc<Driver>) 
     }
     let namespace = restore.namespace().unwrap_or_default();
     let Some(session) = driver.cluster.sessions.get(&namespace, &restore.spec.session) else { return Ok(()) };
-    if !driver.holds(&uid(&*session)) {
+    let Some(record) = driver.sessions.get(&uid(&*session)) else { return Ok(()) };
+    if let Some(applied) = record.applied.iter().find(|applied| applied.restore == uid(&*restore)) {
+        return finish(&restore, &driver, Ok(applied.clone())).await;
+    }
+    if record.upper != Upper::Dirty {
         return Ok(());
     }
     let Some(checkpoint) = driver.cluster.checkpoints.find(&namespace, &restore.spec.checkpoint).await? else {
@@ -47,10 +55,16 @@ pub(super) async fn reconcile(restore: Arc<AetherRestore>, driver: Arc<Driver>) 
         Err(failure) => return finish(&restore, &driver, Err((reason::INVALID, chain(&failure)))).await,
     };
 
-    let safety = format!("{}-safety", restore.name_any());
+    let plain = format!("{}-safety", restore.name_any());
+    let safety = match driver.cluster.checkpoints.find(&namespace, &plain).await? {
+        Some(other) if !serves(&other, &restore, &session) => {
+            format!("{plain}-{}-{}", uid(&*restore).split('-').next().unwrap_or_default(), record.epoch)
+        }
+        _ => plain,
+    };
     let restore = begin(&restore, &driver, &safety, target).await?;
     match work(&session, &driver, &restore, &safety, target).await {
-        Ok(Some(report)) => finish(&restore, &driver, Ok(report)).await,
+        Ok(Some(applied)) => finish(&restore, &driver, Ok(applied)).await,
         // Let go in the meantime: the operator restores a session that nobody holds.
         Ok(None) => Ok(()),
         Err(failure @ Failure::Kubernetes { .. }) => Err(failure),
@@ -71,10 +85,31 @@ pub(super) async fn wake(checkpoint: Arc<AetherCheckpoint>, driver: Arc<Driver>)
     Ok(())
 }
 
+/// Whether a checkpoint is the way back from this restore: made for it, and not taken before this node had the session,
+/// or what was written since would be missing. The operator's, for a restore that began while nobody held the session, names
+/// the session only.
+fn serves(checkpoint: &AetherCheckpoint, restore: &AetherRestore, session: &AetherSession) -> bool {
+    let of_session = checkpoint.labels().get(names::SESSION_UID_LABEL) == session.uid().as_ref();
+    let made_for_it = match checkpoint.annotations().get(names::RESTORE_UID_ANNOTATION) {
+        Some(uid) => restore.uid().as_ref() == Some(uid),
+        None => {
+            checkpoint.labels().get(names::ORIGIN_LABEL).is_some_and(|origin| origin == names::ORIGIN_SAFETY)
+                && checkpoint.creation_timestamp().map(|time| time.0) >= restore.creation_timestamp().map(|time| time.0)
+        }
+    };
+    let status = checkpoint.status.as_ref();
+    let attached = session.status.as_ref().and_then(|status| status.attachment.as_ref()?.since.as_ref());
+    let recent = status.is_none_or(|status| status.durability.is_none())
+        || status.and_then(|status| status.local_time.as_ref()).zip(attached).is_some_and(|(taken, since)| taken.0 > since.0);
+    of_session && made_for_it && recent
+}
+
 async fn begin(restore: &Arc<AetherRestore>, driver: &Driver, safety: &str, target: Blob) -> Result<Arc<AetherRestore>> {
     let api = driver.cluster.restores.api(&restore.namespace().unwrap_or_default());
     update_status(&api, restore.clone(), names::DRIVER_MANAGER, |restore| {
-        let begun = restore.status.as_ref().is_some_and(|status| status.node.as_deref() == Some(driver.node()));
+        let begun = restore.status.as_ref().is_some_and(|status| {
+            status.node.as_deref() == Some(driver.node()) && status.safety_checkpoint.as_deref() == Some(safety)
+        });
         (!begun).then(|| {
             json!(AetherRestoreStatus {
                 phase: Some("Running".into()),
@@ -95,9 +130,12 @@ async fn work(
     restore: &AetherRestore,
     safety: &str,
     target: Blob,
-) -> Result<Option<RestoreReport>> {
+) -> Result<Option<Applied>> {
     let message = format!("before restore {} to checkpoint {}", restore.name_any(), restore.spec.checkpoint);
-    let made = driver.make_checkpoint(session, safety, names::ORIGIN_SAFETY, message).await?;
+    let made = driver.make_checkpoint(session, safety, names::ORIGIN_SAFETY, message, Some(&uid(restore))).await?;
+    if !serves(&made, restore, session) {
+        return Err(Failure::Denied(format!("checkpoint {safety} is there already and is of something else, so nothing was changed: rename it")));
+    }
     let taken = |checkpoint: &AetherCheckpoint| {
         checkpoint.status.as_ref().and_then(|status| status.durability).is_some_and(|durability| matches!(durability, Durability::Local | Durability::Durable))
     };
@@ -107,9 +145,7 @@ async fn work(
 
     let uid = uid(&**session);
     let _lock = driver.session_locks.lock(&uid).await;
-    if !driver.holds(&uid) {
-        return Ok(None);
-    }
+    let Some((_, mut record)) = driver.holds_now(&uid).await? else { return Ok(None) };
     let writers = driver.writers(&uid).await?;
     if !writers.without_cgroup.is_empty() {
         return Err(Failure::NotYet(format!(
@@ -119,13 +155,25 @@ async fn work(
     }
     driver.engine.mount_session(&uid).await?;
     let report = driver.engine.restore_in_place(&uid, target, &writers.cgroups, &driver.remote).await?;
-    Ok(Some(report))
+    tracing::info!(restore = full_name(restore), bytes = report.bytes, "restored");
+    let applied = Applied {
+        restore: crate::moments::uid(restore),
+        changed: report.changed,
+        removed: report.removed,
+        frozen_micros: report.frozen_micros,
+    };
+    // Pods write again from here on: what says that it was done must outlive this process.
+    let forgotten = (record.applied.len() + 1).saturating_sub(REMEMBERED);
+    record.applied.drain(..forgotten);
+    record.applied.push(applied.clone());
+    driver.sessions.put(record).await?;
+    Ok(Some(applied))
 }
 
 async fn finish(
     restore: &Arc<AetherRestore>,
     driver: &Driver,
-    result: std::result::Result<RestoreReport, (&str, String)>,
+    result: std::result::Result<Applied, (&str, String)>,
 ) -> Result<()> {
     let api = driver.cluster.restores.api(&restore.namespace().unwrap_or_default());
     let generation = restore.metadata.generation;
@@ -136,9 +184,8 @@ async fn finish(
                 restore = full_name(&**restore),
                 changed = report.changed,
                 removed = report.removed,
-                bytes = report.bytes,
                 frozen_ms,
-                "restored"
+                "restore succeeded"
             );
             let message = format!(
                 "{} paths written, {} removed, pods held still for {frozen_ms} ms",
@@ -167,4 +214,62 @@ async fn finish(
     })
     .await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(second: i64) -> Time {
+        Time(Timestamp::from_second(1_700_000_000 + second).unwrap())
+    }
+
+    fn object<T: serde::de::DeserializeOwned>(kind: &str, metadata: serde_json::Value, spec: serde_json::Value, status: serde_json::Value) -> T {
+        let api = format!("{}/{}", names::GROUP, names::VERSION);
+        serde_json::from_value(json!({"apiVersion": api, "kind": kind, "metadata": metadata, "spec": spec, "status": status})).unwrap()
+    }
+
+    #[test]
+    fn the_way_back_is_of_this_restore_and_of_what_is_there_now() {
+        let restore: AetherRestore = object(
+            "AetherRestore",
+            json!({"name": "back", "uid": "r-2", "creationTimestamp": at(10)}),
+            json!({"session": "fix", "checkpoint": "good"}),
+            json!({}),
+        );
+        let session: AetherSession = object(
+            "AetherSession",
+            json!({"name": "fix", "uid": "s-1"}),
+            json!({"source": {"name": "linux"}}),
+            json!({"attachment": {"node": "a", "epoch": 3, "since": at(20)}}),
+        );
+        let safety = |restore: Option<&str>, uid: &str, created: i64, taken: Option<i64>| -> AetherCheckpoint {
+            let annotations: serde_json::Map<_, _> =
+                restore.map(|uid| (names::RESTORE_UID_ANNOTATION.to_owned(), json!(uid))).into_iter().collect();
+            object(
+                "AetherCheckpoint",
+                json!({
+                    "name": "back-safety",
+                    "creationTimestamp": at(created),
+                    "annotations": annotations,
+                    "labels": {names::ORIGIN_LABEL: names::ORIGIN_SAFETY, names::SESSION_UID_LABEL: uid},
+                }),
+                json!({"session": "fix"}),
+                taken.map_or(json!({}), |taken| json!({"durability": "Durable", "localTime": at(taken)})),
+            )
+        };
+        for (name, checkpoint, expected) in [
+            ("just made", safety(Some("r-2"), "s-1", 21, None), true),
+            ("taken before a kill", safety(Some("r-2"), "s-1", 21, Some(22)), true),
+            ("taken by an earlier holder", safety(Some("r-2"), "s-1", 11, Some(12)), false),
+            ("of an earlier restore of this name", safety(Some("r-1"), "s-1", 5, Some(6)), false),
+            ("of an earlier restore, while it was held here", safety(Some("r-1"), "s-1", 21, Some(22)), false),
+            ("the operator's, not taken yet", safety(None, "s-1", 11, None), true),
+            ("the operator's, before this node wrote", safety(None, "s-1", 11, Some(12)), false),
+            ("the operator's, for an earlier restore", safety(None, "s-1", 9, None), false),
+            ("of another session", safety(Some("r-2"), "s-0", 21, None), false),
+        ] {
+            assert_eq!(serves(&checkpoint, &restore, &session), expected, "{name}");
+        }
+    }
 }

@@ -64,8 +64,13 @@ fn attaching(driver: &Driver, session: &AetherSession) -> bool {
 async fn recover(driver: &Arc<Driver>, session: &Arc<AetherSession>) -> Result<()> {
     let uid = uid(&**session);
     let _lock = driver.session_locks.lock(&uid).await;
-    match driver.sessions.get(&uid) {
-        Some(record) if !matches!(record.upper, Upper::Clean { .. }) => driver.recover(session, &record).await,
+    // A pod here may have taken it anew since the cache was looked at.
+    let Some(record) = driver.sessions.get(&uid) else { return Ok(()) };
+    let newest = driver.cluster.sessions.read(&record.namespace, &record.name).await?;
+    let Some(session) = newest.filter(|session| session.uid().as_ref() == Some(&uid)) else { return Ok(()) };
+    match record.upper {
+        Upper::Dirty if driver.lost(&session, &record) => driver.recover(&session, &record).await,
+        Upper::Fenced { .. } => driver.recover(&session, &record).await,
         _ => Ok(()),
     }
 }
