@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use aether_api::session::Durability;
 use aether_api::{AetherCheckpoint, conditions, names};
@@ -12,6 +13,7 @@ use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Extension, Json, Router};
+use futures::TryStreamExt;
 use http::header;
 use kube::api::Api;
 use serde::Deserialize;
@@ -22,8 +24,9 @@ use tracing::{info, warn};
 
 use crate::authorize::may_read;
 use crate::changes::{self, Changes, Options};
-use crate::fast_import::{self, Titles};
+use crate::fast_import::{self, Titles, Transfer};
 use crate::front_proxy::{Identity, Trust};
+use crate::metrics::{Metrics, Outcome};
 use crate::status::ApiError;
 
 /// Media type of the stream.
@@ -53,6 +56,10 @@ pub struct Service {
     pub directory_bytes: u64,
     /// Where large contents pass through.
     pub spool: Option<PathBuf>,
+    /// How long one piece of a diff may wait for its reader.
+    pub patience: Duration,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 /// All routes. Each wants a [`Peer`] among the request's extensions and answers 401 without one that is trusted.
@@ -93,12 +100,24 @@ struct Parameters {
     git: bool,
 }
 
+type AskedFor = Result<Query<Parameters>, axum::extract::rejection::QueryRejection>;
+
 async fn changes(
     State(service): State<Service>,
     Extension(identity): Extension<Identity>,
     Path((namespace, name)): Path<(String, String)>,
-    parameters: Result<Query<Parameters>, axum::extract::rejection::QueryRejection>,
+    parameters: AskedFor,
 ) -> Result<Response, ApiError> {
+    let requests = service.metrics.requests.clone();
+    let answer = begin(service, identity, (namespace, name), parameters).await;
+    if let Err(error) = &answer {
+        requests.of((Outcome::of_answer(error),)).inc();
+    }
+    answer
+}
+
+/// Compares the trees and begins to send what differs; the rest goes on by itself, and is counted when it ends.
+async fn begin(service: Service, identity: Identity, (namespace, name): (String, String), parameters: AskedFor) -> Result<Response, ApiError> {
     let Query(parameters) = parameters.map_err(|error| ApiError::bad_request(error.body_text()))?;
     // Whoever may not read it does not learn whether it is there.
     may_read(&service.client, &identity, &namespace, &name).await?;
@@ -113,6 +132,7 @@ async fn changes(
     };
     let titles = Titles { base: base_title, head: format!("checkpoint {name}") };
     let permit = service.streams.clone().acquire_owned().await.map_err(|_| ApiError::unavailable("the review server is shutting down"))?;
+    let under_way = service.metrics.under_way();
     let options = Options { git: parameters.git, directory_bytes: service.directory_bytes };
     let changes = Changes::between(&*service.store, base, head, options).await.map_err(|error| match error {
         changes::Error::TooLarge { .. } => ApiError::too_large(format!("checkpoint {name}: {error}")),
@@ -122,17 +142,24 @@ async fn changes(
     info!(user = identity.user, namespace, checkpoint = name, base = changes.base.len(), head = changes.head.len(), "sending changes");
 
     let (sender, receiver) = mpsc::channel(PIECES);
+    let bytes = service.metrics.sent.clone();
     tokio::spawn(async move {
-        let written = fast_import::write(service.store, &changes, &titles, service.spool.as_deref(), &sender).await;
+        let transfer = Transfer { spool: service.spool.as_deref(), patience: service.patience };
+        let written = fast_import::write(service.store, &changes, &titles, transfer, &sender).await;
+        service.metrics.requests.of((Outcome::of_stream(&written),)).inc();
+        // Before the last word, for which a stalled reader may take as long as it likes.
+        drop((permit, under_way));
         if let Err(error) = written {
             warn!(namespace, checkpoint = name, "changes not sent to their end: {error}");
             // Breaks the connection, so that nobody takes the part for the whole.
             let _ = sender.send(Err(std::io::Error::other(error))).await;
         }
-        drop(permit);
+    });
+    let pieces = ReceiverStream::new(receiver).inspect_ok(move |piece| {
+        bytes.inc_by(piece.len() as u64);
     });
     let headers = [(header::CONTENT_TYPE, FAST_IMPORT), (header::CACHE_CONTROL, "no-store"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
-    Ok((headers, Body::from_stream(ReceiverStream::new(receiver))).into_response())
+    Ok((headers, Body::from_stream(pieces)).into_response())
 }
 
 fn unreadable(name: &str, error: &aether_cas::StoreError) -> ApiError {

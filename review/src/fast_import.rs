@@ -5,12 +5,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use aether_cas::{Blob, Store, StoreError, tree};
 use bytes::{Bytes, BytesMut};
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 use crate::changes::{Changes, Entry, Object, batches};
 
@@ -33,6 +35,12 @@ pub enum Error {
     /// Nobody reads any more.
     #[error("the reader has gone away")]
     Gone,
+    /// Somebody reads, but has taken nothing for too long.
+    #[error("the reader has taken nothing for {} s", patience.as_secs())]
+    Stalled {
+        /// How long is too long.
+        patience: Duration,
+    },
 }
 
 /// Where a stream goes, piece by piece. Its capacity bounds what is in memory.
@@ -47,14 +55,23 @@ pub struct Titles {
     pub head: String,
 }
 
+/// Where contents pass through, and how long a reader may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Transfer<'a> {
+    /// The folder for contents that are too large for memory; the system's own when absent.
+    pub spool: Option<&'a std::path::Path>,
+    /// How long one piece may wait for the reader.
+    pub patience: Duration,
+}
+
 /// Writes the stream of `changes`. On an error the stream lacks its end, which git notices.
 ///
 /// # Errors
 /// See [`Error`].
-pub async fn write(store: Arc<dyn Store>, changes: &Changes, titles: &Titles, spool: Option<&std::path::Path>, out: &Pieces) -> Result<(), Error> {
-    let mut writer = Writer { out, text: BytesMut::new(), marks: 0 };
+pub async fn write(store: Arc<dyn Store>, changes: &Changes, titles: &Titles, transfer: Transfer<'_>, out: &Pieces) -> Result<(), Error> {
+    let mut writer = Writer { out, patience: transfer.patience, text: BytesMut::new(), marks: 0 };
     writer.text.extend_from_slice(b"feature done\n");
-    let files = writer.files(&*store, &changes.contents(), spool).await?;
+    let files = writer.files(&*store, &changes.contents(), transfer.spool).await?;
     let mut targets = HashMap::new();
     for (name, title, side) in [("base", &titles.base, &changes.base), ("head", &titles.head, &changes.head)] {
         for entry in side {
@@ -77,6 +94,7 @@ pub async fn write(store: Arc<dyn Store>, changes: &Changes, titles: &Titles, sp
 
 struct Writer<'a> {
     out: &'a Pieces,
+    patience: Duration,
     text: BytesMut,
     marks: u64,
 }
@@ -162,7 +180,10 @@ impl Writer<'_> {
         if data.is_empty() {
             return Ok(());
         }
-        self.out.send(Ok(data)).await.map_err(|_| Error::Gone)
+        match timeout(self.patience, self.out.send(Ok(data))).await {
+            Ok(sent) => sent.map_err(|_| Error::Gone),
+            Err(_) => Err(Error::Stalled { patience: self.patience }),
+        }
     }
 }
 
@@ -229,5 +250,16 @@ mod tests {
             quote(path, &mut out);
             assert_eq!(out, quoted.as_bytes());
         }
+    }
+    #[tokio::test]
+    async fn a_reader_that_takes_nothing_is_given_up() {
+        let store = aether_cas::MemoryStore::default();
+        let object = Object::File { content: store.put(&b"contents"[..]), executable: false };
+        let changes = Changes { base: Vec::new(), head: vec![Entry { path: b"a".to_vec(), object }] };
+        let titles = Titles { base: "base".into(), head: "head".into() };
+        let (out, _nobody_reads) = mpsc::channel(1);
+        let transfer = Transfer { spool: None, patience: Duration::from_millis(10) };
+        let written = write(Arc::new(store), &changes, &titles, transfer, &out).await;
+        assert!(matches!(written, Err(Error::Stalled { .. })), "{written:?}");
     }
 }

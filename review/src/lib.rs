@@ -12,5 +12,6 @@ pub mod config;
 pub mod fast_import;
 pub mod front_proxy;
 pub mod keeper;
+pub mod metrics;
 pub mod server;
 pub mod status;

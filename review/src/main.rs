@@ -16,6 +16,9 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tracing::info;
 
+/// How long one piece of a diff may wait for its reader, who holds one of few places meanwhile.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 #[tokio::main]
 async fn main() -> Result<()> {
     let config = Config::parse();
@@ -30,7 +33,7 @@ async fn main() -> Result<()> {
     let listener = TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
     info!(address = %config.listen, store = config.store, "serving the review API");
 
-    let readiness = Readiness::new();
+    let (readiness, metrics) = (Readiness::new(), Metrics::new());
     let (settings, served) = watch::channel(None);
     let keeper = Keeper {
         client: client.clone(),
@@ -46,11 +49,13 @@ async fn main() -> Result<()> {
         streams: Arc::new(Semaphore::new(config.streams.into())),
         directory_bytes: config.directory_bytes,
         spool: config.spool.clone(),
+        patience: PATIENCE,
+        metrics: aether_review::metrics::Metrics::new(&metrics),
     });
     let tasks = Tasks::new();
     tasks.essential(Stage::Intake, "review API", |stop| server::serve(listener, served, router, stop));
     tasks.essential(Stage::Work, "certificate", |stop| keeper.run(stop));
-    let health = http::routes(readiness, Metrics::new());
+    let health = http::routes(readiness, metrics);
     tasks.essential(Stage::Foundation, "health", |stop| http::serve(config.health, health, stop));
     tasks.run(shutdown, Duration::from_secs(config.grace_seconds)).await
 }

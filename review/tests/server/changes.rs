@@ -208,6 +208,28 @@ async fn who_may_not_read_learns_nothing() {
 }
 
 #[tokio::test]
+async fn how_requests_end_is_counted() {
+    let store = MemoryStore::new();
+    let root = directory(&store, vec![]);
+    let (mut service, _) = cluster::service(&store, vec![cluster::checkpoint("k", root, root)]);
+    let table = aether_runtime::Metrics::new();
+    service.metrics = aether_review::metrics::Metrics::new(&table);
+    let body = get(service.clone(), "ada", "k/changes").await.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(status(get(service.clone(), "ada", "missing/changes").await).await.0, 404);
+    assert_eq!(status(get(service, "eve", "k/changes").await).await.0, 403);
+    let text = table.render();
+    for line in [
+        "aether_review_requests_total{outcome=\"sent\"} 1",
+        "aether_review_requests_total{outcome=\"refused\"} 1",
+        "aether_review_requests_total{outcome=\"denied\"} 1",
+        "aether_review_streams 0",
+        &format!("aether_review_sent_bytes_total {}", body.len()),
+    ] {
+        assert!(text.contains(line), "{line} is not in\n{text}");
+    }
+}
+
+#[tokio::test]
 async fn what_cannot_be_read_is_an_error_before_the_stream() {
     let store = MemoryStore::new();
     let content = file(&store, "content", 0o644);

@@ -70,6 +70,8 @@ pub(crate) fn service(store: &MemoryStore, checkpoints: Vec<AetherCheckpoint>) -
         streams: Arc::new(Semaphore::new(2)),
         directory_bytes: 1 << 20,
         spool: None,
+        patience: std::time::Duration::from_secs(60),
+        metrics: aether_review::metrics::Metrics::new(&aether_runtime::Metrics::new()),
     };
     (service, reviews)
 }
