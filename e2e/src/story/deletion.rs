@@ -36,7 +36,7 @@ pub(super) async fn leave_nothing(story: &Story) -> Result<String> {
     story.kubectl(&["delete", "aethersession", "gone-fork", "--timeout=60s"]).await?;
     story.kubectl(&["wait", "--for=delete", "aethersession/gone", "--timeout=60s"]).await.or_else(super::already_gone)?;
     story.kubectl(&["delete", "aethercheckpoint", "gone-1", "--timeout=60s"]).await?;
-    story.nothing_left().await?;
+    story.nothing_left(|session| session == "gone" || session == "gone-fork").await?;
 
     // A namespace that is deleted while nobody reconciles.
     story.agent("orphan", "orphan").await?;
@@ -49,23 +49,24 @@ pub(super) async fn leave_nothing(story: &Story) -> Result<String> {
     story.kubectl(&["-n", SYSTEM_NAMESPACE, "scale", "deployment/aether-operator", "--replicas=1"]).await?;
     ended?;
     story.kubectl(&["wait", "--for=delete", &format!("namespace/{}", story.namespace), "--timeout=120s"]).await.or_else(super::already_gone)?;
-    story.nothing_left().await?;
+    story.nothing_left(|_| true).await?;
     Ok("sessions, checkpoints, claims and the namespace are gone; no mount, no upper, no PersistentVolume left".into())
 }
 
 impl Story {
-    /// Waits until no node has anything of this namespace's sessions, and no PersistentVolume points at it.
-    pub async fn nothing_left(&self) -> Result<()> {
+    /// Waits until no node has anything of these sessions of the namespace, and no PersistentVolume points at their claims.
+    async fn nothing_left(&self, concerns: impl Fn(&str) -> bool) -> Result<()> {
         let volumes: Api<PersistentVolume> = Api::all(self.cluster.client.clone());
         self.poll("nothing of the namespace is left", limit(90), async || {
             for volume in volumes.list(&ListParams::default()).await?.items {
-                let claim = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref()).and_then(|claim| claim.namespace.as_deref());
-                ensure!(claim != Some(&self.namespace), "PersistentVolume {:?} is left", volume.metadata.name);
+                let claim = volume.spec.as_ref().and_then(|spec| spec.claim_ref.clone()).unwrap_or_default();
+                let ours = claim.namespace.as_ref() == Some(&self.namespace) && concerns(claim.name.as_deref().unwrap_or_default());
+                ensure!(!ours, "PersistentVolume {:?} is left", volume.metadata.name);
             }
             for driver in self.driver_pods().await? {
                 let list = self.kubectl(&["-n", SYSTEM_NAMESPACE, "exec", &driver, "--", "aether-node", "list", "-o", "json"]).await?;
                 let list: serde_json::Value = serde_json::from_str(&list).context("aether-node list -o json")?;
-                let left: Vec<_> = list.as_array().into_iter().flatten().filter(|session| session["namespace"] == self.namespace).collect();
+                let left: Vec<_> = list.as_array().into_iter().flatten().filter(|session| session["namespace"] == self.namespace && concerns(session["name"].as_str().unwrap_or_default())).collect();
                 ensure!(left.is_empty(), "{driver} still has {left:?}");
                 // Fails where something is wrong.
                 self.kubectl(&["-n", SYSTEM_NAMESPACE, "exec", &driver, "--", "aether-node", "fsck"]).await?;

@@ -17,14 +17,19 @@ pub(super) async fn kill_our_parts(story: &Story) -> Result<String> {
         )
         .await?;
     for part in ["aether-csi-driver", "aether-operator", "aether-store-node"] {
-        let rounds = rounds(story).await?;
+        let (rounds, restarts) = (rounds(story).await?, story.restarts().await?);
         story.kill_part(part).await?;
         story.poll(&format!("the writer goes on after {part} was killed"), limit(30), async || {
             ensure!(self::rounds(story).await? > rounds + 20, "it stands still");
             Ok(())
         })
         .await?;
-        story.poll(&format!("{part} is back"), limit(120), async || story.parts_ready().await).await?;
+        story.poll(&format!("{part} is back"), limit(120), async || {
+            // The kubelet may not have noticed yet.
+            ensure!(story.restarts().await? > restarts, "nothing was started again");
+            story.parts_ready().await
+        })
+        .await?;
     }
     // Back and serving: a checkpoint needs all three.
     story.aether(&["checkpoint", "steady", "--name", "steady-1", "--wait", "durable"]).await?;

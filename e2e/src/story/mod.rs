@@ -43,11 +43,6 @@ use crate::{product, third_party, wait};
 pub const PLATFORM_NAMESPACE: &str = "platform";
 /// The image of agents' pods.
 pub const TOOLS_IMAGE: &str = "aether/tools:dev";
-/// The README's examples, in `docs/samples`.
-pub const SAMPLES: [&str; 9] = [
-    "source.yaml", "session.yaml", "pod.yaml", "fork.yaml", "checkpoint.yaml", "restore.yaml", "command.yaml", "inline.yaml", "claim.yaml",
-];
-
 /// One step of the story.
 pub struct Step {
     /// Its name in the report and as a test.
@@ -299,6 +294,18 @@ impl Story {
         let mut found = pods.list(&ListParams::default().labels("app.kubernetes.io/component=driver")).await?.items;
         found.sort_by_key(|pod| pod.spec.as_ref().and_then(|spec| spec.node_name.clone()));
         Ok(found.iter().map(ResourceExt::name_any).collect())
+    }
+
+    /// How often containers of our parts were started again.
+    pub async fn restarts(&self) -> Result<i32> {
+        let pods: Api<Pod> = Api::namespaced(self.cluster.client.clone(), SYSTEM_NAMESPACE);
+        let found = pods.list(&ListParams::default().labels("app.kubernetes.io/name=aether")).await?.items;
+        Ok(found
+            .iter()
+            .filter_map(|pod| pod.status.as_ref()?.container_statuses.as_ref())
+            .flatten()
+            .map(|container| container.restart_count)
+            .sum())
     }
 
     /// An error that names a part of ours that is not ready.
