@@ -132,7 +132,7 @@ async fn a_command_runs_once_and_its_exit_code_is_told() {
     let operator = prepared().await;
     put_command(&operator, |spec| spec.checkpoint_after = true);
     let status = command(&operator).await;
-    assert_eq!(short(&operator.api.take_writes()), ["POST pods", "PATCH aethercommands/status"]);
+    assert_eq!(short(&operator.api.take_writes()), ["PATCH aethercommands/status", "POST pods"], "named before it is made");
     assert_eq!((status.phase.as_deref(), status.pod_name.as_deref()), (Some("Pending"), Some("build")));
     command(&operator).await;
     assert!(operator.api.take_writes().is_empty());

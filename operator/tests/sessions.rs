@@ -210,9 +210,6 @@ async fn the_end_waits_for_the_node_unless_it_is_lost() {
     let operator = Operator::new();
     operator.put_source("linux");
     operator.bound_session("fix", "linux").await;
-    let mut node = Node::default();
-    node.metadata.name = Some("n1".into());
-    operator.api.put(&node);
     operator.attach("fix", Some("n1"));
     delete(&operator, "fix").await;
     assert_eq!(short(&operator.api.take_writes()), ["PATCH aethersessions/status"], "told once, and the volume stays");

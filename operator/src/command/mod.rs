@@ -82,6 +82,11 @@ fn taken(pod: &Pod) -> Wanted {
     Wanted::yes(FAILED, reason::NAME_TAKEN, message)
 }
 
+/// The condition of a command whose pod is there or about to be.
+fn starting() -> Wanted {
+    Wanted::no(COMPLETE, reason::IN_PROGRESS, "the pod is starting")
+}
+
 enum Start {
     /// The pod is made; this is the command whose status names it.
     Started(Box<AetherCommand>),
@@ -123,6 +128,7 @@ async fn start(command: &AetherCommand, commands: &Api<AetherCommand>, pods: &Ap
     let mut status = command.status.clone().unwrap_or_default();
     status.pod_name = Some(pod.name_any());
     status.phase = Some("Pending".into());
+    conditions::set(&mut status.conditions, starting(), command.meta().generation);
     let named = objects::write_status(commands, command, &status).await?.unwrap_or_else(|| command.clone());
     match objects::create(pods, &pod).await {
         Ok(Some(_)) => Ok(Start::Started(Box::new(named))),
@@ -169,7 +175,7 @@ fn next_status(command: &AetherCommand, outcome: Outcome, checkpoint: Option<Str
             status.phase = Some("Pending".into());
             let wanted = match trouble {
                 Some(trouble) => Wanted::no(COMPLETE, reason::POD_FAILED, trouble),
-                None => Wanted::no(COMPLETE, reason::IN_PROGRESS, "the pod is starting"),
+                None => starting(),
             };
             conditions::set(&mut status.conditions, wanted, generation);
         }

@@ -165,7 +165,7 @@ mod tests {
         let source = source(AetherSourceSpec { git: Some(git), ..Default::default() });
         let job = job(&source, "linux-import-1".into(), Some("c0ffee"), &config());
         let arguments = container(&job).args.clone().unwrap().join(" ");
-        assert_eq!(arguments, "git --url https://example.org/linux --ref v6 --depth 3 --submodules --unless-commit c0ffee --secret-dir /var/run/aether/secret --store http://s");
+        assert_eq!(arguments, "git --url https://example.org/linux --ref v6 --depth 3 --submodules --unless-commit c0ffee --secret-dir /var/run/aether/secret --secret-name platform/key --store http://s");
         let pod = job.spec.unwrap().template.spec.unwrap();
         assert_eq!(pod.automount_service_account_token, Some(false));
         assert_eq!(pod.security_context.unwrap().run_as_non_root, Some(true));

@@ -12,7 +12,7 @@ use aether_operator::context::Context;
 use aether_operator::pins::Pins;
 use aether_testkit::{ApiServer, Write};
 use clap::Parser;
-use k8s_openapi::api::core::v1::{PersistentVolumeClaim, PersistentVolumeClaimStatus};
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, PersistentVolumeClaimStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 pub const NAMESPACE: &str = "agents";
@@ -74,8 +74,13 @@ impl Operator {
         self.api.get(NAMESPACE, name).expect("just put")
     }
 
-    /// What a node does when it takes or gives back the writer's lease.
+    /// What a node, which lives, does when it takes or gives back the writer's lease.
     pub fn attach(&self, session: &str, node: Option<&str>) {
+        if let Some(name) = node {
+            let mut node = Node::default();
+            node.metadata.name = Some(name.into());
+            self.api.put(&node);
+        }
         self.api.change::<AetherSession>(NAMESPACE, session, |session| {
             let status = session.status.get_or_insert_default();
             let epoch = status.attachment.as_ref().map_or(0, |attachment| attachment.epoch) + 1;
