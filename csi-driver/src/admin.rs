@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use aether_proto::node::v1 as admin;
 use admin::node_admin_server::NodeAdmin;
+use aether_proto::node::v1 as admin;
 use tonic::{Request, Response, Status};
 
 use crate::driver::Driver;
@@ -38,8 +38,16 @@ impl NodeAdmin for AdminService {
             });
             let any = publishes.first();
             sessions.push(admin::Session {
-                namespace: record.as_ref().map(|record| record.namespace.clone()).or(any.map(|publish| publish.namespace.clone())).unwrap_or_default(),
-                name: record.as_ref().map(|record| record.name.clone()).or(any.map(|publish| publish.session.clone())).unwrap_or_default(),
+                namespace: record
+                    .as_ref()
+                    .map(|record| record.namespace.clone())
+                    .or(any.map(|publish| publish.namespace.clone()))
+                    .unwrap_or_default(),
+                name: record
+                    .as_ref()
+                    .map(|record| record.name.clone())
+                    .or(any.map(|publish| publish.session.clone()))
+                    .unwrap_or_default(),
                 base: status.session.image.root.to_string(),
                 mounted: status.mountpoint.is_some(),
                 targets: publishes
@@ -83,8 +91,11 @@ impl NodeAdmin for AdminService {
                 message: message.to_owned(),
                 repaired: report.repaired,
             };
-            problems.extend(report.damaged.iter().map(|blob| problem(blob.to_string(), "the copy here is not what its name says")));
-            problems.extend(report.stray_files.iter().map(|path| problem(path.display().to_string(), "left by a crash")));
+            problems.extend(
+                report.damaged.iter().map(|blob| problem(blob.to_string(), "the copy here is not what its name says")),
+            );
+            problems
+                .extend(report.stray_files.iter().map(|path| problem(path.display().to_string(), "left by a crash")));
         }
         let statistics = driver.engine.statistics().await.map_err(Failure::from)?;
         Ok(Response::new(admin::FsckResponse { problems, sessions: statistics.sessions, objects: statistics.objects }))

@@ -223,7 +223,11 @@ impl Driver {
     }
 
     /// Waits until the session has something to mount.
-    async fn wait_until_resolved(&self, mut session: Arc<AetherSession>, patience: &Patience) -> Result<Arc<AetherSession>> {
+    async fn wait_until_resolved(
+        &self,
+        mut session: Arc<AetherSession>,
+        patience: &Patience,
+    ) -> Result<Arc<AetherSession>> {
         let mut changes = self.cluster.sessions.changes();
         while self.beginning(&session).await?.is_none() && !self.holds(&session.uid().unwrap_or_default()) {
             let reason = unresolved(&session).to_string();
@@ -272,8 +276,8 @@ impl Driver {
         let describe = || format!("ask whether node {holder} lives");
         let nodes: Api<Node> = Api::all(self.cluster.client.clone());
         let leases = self.node_leases();
-        let (node, lease) = tokio::try_join!(nodes.get_metadata_opt(holder), leases.get_opt(holder))
-            .map_err(Failure::api(describe))?;
+        let (node, lease) =
+            tokio::try_join!(nodes.get_metadata_opt(holder), leases.get_opt(holder)).map_err(Failure::api(describe))?;
         Ok(Liveness::judge(node.is_some(), lease.as_ref(), Timestamp::now()))
     }
 

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use aether_api::{AetherCheckpoint, AetherRestore, AetherSession, AetherSource};
+use aether_runtime::CancellationToken;
 use futures::{StreamExt as _, TryStreamExt as _};
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::{WatchStreamExt as _, watcher};
@@ -14,15 +15,29 @@ use kube::{Api, Client, Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use aether_runtime::CancellationToken;
 
 use crate::failure::{Failure, Result};
 
 /// A kind of object that can be cached.
-pub(crate) trait Kind: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope> + Clone + Debug + DeserializeOwned + Send + Sync + 'static {}
+pub(crate) trait Kind:
+    Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
+    + Clone
+    + Debug
+    + DeserializeOwned
+    + Send
+    + Sync
+    + 'static
+{
+}
 
 impl<K> Kind for K where
-    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope> + Clone + Debug + DeserializeOwned + Send + Sync + 'static
+    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
+        + Clone
+        + Debug
+        + DeserializeOwned
+        + Send
+        + Sync
+        + 'static
 {
 }
 
@@ -58,7 +73,8 @@ where
     pub(crate) async fn follow(&self, stop: CancellationToken) {
         let Some(writer) = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
         let kind = K::kind(&());
-        let events = watcher(Api::<K>::all(self.client.clone()), watcher::Config::default()).default_backoff().reflect(writer);
+        let events =
+            watcher(Api::<K>::all(self.client.clone()), watcher::Config::default()).default_backoff().reflect(writer);
         let mut events = std::pin::pin!(events.take_until(stop.cancelled_owned()));
         while let Some(event) = events.next().await {
             match event {
@@ -266,11 +282,18 @@ pub(crate) async fn run<K, Context, Reconcile, Running>(
             let count = failures.entry(key(&object)).or_default();
             *count += 1;
             // 0.5 s, doubled each time, up to a minute.
-            let delay = std::time::Duration::from_millis(500 << (*count - 1).min(7)).min(std::time::Duration::from_secs(60));
+            let delay =
+                std::time::Duration::from_millis(500 << (*count - 1).min(7)).min(std::time::Duration::from_secs(60));
             if error.is_gone() {
                 return Action::await_change();
             }
-            tracing::warn!(task = name, object = key(&object), error = crate::failure::chain(error), ?delay, "will try again");
+            tracing::warn!(
+                task = name,
+                object = key(&object),
+                error = crate::failure::chain(error),
+                ?delay,
+                "will try again"
+            );
             Action::requeue(delay)
         }
     };
@@ -325,7 +348,11 @@ mod tests {
                 let (code, answer) = match parts.method {
                     Method::GET => (200, object.clone()),
                     Method::PATCH => {
-                        assert!(parts.uri.path().ends_with("/namespaces/team/aethersessions/fix/status"), "{}", parts.uri);
+                        assert!(
+                            parts.uri.path().ends_with("/namespaces/team/aethersessions/fix/status"),
+                            "{}",
+                            parts.uri
+                        );
                         assert!(parts.uri.query().unwrap_or_default().contains("fieldManager=driver"));
                         let patch: Value = serde_json::from_slice(&sent).unwrap();
                         if patch["metadata"]["resourceVersion"] == object["metadata"]["resourceVersion"] {
@@ -336,12 +363,17 @@ mod tests {
                             }
                             (200, object.clone())
                         } else {
-                            (409, json!({"kind": "Status", "status": "Failure", "reason": "Conflict", "message": "changed", "code": 409}))
+                            (
+                                409,
+                                json!({"kind": "Status", "status": "Failure", "reason": "Conflict", "message": "changed", "code": 409}),
+                            )
                         }
                     }
                     other => panic!("{other} was not expected"),
                 };
-                Ok::<_, Infallible>(Response::builder().status(code).body(Body::from(serde_json::to_vec(&answer).unwrap())).unwrap())
+                Ok::<_, Infallible>(
+                    Response::builder().status(code).body(Body::from(serde_json::to_vec(&answer).unwrap())).unwrap(),
+                )
             }
         });
         Client::new(service, "default")
@@ -387,7 +419,9 @@ mod tests {
     async fn an_object_made_anew_is_not_written() {
         let object = Arc::new(Mutex::new(session("another", "9")));
         let api = Api::namespaced(server(object.clone()), "team");
-        let result = update_status(&api, seen(&session("u", "5")), "driver", |_: &AetherSession| Some(json!({"ownBytes": 1}))).await;
+        let result =
+            update_status(&api, seen(&session("u", "5")), "driver", |_: &AetherSession| Some(json!({"ownBytes": 1})))
+                .await;
         assert!(result.unwrap_err().is_gone());
         assert_eq!(object.lock().unwrap()["status"], json!({}));
     }

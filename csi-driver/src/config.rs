@@ -229,7 +229,8 @@ mod tests {
     #[test]
     fn a_pool_that_contradicts_itself_stops_the_start() {
         let arguments = |extra: &[&str]| {
-            let mut all = vec!["aether-csi-driver", "--node-name=n", "--store=http://s:1", "--state-dir=/nonexistent/aether"];
+            let mut all =
+                vec!["aether-csi-driver", "--node-name=n", "--store=http://s:1", "--state-dir=/nonexistent/aether"];
             all.extend(extra);
             Arguments::try_parse_from(all).expect("arguments parse")
         };

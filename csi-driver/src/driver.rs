@@ -153,7 +153,9 @@ impl Driver {
     /// A cache that says otherwise may be behind, so the API server decides. Whoever acts on the answer holds the session's
     /// lock.
     pub(crate) async fn holds_now(&self, uid: &str) -> Result<Option<(Arc<AetherSession>, SessionRecord)>> {
-        let Some(record) = self.sessions.get(uid).filter(|record| record.upper == Upper::Dirty) else { return Ok(None) };
+        let Some(record) = self.sessions.get(uid).filter(|record| record.upper == Upper::Dirty) else {
+            return Ok(None);
+        };
         let held = |session: &Arc<AetherSession>| {
             let attachment = session.status.as_ref().and_then(|status| status.attachment.as_ref());
             session.uid().as_deref() == Some(uid) && lease::holds(attachment, &record, self.node())

@@ -33,7 +33,13 @@ impl Events {
     }
 
     /// An event on an object of ours.
-    pub(crate) async fn on<K: Resource<DynamicType = ()>>(&self, object: &K, type_: EventType, reason: &str, note: String) {
+    pub(crate) async fn on<K: Resource<DynamicType = ()>>(
+        &self,
+        object: &K,
+        type_: EventType,
+        reason: &str,
+        note: String,
+    ) {
         self.publish(&object.object_ref(&()), type_, reason, note).await;
     }
 

@@ -120,7 +120,11 @@ impl Driver {
     async fn end_own_session(&self, record: PublishRecord) {
         let mut delay = Duration::from_millis(500);
         while let Err(error) = self.try_end_own_session(&record).await {
-            tracing::warn!(session = record.session, error = crate::failure::chain(&error), "deleting the session of an inline volume");
+            tracing::warn!(
+                session = record.session,
+                error = crate::failure::chain(&error),
+                "deleting the session of an inline volume"
+            );
             tokio::select! {
                 () = tokio::time::sleep(delay) => delay = (delay * 2).min(Duration::from_secs(60)),
                 // The record stays: the next start goes on.
@@ -158,7 +162,11 @@ impl Driver {
                 Ok(_) => {}
                 // Gone, or another of that name.
                 Err(error) if matches!(status_code(&error), Some(404 | 409)) => {}
-                Err(error) => return Err(Failure::api(|| format!("delete session {}/{}", record.namespace, record.session))(error)),
+                Err(error) => {
+                    return Err(Failure::api(|| format!("delete session {}/{}", record.namespace, record.session))(
+                        error,
+                    ));
+                }
             }
         }
         let _target = self.target_locks.lock_path(&record.target).await;
@@ -198,7 +206,12 @@ fn build(record: &PublishRecord, pod: &Pod, source: &AetherSource, owner: Owner)
 }
 
 /// What the operator would stamp.
-fn first_status(source: &AetherSource, revision: &Revision, owner: Owner, session: &AetherSession) -> serde_json::Value {
+fn first_status(
+    source: &AetherSource,
+    revision: &Revision,
+    owner: Owner,
+    session: &AetherSession,
+) -> serde_json::Value {
     let base = Base {
         root: Some(revision.root.clone()),
         source_namespace: source.namespace(),

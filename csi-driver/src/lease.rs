@@ -34,9 +34,8 @@ impl Liveness {
         match renewed {
             None => Self::Unknown,
             Some((renewed, seconds)) => {
-                let until = renewed
-                    .checked_add(jiff::SignedDuration::from_secs(seconds.into()))
-                    .unwrap_or(Timestamp::MAX);
+                let until =
+                    renewed.checked_add(jiff::SignedDuration::from_secs(seconds.into())).unwrap_or(Timestamp::MAX);
                 if until > now { Self::Alive { until } } else { Self::Expired { at: until } }
             }
         }
@@ -99,13 +98,15 @@ pub(crate) fn decide(
 /// Whether `me` holds the lease under the epoch of its record, and the upper here is the session.
 pub(crate) fn holds(attachment: Option<&Attachment>, local: &SessionRecord, me: &str) -> bool {
     local.upper == Upper::Dirty
-        && attachment.is_some_and(|attachment| attachment.node.as_deref() == Some(me) && attachment.epoch == local.epoch)
+        && attachment
+            .is_some_and(|attachment| attachment.node.as_deref() == Some(me) && attachment.epoch == local.epoch)
 }
 
 /// Whether another node has taken the session over since this node wrote it.
 pub(crate) fn lost(attachment: Option<&Attachment>, local: &SessionRecord, me: &str) -> bool {
     attachment.is_some_and(|attachment| {
-        attachment.epoch > local.epoch && !(attachment.node.as_deref() == Some(me) && attachment.epoch == local.epoch + 1)
+        attachment.epoch > local.epoch
+            && !(attachment.node.as_deref() == Some(me) && attachment.epoch == local.epoch + 1)
     })
 }
 
@@ -156,13 +157,31 @@ mod tests {
             ("held elsewhere, alive", attachment(Some("b"), 4), None, alive, wait.clone()),
             ("held elsewhere, no lease to judge by", attachment(Some("b"), 4), None, Some(Liveness::Unknown), wait),
             ("holder deleted", attachment(Some("b"), 4), None, Some(Liveness::NodeGone), take(5, Some("b"))),
-            ("holder expired", attachment(Some("b"), 4), None, Some(Liveness::Expired { at: at(0) }), take(5, Some("b"))),
+            (
+                "holder expired",
+                attachment(Some("b"), 4),
+                None,
+                Some(Liveness::Expired { at: at(0) }),
+                take(5, Some("b")),
+            ),
             ("taken over by another", attachment(Some("b"), 5), record(4, Upper::Dirty), alive, Action::Recover),
             ("taken over and released", attachment(None, 5), record(4, Upper::Dirty), None, Action::Recover),
             ("let go by another hand", attachment(None, 4), record(4, Upper::Dirty), None, Action::Recover),
             ("two pods at once: the cache has not seen the lease", None, record(1, Upper::Dirty), None, Action::Reread),
-            ("the cache shows the holder before", attachment(Some("b"), 3), record(4, Upper::Dirty), alive, Action::Reread),
-            ("the cache shows our own lease before", attachment(Some("a"), 3), record(4, Upper::Dirty), None, Action::Reread),
+            (
+                "the cache shows the holder before",
+                attachment(Some("b"), 3),
+                record(4, Upper::Dirty),
+                alive,
+                Action::Reread,
+            ),
+            (
+                "the cache shows our own lease before",
+                attachment(Some("a"), 3),
+                record(4, Upper::Dirty),
+                None,
+                Action::Reread,
+            ),
             (
                 "recovery not finished",
                 attachment(Some("a"), 4),

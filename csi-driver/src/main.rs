@@ -13,6 +13,8 @@ mod inline;
 mod lease;
 mod metrics;
 mod moments;
+#[cfg(test)]
+mod mount_races;
 mod node;
 mod publish;
 mod records;

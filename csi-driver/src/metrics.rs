@@ -43,7 +43,8 @@ impl Metrics {
             uploaded: table.counter("aether_driver_uploaded_bytes", "Bytes of contents sent to the store"),
             lease_wait: table.timer("aether_driver_lease_wait", "How long a publish waited for another node"),
             takeovers: table.counter("aether_driver_takeovers", "Sessions taken over from lost nodes"),
-            recovered: table.counter("aether_driver_recovered", "Sessions lost with unsaved work, kept as a checkpoint"),
+            recovered: table
+                .counter("aether_driver_recovered", "Sessions lost with unsaved work, kept as a checkpoint"),
             sessions: table.gauge("aether_driver_sessions", None, "Sessions with an upper on this node"),
             published: table.gauge("aether_driver_published", None, "Mounts in pods"),
         }

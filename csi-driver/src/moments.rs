@@ -52,7 +52,10 @@ impl Driver {
     pub(crate) async fn snapshot(&self, uid: &str, name: &str) -> Result<Snapshot> {
         let writers = self.writers(uid).await?;
         let unfrozen = (!writers.without_cgroup.is_empty()).then(|| {
-            format!("no cgroup found for pod {}, so its processes could not be held still", writers.without_cgroup.join(", "))
+            format!(
+                "no cgroup found for pod {}, so its processes could not be held still",
+                writers.without_cgroup.join(", ")
+            )
         });
         let snapshot = self.engine.snapshot(uid, name, &writers.cgroups, unfrozen.as_deref()).await?;
         #[allow(clippy::cast_precision_loss)]
@@ -176,9 +179,14 @@ impl Driver {
         let after = update_status(&api, session, names::DRIVER_MANAGER, |session| {
             let status = session.status.as_ref()?;
             let ours = lease::holds(status.attachment.as_ref(), &record, self.node());
-            (ours && newer(status.head.as_ref(), local, moment.taken_nanos)).then(|| head_status(root, taken_at(moment), Some(account)))
+            (ours && newer(status.head.as_ref(), local, moment.taken_nanos))
+                .then(|| head_status(root, taken_at(moment), Some(account)))
         })
-        .await?;
+        .await;
+        let after = match after {
+            Err(failure) if failure.is_gone() => return Ok(()),
+            other => other?,
+        };
         let status = after.status.as_ref();
         let ours = lease::holds(status.and_then(|status| status.attachment.as_ref()), &record, self.node());
         if ours && after.head_root() == Some(root.to_string().as_str()) {

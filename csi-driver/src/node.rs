@@ -33,7 +33,10 @@ impl NodeService {
 
 #[tonic::async_trait]
 impl Node for NodeService {
-    async fn node_get_info(&self, _: Request<csi::NodeGetInfoRequest>) -> Result<Response<csi::NodeGetInfoResponse>, Status> {
+    async fn node_get_info(
+        &self,
+        _: Request<csi::NodeGetInfoRequest>,
+    ) -> Result<Response<csi::NodeGetInfoResponse>, Status> {
         Ok(Response::new(csi::NodeGetInfoResponse {
             node_id: self.driver.node().to_owned(),
             max_volumes_per_node: self.driver.config.max_volumes,
@@ -69,7 +72,9 @@ impl Node for NodeService {
         path("staging_target_path", &request.staging_target_path)?;
         capability(request.volume_capability.as_ref())?;
         let driver = self.driver.clone();
-        self.driver.to_the_end("stage", &request.volume_id, async move |_| driver.stage(&request.volume_context).await).await?;
+        self.driver
+            .to_the_end("stage", &request.volume_id, async move |_| driver.stage(&request.volume_context).await)
+            .await?;
         Ok(Response::new(csi::NodeStageVolumeResponse {}))
     }
 
@@ -103,7 +108,9 @@ impl Node for NodeService {
         let id = publish.volume_id.clone();
         let result = self
             .driver
-            .to_the_end("publish", &id, async move |cancelled| driver.publish(publish, Patience { deadline, cancelled }).await)
+            .to_the_end("publish", &id, async move |cancelled| {
+                driver.publish(publish, Patience { deadline, cancelled }).await
+            })
             .await;
         self.driver.metrics.publish.of((Outcome::from(&result),)).observe(begun.elapsed().as_secs_f64());
         if let Err(failure) = &result {
@@ -159,7 +166,8 @@ fn volume_id(id: &str) -> Result<()> {
 /// An absolute path without `..`.
 fn path(field: &str, text: &str) -> Result<PathBuf> {
     let path = Path::new(text);
-    let plain = path.components().all(|part| !matches!(part, std::path::Component::ParentDir | std::path::Component::CurDir));
+    let plain =
+        path.components().all(|part| !matches!(part, std::path::Component::ParentDir | std::path::Component::CurDir));
     if text.is_empty() {
         Err(Failure::Invalid(format!("{field} is missing")))
     } else if !path.is_absolute() || !plain {
@@ -175,13 +183,20 @@ fn capability(capability: Option<&csi::VolumeCapability>) -> Result<bool> {
     match &capability.access_type {
         Some(AccessType::Mount(mount)) => {
             if !matches!(mount.fs_type.as_str(), "" | "aether" | "ext4") {
-                return Err(Failure::Invalid(format!("a session has no file system of type {:?}: leave fsType out", mount.fs_type)));
+                return Err(Failure::Invalid(format!(
+                    "a session has no file system of type {:?}: leave fsType out",
+                    mount.fs_type
+                )));
             }
             if let Some(flag) = mount.mount_flags.first() {
-                return Err(Failure::Invalid(format!("mount option {flag:?} cannot be chosen: leave mountOptions out")));
+                return Err(Failure::Invalid(format!(
+                    "mount option {flag:?} cannot be chosen: leave mountOptions out"
+                )));
             }
         }
-        Some(AccessType::Block(_)) => return Err(Failure::Invalid("a session is a directory: volumeMode Block is not possible".into())),
+        Some(AccessType::Block(_)) => {
+            return Err(Failure::Invalid("a session is a directory: volumeMode Block is not possible".into()));
+        }
         None => return Err(Failure::Invalid("volume_capability has no access type".into())),
     }
     let mode = capability.access_mode.as_ref().map_or(Mode::Unknown, csi::volume_capability::AccessMode::mode);

@@ -64,16 +64,15 @@ impl Driver {
     pub(crate) async fn publish(self: &Arc<Self>, request: Publish, patience: Patience) -> Result<()> {
         let key = request.target.to_string_lossy().into_owned();
         let _target = self.target_locks.lock(&key).await;
-        self.underway
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(key.clone(), patience.cancelled.clone());
+        self.underway.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), patience.cancelled.clone());
         let _underway = Underway { driver: self, key: key.clone() };
 
         let before = self.publishes.get(&key).filter(|record| !record.unpublished);
         match target::classify(&request.target)? {
             Target::Mounted => match before {
-                Some(record) if record.volume_id == request.volume_id && record.read_only == request.read_only => return Ok(()),
+                Some(record) if record.volume_id == request.volume_id && record.read_only == request.read_only => {
+                    return Ok(());
+                }
                 Some(record) => {
                     return Err(Failure::Invalid(format!(
                         "{key} has volume {} already ({})",
@@ -101,7 +100,10 @@ impl Driver {
             unpublished: false,
         };
         let result = self.publish_volume(&request, &mut record, &patience).await;
-        if result.is_err() && !record.inline && self.publishes.get(&key).is_some_and(|known| known.volume_id == record.volume_id) {
+        if result.is_err()
+            && !record.inline
+            && self.publishes.get(&key).is_some_and(|known| known.volume_id == record.volume_id)
+        {
             // What an inline volume made stays recorded: its unpublish comes, or the next attempt finds it.
             self.take_away(&record).await;
             self.publishes.remove(&key)?;
@@ -114,7 +116,12 @@ impl Driver {
         result
     }
 
-    async fn publish_volume(self: &Arc<Self>, request: &Publish, record: &mut PublishRecord, patience: &Patience) -> Result<()> {
+    async fn publish_volume(
+        self: &Arc<Self>,
+        request: &Publish,
+        record: &mut PublishRecord,
+        patience: &Patience,
+    ) -> Result<()> {
         let (session, first) = match &request.volume.wanted {
             Wanted::Session { namespace, name, uid } => {
                 record.namespace.clone_from(namespace);
@@ -176,7 +183,9 @@ impl Driver {
         loop {
             let uid = session.uid().unwrap_or_default();
             let forked = session.status.as_ref().and_then(|status| status.forked_from.as_ref());
-            let moment = forked.filter(|forked| forked.node.as_deref() == Some(self.node())).and_then(|forked| forked.snapshot.clone());
+            let moment = forked
+                .filter(|forked| forked.node.as_deref() == Some(self.node()))
+                .and_then(|forked| forked.snapshot.clone());
             let held = self.sessions.get(&uid).filter(|local| local.upper == Upper::Dirty);
             let head = session.status.as_ref().and_then(|status| status.head.as_ref());
             let never_released = session.status.as_ref().is_none_or(|status| status.head.is_none());
@@ -187,13 +196,20 @@ impl Driver {
                 .into_iter()
                 .filter(|snapshot| !snapshot.deleting && !snapshot.temporary)
                 // Of the upper that is the session now, and newer than the head: the head is what others see.
-                .filter(|snapshot| held.as_ref().is_some_and(|local| {
-                    snapshot.session == uid
-                        && epoch_of(&snapshot.id) == Some(local.epoch)
-                        && newer(head, local.head_nanos, snapshot.taken_nanos)
-                }) || never_released && Some(&snapshot.id) == moment.as_ref())
+                .filter(|snapshot| {
+                    held.as_ref().is_some_and(|local| {
+                        snapshot.session == uid
+                            && epoch_of(&snapshot.id) == Some(local.epoch)
+                            && newer(head, local.head_nanos, snapshot.taken_nanos)
+                    }) || never_released && Some(&snapshot.id) == moment.as_ref()
+                })
                 // A snapshot that is in the store is the head, or older than it.
-                .filter(|snapshot| snapshot.digested.as_ref().is_none_or(|digested| Some(digested.root.to_string().as_str()) != session.head_root()))
+                .filter(|snapshot| {
+                    snapshot
+                        .digested
+                        .as_ref()
+                        .is_none_or(|digested| Some(digested.root.to_string().as_str()) != session.head_root())
+                })
                 .max_by_key(|snapshot| snapshot.taken_nanos)
                 .filter(|snapshot| snapshot.image.id().owner() == owner(&session));
             if let Some(snapshot) = last {
@@ -320,7 +336,8 @@ impl Driver {
                 continue;
             }
             // `…/pods/<uid>/volumes/kubernetes.io~csi/<name>/mount`: the kubelet removes `<name>` at the end.
-            let abandoned = record.target.parent().is_some_and(|parent| matches!(target::classify(parent), Ok(Target::Missing)));
+            let abandoned =
+                record.target.parent().is_some_and(|parent| matches!(target::classify(parent), Ok(Target::Missing)));
             if abandoned && self.underway.lock().unwrap_or_else(PoisonError::into_inner).get(&record.key()).is_none() {
                 tracing::info!(target = %record.target.display(), "the pod of a mount is gone");
                 self.unpublish(&record.target).await?;

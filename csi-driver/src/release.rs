@@ -69,7 +69,9 @@ impl Driver {
         };
         let (digested, account) = tokio::try_join!(self.make_durable(&snapshot.id), counting)?;
         let _lock = self.session_locks.lock(uid).await;
-        let Some(mut record) = self.sessions.get(uid).filter(|record| record.upper == Upper::Dirty) else { return Ok(()) };
+        let Some(mut record) = self.sessions.get(uid).filter(|record| record.upper == Upper::Dirty) else {
+            return Ok(());
+        };
         let session = match self.holds_now(uid).await? {
             Some((session, _)) => session,
             // Lost, or let go by an attempt whose answer did not arrive: what is written below decides on the newest.
@@ -248,7 +250,11 @@ impl Driver {
         let root = self.engine.digest(&snapshot.id).await?.root.to_string();
         let known = [record.last_root.as_deref(), session.head_root(), kept];
         if known.contains(&Some(root.as_str())) {
-            tracing::info!(session = full_name(&**session), snapshot = snapshot.id, "was taken over; nothing was unsaved here");
+            tracing::info!(
+                session = full_name(&**session),
+                snapshot = snapshot.id,
+                "was taken over; nothing was unsaved here"
+            );
             self.drop_snapshot(&snapshot.id).await;
             return Ok(root);
         }
@@ -306,7 +312,11 @@ impl Driver {
     ) -> Result<AetherCheckpoint> {
         let mut checkpoint = AetherCheckpoint::new(
             name,
-            AetherCheckpointSpec { session: session.name_any(), message: Some(message), ..AetherCheckpointSpec::default() },
+            AetherCheckpointSpec {
+                session: session.name_any(),
+                message: Some(message),
+                ..AetherCheckpointSpec::default()
+            },
         );
         checkpoint.metadata.namespace = session.namespace();
         checkpoint.labels_mut().extend([
@@ -365,10 +375,10 @@ pub(crate) fn local_status(
         local_time: Some(Time(taken_at(snapshot))),
         ..checkpoint.status.clone().unwrap_or_default()
     };
-    let message = snapshot
-        .reason
-        .as_ref()
-        .map_or_else(|| format!("taken on node {node}"), |reason| format!("taken on node {node} file by file: {reason}"));
+    let message = snapshot.reason.as_ref().map_or_else(
+        || format!("taken on node {node}"),
+        |reason| format!("taken on node {node} file by file: {reason}"),
+    );
     conditions::set(&mut status.conditions, Wanted::yes(READY, reason::READY, message), checkpoint.metadata.generation);
     let waiting = format!("node {node} is bringing it to the store");
     conditions::set(

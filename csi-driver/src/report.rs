@@ -35,7 +35,8 @@ pub(crate) async fn publish(driver: Arc<Driver>, stop: CancellationToken) -> any
         .map(|feature| json!({"feature": feature.name, "why": feature.detail}))
         .collect();
     let works: Vec<_> = report.features.iter().filter(|feature| feature.works).map(|feature| &feature.name).collect();
-    let probes = json!({"kernel": report.release, "driver": CSI_DRIVER, "works": works, "missing": missing}).to_string();
+    let probes =
+        json!({"kernel": report.release, "driver": CSI_DRIVER, "works": works, "missing": missing}).to_string();
     let patch = json!({"metadata": {
         "labels": {POOL_LABEL: pool, SNAPSHOT_LABEL: snapshot},
         "annotations": {PROBES_ANNOTATION: probes},

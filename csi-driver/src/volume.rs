@@ -49,11 +49,9 @@ impl Volume {
             return Ok(Self { wanted: inline(attributes, &pod)?, pod: Some(pod) });
         }
         let required = |key: &str| {
-            attributes
-                .get(key)
-                .filter(|value| !value.is_empty())
-                .cloned()
-                .ok_or_else(|| Failure::Invalid(format!("the volume lacks the attribute {key}: was it made by aether-operator?")))
+            attributes.get(key).filter(|value| !value.is_empty()).cloned().ok_or_else(|| {
+                Failure::Invalid(format!("the volume lacks the attribute {key}: was it made by aether-operator?"))
+            })
         };
         let (namespace, name) = (required(names::ATTRIBUTE_NAMESPACE)?, required(names::ATTRIBUTE_SESSION)?);
         let uid = Some(required(names::ATTRIBUTE_SESSION_UID)?);
@@ -75,10 +73,8 @@ fn pod(attributes: &HashMap<String, String>) -> Option<Pod> {
 /// Only `source`, `session` and `owner` may be said: a misspelt attribute must not be ignored.
 fn inline(attributes: &HashMap<String, String>, pod: &Pod) -> Result<Wanted> {
     let known = [names::INLINE_SOURCE, names::INLINE_SESSION, names::INLINE_OWNER];
-    if let Some(unknown) = attributes
-        .keys()
-        .filter(|key| !key.starts_with("csi.storage.k8s.io/") && !known.contains(&key.as_str()))
-        .min()
+    if let Some(unknown) =
+        attributes.keys().filter(|key| !key.starts_with("csi.storage.k8s.io/") && !known.contains(&key.as_str())).min()
     {
         return Err(Failure::Invalid(format!(
             "volumeAttributes of pod {}/{} has {unknown:?}, but an inline volume knows {} only",
@@ -161,11 +157,16 @@ mod tests {
     use super::*;
 
     fn attributes(extra: &[(&str, &str)]) -> HashMap<String, String> {
-        [(POD_NAME, "agent-7"), (POD_NAMESPACE, "team"), (POD_UID, "u-7"), ("csi.storage.k8s.io/serviceAccount.name", "default")]
-            .iter()
-            .chain(extra)
-            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
-            .collect()
+        [
+            (POD_NAME, "agent-7"),
+            (POD_NAMESPACE, "team"),
+            (POD_UID, "u-7"),
+            ("csi.storage.k8s.io/serviceAccount.name", "default"),
+        ]
+        .iter()
+        .chain(extra)
+        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+        .collect()
     }
 
     fn ephemeral(extra: &[(&str, &str)]) -> Result<Wanted> {
@@ -199,7 +200,10 @@ mod tests {
         let message = Volume::parse(&attributes(&of("team"))).unwrap_err().to_string();
         assert!(message.contains(names::ATTRIBUTE_SESSION_UID), "{message}");
         let forged = Volume::parse(&attributes(&with_uid("platform"))).unwrap_err();
-        assert!(matches!(&forged, Failure::Denied(why) if why.contains("platform/fix") && why.contains("team")), "{forged}");
+        assert!(
+            matches!(&forged, Failure::Denied(why) if why.contains("platform/fix") && why.contains("team")),
+            "{forged}"
+        );
         // A stage names no pod; the publish that follows does.
         let plain = with_uid("platform").into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
         assert!(Volume::parse(&plain).is_ok());

@@ -96,7 +96,9 @@ async fn connect(path: PathBuf) -> anyhow::Result<NodeAdminClient<Channel>> {
             async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
         }))
         .await
-        .with_context(|| format!("the driver does not answer at {}: does it run, and are you root? (--state-dir)", path.display()))?;
+        .with_context(|| {
+            format!("the driver does not answer at {}: does it run, and are you root? (--state-dir)", path.display())
+        })?;
     Ok(NodeAdminClient::new(channel))
 }
 
@@ -104,7 +106,8 @@ type Answer = anyhow::Result<(Value, String, ExitCode)>;
 
 async fn list(client: &mut NodeAdminClient<Channel>) -> Answer {
     let sessions = client.list_sessions(ListSessionsRequest {}).await.map_err(said)?.into_inner().sessions;
-    let mut rows = vec![["NAMESPACE", "NAME", "STATE", "EPOCH", "OWN", "SNAPSHOTS", "MOUNTS", "ID"].map(str::to_owned).to_vec()];
+    let mut rows =
+        vec![["NAMESPACE", "NAME", "STATE", "EPOCH", "OWN", "SNAPSHOTS", "MOUNTS", "ID"].map(str::to_owned).to_vec()];
     let mut values = Vec::new();
     for session in sessions {
         let state = match (session.epoch, session.mounted) {
@@ -154,7 +157,12 @@ async fn fsck(client: &mut NodeAdminClient<Channel>, contents: bool, repair: boo
         text.push_str(&format!("{subject}{}{mark}\n", problem.message));
         values.push(json!({"subject": problem.subject, "message": problem.message, "repaired": problem.repaired}));
     }
-    text.push_str(&format!("{} sessions, {} objects, {} problems", answer.sessions, answer.objects, answer.problems.len()));
+    text.push_str(&format!(
+        "{} sessions, {} objects, {} problems",
+        answer.sessions,
+        answer.objects,
+        answer.problems.len()
+    ));
     let value = json!({"sessions": answer.sessions, "objects": answer.objects, "problems": values});
     Ok((value, text, if unrepaired { ExitCode::FAILURE } else { ExitCode::SUCCESS }))
 }
@@ -203,7 +211,9 @@ fn said(status: tonic::Status) -> anyhow::Error {
 /// Columns as wide as their widest cell, two spaces between them.
 fn align(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut text = String::new();
     for row in rows {

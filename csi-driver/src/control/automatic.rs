@@ -84,11 +84,7 @@ fn interval(checkpoints: &AutomaticCheckpoints) -> Duration {
     Duration::from(checkpoints.interval).max(SHORTEST)
 }
 
-async fn checkpoint_if_changed(
-    driver: &Arc<Driver>,
-    record: &SessionRecord,
-    seen: &mut Option<Blob>,
-) -> Result<()> {
+async fn checkpoint_if_changed(driver: &Arc<Driver>, record: &SessionRecord, seen: &mut Option<Blob>) -> Result<()> {
     let _lock = driver.session_locks.lock(&record.uid).await;
     let Some((session, record)) = driver.holds_now(&record.uid).await? else { return Ok(()) };
     let name = under_epoch(&format!("automatic-{}", uuid::Uuid::new_v4()), record.epoch);

@@ -39,7 +39,10 @@ pub(super) async fn reconcile(checkpoint: Arc<AetherCheckpoint>, driver: Arc<Dri
 }
 
 /// Takes a checkpoint; `None` when that is not for this node to do.
-pub(super) async fn take(checkpoint: &Arc<AetherCheckpoint>, driver: &Arc<Driver>) -> Result<Option<Arc<AetherCheckpoint>>> {
+pub(super) async fn take(
+    checkpoint: &Arc<AetherCheckpoint>,
+    driver: &Arc<Driver>,
+) -> Result<Option<Arc<AetherCheckpoint>>> {
     // What a node had unsaved is no moment of the session as it is now: the node that made the object fills it in.
     if recovered(checkpoint) {
         return Ok(None);
@@ -92,7 +95,8 @@ async fn bring_to_store(checkpoint: Arc<AetherCheckpoint>, driver: &Arc<Driver>)
         return Ok(());
     }
     let Some(snapshot) = driver.engine.snapshot_record(name).await.map(Some).or_else(absent)? else {
-        return give_up(&checkpoint, driver, format!("snapshot {name} is not on node {} any more", driver.node())).await;
+        return give_up(&checkpoint, driver, format!("snapshot {name} is not on node {} any more", driver.node()))
+            .await;
     };
     let digested = driver.make_durable(name).await?;
     // A fork's base may have had no tree yet when the checkpoint was taken.

@@ -85,7 +85,9 @@ async fn drop_unrecorded(driver: &Arc<Driver>) -> Result<()> {
         let id = session.session.id;
         let spoken_of = |id: &str| {
             driver.sessions.get(id).is_some()
-                || driver.publishes.any(|publish| publish.view.as_deref() == Some(id) || publish.uid.as_deref() == Some(id))
+                || driver
+                    .publishes
+                    .any(|publish| publish.view.as_deref() == Some(id) || publish.uid.as_deref() == Some(id))
         };
         let _lock = driver.session_locks.lock(&id).await;
         if !spoken_of(&id) && session.targets.is_empty() {

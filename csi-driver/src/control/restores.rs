@@ -78,7 +78,10 @@ pub(super) async fn reconcile(restore: Arc<AetherRestore>, driver: Arc<Driver>) 
 /// A checkpoint has changed: restores that wait for its tree go on.
 pub(super) async fn wake(checkpoint: Arc<AetherCheckpoint>, driver: Arc<Driver>) -> Result<()> {
     for restore in driver.cluster.restores.all() {
-        if !restore.finished() && restore.namespace() == checkpoint.namespace() && restore.spec.checkpoint == checkpoint.name_any() {
+        if !restore.finished()
+            && restore.namespace() == checkpoint.namespace()
+            && restore.spec.checkpoint == checkpoint.name_any()
+        {
             driver.cluster.restores.poke(restore.as_ref());
         }
     }
@@ -100,11 +103,19 @@ fn serves(checkpoint: &AetherCheckpoint, restore: &AetherRestore, session: &Aeth
     let status = checkpoint.status.as_ref();
     let attached = session.status.as_ref().and_then(|status| status.attachment.as_ref()?.since.as_ref());
     let recent = status.is_none_or(|status| status.durability.is_none())
-        || status.and_then(|status| status.local_time.as_ref()).zip(attached).is_some_and(|(taken, since)| taken.0 > since.0);
+        || status
+            .and_then(|status| status.local_time.as_ref())
+            .zip(attached)
+            .is_some_and(|(taken, since)| taken.0 > since.0);
     of_session && made_for_it && recent
 }
 
-async fn begin(restore: &Arc<AetherRestore>, driver: &Driver, safety: &str, target: Blob) -> Result<Arc<AetherRestore>> {
+async fn begin(
+    restore: &Arc<AetherRestore>,
+    driver: &Driver,
+    safety: &str,
+    target: Blob,
+) -> Result<Arc<AetherRestore>> {
     let api = driver.cluster.restores.api(&restore.namespace().unwrap_or_default());
     update_status(&api, restore.clone(), names::DRIVER_MANAGER, |restore| {
         let begun = restore.status.as_ref().is_some_and(|status| {
@@ -134,10 +145,16 @@ async fn work(
     let message = format!("before restore {} to checkpoint {}", restore.name_any(), restore.spec.checkpoint);
     let made = driver.make_checkpoint(session, safety, names::ORIGIN_SAFETY, message, Some(&uid(restore))).await?;
     if !serves(&made, restore, session) {
-        return Err(Failure::Denied(format!("checkpoint {safety} is there already and is of something else, so nothing was changed: rename it")));
+        return Err(Failure::Denied(format!(
+            "checkpoint {safety} is there already and is of something else, so nothing was changed: rename it"
+        )));
     }
     let taken = |checkpoint: &AetherCheckpoint| {
-        checkpoint.status.as_ref().and_then(|status| status.durability).is_some_and(|durability| matches!(durability, Durability::Local | Durability::Durable))
+        checkpoint
+            .status
+            .as_ref()
+            .and_then(|status| status.durability)
+            .is_some_and(|durability| matches!(durability, Durability::Local | Durability::Durable))
     };
     if !taken(&made) && checkpoints::take(&Arc::new(made), driver).await?.is_none_or(|checkpoint| !taken(&checkpoint)) {
         return Ok(None);
@@ -224,9 +241,17 @@ mod tests {
         Time(Timestamp::from_second(1_700_000_000 + second).unwrap())
     }
 
-    fn object<T: serde::de::DeserializeOwned>(kind: &str, metadata: serde_json::Value, spec: serde_json::Value, status: serde_json::Value) -> T {
+    fn object<T: serde::de::DeserializeOwned>(
+        kind: &str,
+        metadata: serde_json::Value,
+        spec: serde_json::Value,
+        status: serde_json::Value,
+    ) -> T {
         let api = format!("{}/{}", names::GROUP, names::VERSION);
-        serde_json::from_value(json!({"apiVersion": api, "kind": kind, "metadata": metadata, "spec": spec, "status": status})).unwrap()
+        serde_json::from_value(
+            json!({"apiVersion": api, "kind": kind, "metadata": metadata, "spec": spec, "status": status}),
+        )
+        .unwrap()
     }
 
     #[test]

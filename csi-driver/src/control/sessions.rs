@@ -56,9 +56,9 @@ pub(super) async fn release(session: Arc<AetherSession>, driver: Arc<Driver>) ->
 fn attaching(driver: &Driver, session: &AetherSession) -> bool {
     let name = session.name_any();
     let namespace = session.namespace();
-    driver
-        .publishes
-        .any(|publish| publish.session == name && Some(&publish.namespace) == namespace.as_ref() && !publish.unpublished)
+    driver.publishes.any(|publish| {
+        publish.session == name && Some(&publish.namespace) == namespace.as_ref() && !publish.unpublished
+    })
 }
 
 async fn recover(driver: &Arc<Driver>, session: &Arc<AetherSession>) -> Result<()> {
@@ -76,7 +76,8 @@ async fn recover(driver: &Arc<Driver>, session: &Arc<AetherSession>) -> Result<(
 }
 
 fn outdated(session: &AetherSession, record: &SessionRecord, root: &str) -> bool {
-    let epoch = session.status.as_ref().and_then(|status| status.attachment.as_ref()).map_or(0, |attachment| attachment.epoch);
+    let epoch =
+        session.status.as_ref().and_then(|status| status.attachment.as_ref()).map_or(0, |attachment| attachment.epoch);
     epoch > record.epoch && session.head_root() != Some(root)
 }
 
