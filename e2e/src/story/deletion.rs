@@ -18,7 +18,7 @@ pub(super) async fn leave_nothing(story: &Story) -> Result<String> {
 
     let claims: Api<PersistentVolumeClaim> = Api::namespaced(story.cluster.client.clone(), &story.namespace);
     let uid = claims.get("gone").await?.metadata.uid;
-    story.kubectl(&["delete", "pvc", "gone"]).await?;
+    story.kubectl(&["delete", "pvc", "gone", "--wait=false"]).await?;
     story.poll("the claim is made anew and bound", limit(60), async || {
         let claim = claims.get("gone").await?;
         ensure!(claim.metadata.uid != uid, "it is the old one");
