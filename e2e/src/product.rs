@@ -44,19 +44,34 @@ async fn install(cluster: &Cluster) -> Result<()> {
     tools.apply(&definitions).await.context("the custom resource definitions")?;
     tools
         .helm(&[
-            "upgrade", "--install", "aether", &top.join("charts/aether").display().to_string(),
-            "--create-namespace", "--skip-crds", "--wait",
+            "upgrade",
+            "--install",
+            "aether",
+            &top.join("charts/aether").display().to_string(),
+            "--create-namespace",
+            "--skip-crds",
+            "--wait",
             // The server-side apply of this old API server refuses what it would default itself.
-            "--server-side=false", "--timeout", "300s",
-            "--set", "images.tag=dev", "--set", "images.pullPolicy=IfNotPresent",
-            "--set", &format!("store.clusterIP={STORE_ADDRESS}"),
-            "--set", "store.persistence.hostPath=/var/lib/aether-store",
-            "--set-string", "store.nodeSelector.kubernetes\\.io/hostname=node-1",
-            "--set", "driver.pool.size=8Gi",
+            "--server-side=false",
+            "--timeout",
+            "300s",
+            "--set",
+            "images.tag=dev",
+            "--set",
+            "images.pullPolicy=IfNotPresent",
+            "--set",
+            &format!("store.clusterIP={STORE_ADDRESS}"),
+            "--set",
+            "store.persistence.hostPath=/var/lib/aether-store",
+            "--set-string",
+            "store.nodeSelector.kubernetes\\.io/hostname=node-1",
+            "--set",
+            "driver.pool.size=8Gi",
         ])
         .await?;
     let apis = ["get", "--raw", "/apis/review.aether.dev/v1alpha1"];
-    wait::until("the aggregated API answers", Duration::from_secs(60), async || tools.kubectl(&apis).await.map(Some)).await?;
+    wait::until("the aggregated API answers", Duration::from_secs(60), async || tools.kubectl(&apis).await.map(Some))
+        .await?;
     Ok(())
 }
 
@@ -84,8 +99,15 @@ pub fn credentials() -> Credentials {
 pub async fn serve_git() -> Result<()> {
     let repository = third_party::kubernetes_repository().await?;
     let root = repository.parent().context("a repository lies in a folder")?.to_owned();
-    let listen = async |port| TcpListener::bind((HOST, port)).await.with_context(|| format!("cannot listen on {HOST}:{port}: is the cluster up?"));
+    let listen = async |port| {
+        TcpListener::bind((HOST, port))
+            .await
+            .with_context(|| format!("cannot listen on {HOST}:{port}: is the cluster up?"))
+    };
     let (open, locked) = (listen(GIT_PORT).await?, listen(LOCKED_GIT_PORT).await?);
-    tokio::try_join!(git_server::serve(open, root.clone(), None), git_server::serve(locked, root, Some(credentials())))?;
+    tokio::try_join!(
+        git_server::serve(open, root.clone(), None),
+        git_server::serve(locked, root, Some(credentials()))
+    )?;
     Ok(())
 }

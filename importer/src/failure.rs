@@ -110,7 +110,9 @@ pub fn classify(words: &str) -> Reason {
 
 /// What a person can do about it. `secret` is what the Secret is called, if one was given and has a name.
 pub fn way_out(reason: Reason, secret: Option<&str>) -> Option<String> {
-    let secret = secret.map_or("the Secret in spec.git.secretRef".into(), |name| format!("Secret {name}, named by spec.git.secretRef"));
+    let secret = secret.map_or("the Secret in spec.git.secretRef".into(), |name| {
+        format!("Secret {name}, named by spec.git.secretRef")
+    });
     match reason {
         Reason::RepositoryNotFound => Some("check spec.git.url, and that the cluster can reach it".into()),
         Reason::RefNotFound => Some("check spec.git.ref".into()),
@@ -127,7 +129,10 @@ mod tests {
     #[test]
     fn the_way_out_names_the_secret() {
         let way_out = |secret| way_out(Reason::AuthenticationFailed, secret).unwrap();
-        assert_eq!(way_out(Some("platform/deploy-key")), "check Secret platform/deploy-key, named by spec.git.secretRef");
+        assert_eq!(
+            way_out(Some("platform/deploy-key")),
+            "check Secret platform/deploy-key, named by spec.git.secretRef"
+        );
         assert_eq!(way_out(None), "check the Secret in spec.git.secretRef");
     }
 
@@ -135,8 +140,14 @@ mod tests {
     fn words_of_git_mean_what_people_would_say() {
         for (words, reason) in [
             ("fatal: Authentication failed for 'https://example.org/a/'", Reason::AuthenticationFailed),
-            ("fatal: could not read Username for 'https://github.com': terminal prompts disabled", Reason::AuthenticationFailed),
-            ("git@h: Permission denied (publickey).\nfatal: Could not read from remote repository.", Reason::AuthenticationFailed),
+            (
+                "fatal: could not read Username for 'https://github.com': terminal prompts disabled",
+                Reason::AuthenticationFailed,
+            ),
+            (
+                "git@h: Permission denied (publickey).\nfatal: Could not read from remote repository.",
+                Reason::AuthenticationFailed,
+            ),
             ("Host key verification failed.\nfatal: Could not read from remote repository.", Reason::SecretInvalid),
             ("Load key \"/tmp/k\": error in libcrypto\ngit@h: Permission denied (publickey).", Reason::SecretInvalid),
             ("fatal: repository 'http://h/nosuch/' not found", Reason::RepositoryNotFound),

@@ -38,11 +38,16 @@ async fn main() -> anyhow::Result<ExitCode> {
 
 async fn import(cli: &Cli) -> Result<Imported, Failure> {
     let begun = Instant::now();
-    let address = cli.store.as_deref().ok_or_else(|| Failure::new(Reason::Invalid, "--store is missing: say the store's address, such as http://127.0.0.1:8980"))?;
+    let address = cli.store.as_deref().ok_or_else(|| {
+        Failure::new(Reason::Invalid, "--store is missing: say the store's address, such as http://127.0.0.1:8980")
+    })?;
     // Before anything is fetched: an import without a store is of no use.
     let store = RemoteStore::connect(address).await.map_err(|error| Failure::other("reach the store", error))?;
     let reporter = Arc::new(Reporter::stdout());
-    let scratch = tempfile::Builder::new().prefix("aether-import-").tempdir().map_err(|error| Failure::other("make a directory for the import", error))?;
+    let scratch = tempfile::Builder::new()
+        .prefix("aether-import-")
+        .tempdir()
+        .map_err(|error| Failure::other("make a directory for the import", error))?;
     let mut commit = None;
     let worktree = scratch.path().join("worktree");
     let stored = match &cli.source {
@@ -51,7 +56,14 @@ async fn import(cli: &Cli) -> Result<Imported, Failure> {
             std::fs::create_dir(&home).map_err(|error| Failure::other("make a home for git", error))?;
             match git::clone(asked, &worktree, &home, &reporter).await? {
                 Cloned::Unchanged(known) => {
-                    return Ok(Imported { root: None, files: 0, bytes: 0, commit: Some(known), milliseconds: elapsed(begun), unchanged: true });
+                    return Ok(Imported {
+                        root: None,
+                        files: 0,
+                        bytes: 0,
+                        commit: Some(known),
+                        milliseconds: elapsed(begun),
+                        unchanged: true,
+                    });
                 }
                 Cloned::Commit(checked_out) => commit = Some(checked_out),
             }
@@ -64,10 +76,21 @@ async fn import(cli: &Cli) -> Result<Imported, Failure> {
         }
     };
     let counts = stored.counts;
-    Ok(Imported { root: Some(stored.root.to_string()), files: counts.files, bytes: counts.bytes, commit, milliseconds: elapsed(begun), unchanged: false })
+    Ok(Imported {
+        root: Some(stored.root.to_string()),
+        files: counts.files,
+        bytes: counts.bytes,
+        commit,
+        milliseconds: elapsed(begun),
+        unchanged: false,
+    })
 }
 
-async fn store_directory(directory: &Path, store: &dyn Store, reporter: Arc<Reporter>) -> Result<scan::Stored, Failure> {
+async fn store_directory(
+    directory: &Path,
+    store: &dyn Store,
+    reporter: Arc<Reporter>,
+) -> Result<scan::Stored, Failure> {
     scan::store(directory, store, reporter).await
 }
 
@@ -77,7 +100,12 @@ fn empty_directory(path: &Path) -> std::io::Result<()> {
     rustix::fs::mkdir(path, Mode::from_raw_mode(0o755))?;
     rustix::fs::chmod(path, Mode::from_raw_mode(0o755))?;
     let epoch = Timespec { tv_sec: 0, tv_nsec: 0 };
-    Ok(rustix::fs::utimensat(CWD, path, &Timestamps { last_access: epoch, last_modification: epoch }, AtFlags::empty())?)
+    Ok(rustix::fs::utimensat(
+        CWD,
+        path,
+        &Timestamps { last_access: epoch, last_modification: epoch },
+        AtFlags::empty(),
+    )?)
 }
 
 fn elapsed(since: Instant) -> u64 {

@@ -112,8 +112,18 @@ pub fn result(outcome: &Result<Imported, Failure>) -> String {
     let encoded = match outcome {
         Ok(imported) => serde_json::to_string(&Succeeded { ok: true, imported }),
         Err(failure) => {
-            let end = failure.message.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= LONGEST_MESSAGE).last().unwrap_or(0);
-            serde_json::to_string(&Failed { ok: false, reason: failure.reason.name(), message: &failure.message[..end] })
+            let end = failure
+                .message
+                .char_indices()
+                .map(|(at, c)| at + c.len_utf8())
+                .take_while(|end| *end <= LONGEST_MESSAGE)
+                .last()
+                .unwrap_or(0);
+            serde_json::to_string(&Failed {
+                ok: false,
+                reason: failure.reason.name(),
+                message: &failure.message[..end],
+            })
         }
     };
     encoded.expect("numbers, names and text only")
@@ -172,7 +182,8 @@ mod tests {
         let text = result(&long);
         assert!(text.len() < 4096, "{}", text.len());
         assert!(text.starts_with(r#"{"ok":false,"reason":"RefNotFound","message":"ä"#));
-        let imported = Imported { root: Some("ab/1".into()), files: 1, bytes: 2, commit: None, milliseconds: 3, unchanged: false };
+        let imported =
+            Imported { root: Some("ab/1".into()), files: 1, bytes: 2, commit: None, milliseconds: 3, unchanged: false };
         assert_eq!(result(&Ok(imported)), r#"{"ok":true,"root":"ab/1","files":1,"bytes":2,"milliseconds":3}"#);
     }
 }

@@ -38,7 +38,8 @@ impl Sink for Collect {
     }
 
     fn directory(&self, blob: &Blob, message: Bytes) -> aether_engine::Result<()> {
-        let directory = Directory::decode(&message).map_err(|error| aether_engine::Error::store(format!("keep directory {blob}"), error))?;
+        let directory = Directory::decode(&message)
+            .map_err(|error| aether_engine::Error::store(format!("keep directory {blob}"), error))?;
         self.directories.insert(directory);
         Ok(())
     }
@@ -50,26 +51,36 @@ impl Sink for Collect {
 /// # Errors
 /// The first file that cannot be read, or what the store said.
 pub async fn store(directory: &Path, to: &dyn Store, reporter: Arc<Reporter>) -> Result<Stored, Failure> {
-    let about = std::fs::metadata(directory).map_err(|error| Failure::new(Reason::Invalid, format!("cannot read {}: {error}", directory.display())))?;
+    let about = std::fs::metadata(directory)
+        .map_err(|error| Failure::new(Reason::Invalid, format!("cannot read {}: {error}", directory.display())))?;
     if !about.is_dir() {
         return Err(Failure::new(Reason::Invalid, format!("{} is not a directory", directory.display())));
     }
     let owner = Owner { uid: about.uid(), gid: about.gid() };
-    let sink = Collect { directory: directory.to_owned(), directories: MemoryDirectories::new(), files: Mutex::default() };
+    let sink =
+        Collect { directory: directory.to_owned(), directories: MemoryDirectories::new(), files: Mutex::default() };
     let from = directory.to_owned();
     let listener = reporter.clone();
     let scanned = tokio::task::spawn_blocking(move || {
         listener.progress(Phase::Scanning, 0, None, 0);
-        let progress = |now: aether_engine::scan::Progress| listener.progress(Phase::Scanning, now.files, Some(now.files_total), now.bytes);
+        let progress = |now: aether_engine::scan::Progress| {
+            listener.progress(Phase::Scanning, now.files, Some(now.files_total), now.bytes)
+        };
         let scanned = scan(&from, Options { owner, mtime: None, progress: Some(&progress) }, &sink)?;
         Ok::<_, aether_engine::Error>((scanned, sink))
     });
-    let (scanned, sink) = scanned.await.map_err(|error| Failure::other("scan", error))?.map_err(|error| Failure::other("scan", error))?;
+    let (scanned, sink) =
+        scanned.await.map_err(|error| Failure::other("scan", error))?.map_err(|error| Failure::other("scan", error))?;
     if scanned.counts.skipped > 0 {
         tracing::warn!(skipped = scanned.counts.skipped, "sockets and device nodes are not imported");
     }
-    let source = FileSource { directories: sink.directories, files: sink.files.into_inner().expect("no holder panics") };
-    let progress = |now: aether_cas::transfer::Progress| reporter.progress(Phase::Uploading, now.files, Some(now.files_total), now.bytes);
-    upload_tree(scanned.root, Arc::new(source), to, &progress).await.map_err(|error| Failure::other("upload to the store", error))?;
+    let source =
+        FileSource { directories: sink.directories, files: sink.files.into_inner().expect("no holder panics") };
+    let progress = |now: aether_cas::transfer::Progress| {
+        reporter.progress(Phase::Uploading, now.files, Some(now.files_total), now.bytes)
+    };
+    upload_tree(scanned.root, Arc::new(source), to, &progress)
+        .await
+        .map_err(|error| Failure::other("upload to the store", error))?;
     Ok(Stored { root: scanned.root, counts: scanned.counts })
 }

@@ -19,7 +19,16 @@ use tempfile::TempDir;
 
 fn run(directory: &Path, arguments: &[&str]) -> String {
     let mut command = Command::new("git");
-    command.current_dir(directory).args(["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "protocol.file.allow=always", "-c", "commit.gpgSign=false"]);
+    command.current_dir(directory).args([
+        "-c",
+        "user.name=A",
+        "-c",
+        "user.email=a@example.org",
+        "-c",
+        "protocol.file.allow=always",
+        "-c",
+        "commit.gpgSign=false",
+    ]);
     command.env("GIT_CONFIG_NOSYSTEM", "1").env("GIT_CONFIG_GLOBAL", "/dev/null").env("HOME", directory);
     let output = command.args(arguments).output().expect("git is installed");
     assert!(output.status.success(), "git {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -122,7 +131,9 @@ async fn a_branch_becomes_a_clean_working_copy_and_a_complete_tree() {
     assert_eq!(run(&worktree, &["status", "--porcelain"]), "");
     assert_eq!(run(&worktree, &["rev-list", "--count", "HEAD"]), "2");
     assert_eq!(run(&worktree, &["config", "core.checkStat"]), "minimal");
-    let packs = fs::read_dir(worktree.join(".git/objects/pack")).unwrap().filter(|entry| entry.as_ref().unwrap().path().extension().is_some_and(|end| end == "pack"));
+    let packs = fs::read_dir(worktree.join(".git/objects/pack"))
+        .unwrap()
+        .filter(|entry| entry.as_ref().unwrap().path().extension().is_some_and(|end| end == "pack"));
     assert_eq!(packs.count(), 1);
 
     let store = MemoryStore::new();
@@ -249,7 +260,13 @@ fn the_program_reports_why_it_failed_and_leaves_nothing_behind() {
     let scratch = directory.path().join("tmp");
     fs::create_dir(&scratch).unwrap();
     let program = env!("CARGO_BIN_EXE_aether-importer");
-    let output = Command::new(program).env("TMPDIR", &scratch).args(["empty", "--result"]).arg(&result).env_remove("AETHER_STORE").output().unwrap();
+    let output = Command::new(program)
+        .env("TMPDIR", &scratch)
+        .args(["empty", "--result"])
+        .arg(&result)
+        .env_remove("AETHER_STORE")
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(1));
     let written = fs::read_to_string(&result).unwrap();
     assert!(written.starts_with(r#"{"ok":false,"reason":"Invalid","message":"--store is missing"#), "{written}");

@@ -48,24 +48,38 @@ pub(crate) async fn checkpoint(cluster: &Cluster, args: &cli::Checkpoint) -> Res
 }
 
 /// Waits until the checkpoint is as durable as `wanted`.
-pub(crate) async fn reach(cluster: &Cluster, name: &str, wanted: Durability, deadline: Deadline) -> Result<AetherCheckpoint> {
+pub(crate) async fn reach(
+    cluster: &Cluster,
+    name: &str,
+    wanted: Durability,
+    deadline: Deadline,
+) -> Result<AetherCheckpoint> {
     let what = match wanted {
         Durability::Local => format!("checkpoint {name} to be taken"),
         Durability::Durable => format!("checkpoint {name} to be in the store"),
     };
-    wait::until(cluster.api(), name, &what, deadline, &Progress::new(cluster.quiet), |checkpoint| reached(name, wanted, checkpoint)).await
+    wait::until(cluster.api(), name, &what, deadline, &Progress::new(cluster.quiet), |checkpoint| {
+        reached(name, wanted, checkpoint)
+    })
+    .await
 }
 
 fn reached(name: &str, wanted: Durability, checkpoint: Option<&AetherCheckpoint>) -> Verdict<AetherCheckpoint> {
-    let Some(checkpoint) = checkpoint else { return Verdict::Failed(anyhow!("checkpoint {name} was deleted meanwhile")) };
+    let Some(checkpoint) = checkpoint else {
+        return Verdict::Failed(anyhow!("checkpoint {name} was deleted meanwhile"));
+    };
     let Some(status) = &checkpoint.status else {
         return Verdict::Waiting("neither the operator nor the session's node has taken it up yet".into());
     };
-    if let Some(failed) = conditions::get(&status.conditions, conditions::FAILED).filter(|failed| failed.status == "True") {
+    if let Some(failed) =
+        conditions::get(&status.conditions, conditions::FAILED).filter(|failed| failed.status == "True")
+    {
         return Verdict::Failed(anyhow!("checkpoint {name} failed: {}", in_words(failed)));
     }
     match (status.durability, wanted) {
-        (Some(Durability::Durable), _) | (Some(Durability::Local), Durability::Local) => Verdict::Done(checkpoint.clone()),
+        (Some(Durability::Durable), _) | (Some(Durability::Local), Durability::Local) => {
+            Verdict::Done(checkpoint.clone())
+        }
         (durability, _) => {
             let type_ = if durability.is_some() { conditions::DURABLE } else { conditions::READY };
             let condition = conditions::get(&status.conditions, type_).filter(|condition| condition.status != "True");
@@ -88,7 +102,9 @@ fn sentence(checkpoint: &AetherCheckpoint) -> String {
         (Some(files), None) => format!(", {files} changed files"),
         _ => String::new(),
     };
-    let frozen = status.frozen_microseconds.map_or_else(String::new, |frozen| format!(", pods stood still for {}", output::frozen(frozen)));
+    let frozen = status
+        .frozen_microseconds
+        .map_or_else(String::new, |frozen| format!(", pods stood still for {}", output::frozen(frozen)));
     format!("checkpoint {name} of session {session} {state}{changed}{frozen}")
 }
 
@@ -100,10 +116,15 @@ mod tests {
     use super::*;
 
     fn with(durability: Option<Durability>, failed: bool) -> AetherCheckpoint {
-        let mut checkpoint = AetherCheckpoint::new("k", AetherCheckpointSpec { session: "a".into(), ..Default::default() });
+        let mut checkpoint =
+            AetherCheckpoint::new("k", AetherCheckpointSpec { session: "a".into(), ..Default::default() });
         let mut status = AetherCheckpointStatus { durability, ..Default::default() };
         if failed {
-            conditions::set(&mut status.conditions, Wanted::yes(conditions::FAILED, reason::NODE_FAILED, "the disk is full"), None);
+            conditions::set(
+                &mut status.conditions,
+                Wanted::yes(conditions::FAILED, reason::NODE_FAILED, "the disk is full"),
+                None,
+            );
         }
         checkpoint.status = Some(status);
         checkpoint
@@ -121,7 +142,10 @@ mod tests {
 
     #[test]
     fn a_failure_ends_the_wait_whatever_was_reached() {
-        let Verdict::Failed(error) = reached("k", Durability::Durable, Some(&with(Some(Durability::Local), true))) else { panic!("goes on") };
+        let Verdict::Failed(error) = reached("k", Durability::Durable, Some(&with(Some(Durability::Local), true)))
+        else {
+            panic!("goes on")
+        };
         assert!(error.to_string().contains("the disk is full"));
     }
 }

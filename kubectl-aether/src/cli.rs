@@ -283,7 +283,8 @@ impl Color {
 }
 
 #[derive(Args, Debug)]
-#[command(after_help = "What follows -- is for git diff: options first, each one word (-U10, --diff-filter=AM), then paths;
+#[command(
+    after_help = "What follows -- is for git diff: options first, each one word (-U10, --diff-filter=AM), then paths;
 another -- between the two removes all doubt. Contents of .git are not compared.
 
 Exit code: git's. 0, or with --exit-code 1 when something changed; 2 when there was no diff to show.
@@ -295,7 +296,8 @@ Examples:
   kubectl aether diff fix-login -- --word-diff src/login
   # A checkpoint, and one checkpoint against another
   kubectl aether diff --checkpoint fix-login-green
-  kubectl aether diff --checkpoint fix-login-before --checkpoint fix-login-green")]
+  kubectl aether diff --checkpoint fix-login-before --checkpoint fix-login-green"
+)]
 #[group(id = "what", required = true, multiple = false, args = ["session", "checkpoint"])]
 pub(crate) struct Diff {
     /// The session; a checkpoint is taken for the time of the diff
@@ -329,11 +331,13 @@ pub(crate) struct Diff {
 }
 
 #[derive(Args, Debug)]
-#[command(after_help = "The session's present state is kept first, as a safety checkpoint, whose name is printed: it is the way back.
+#[command(
+    after_help = "The session's present state is kept first, as a safety checkpoint, whose name is printed: it is the way back.
 
 Examples:
   kubectl aether restore fix-login fix-login-green
-  kubectl aether restore fix-login fix-login-green --yes")]
+  kubectl aether restore fix-login fix-login-green --yes"
+)]
 pub(crate) struct Restore {
     /// The session; it may be mounted
     pub(crate) session: String,
@@ -353,14 +357,16 @@ pub(crate) struct Restore {
 }
 
 #[derive(Args, Debug)]
-#[command(after_help = "Exit code: the command's, as a shell would report it (124 when --timeout ended it); 125 when it could not be run.
+#[command(
+    after_help = "Exit code: the command's, as a shell would report it (124 when --timeout ended it); 125 when it could not be run.
 Ctrl-C ends the command: TERM, then KILL after --grace. Ctrl-C again leaves it to itself.
 
 Examples:
   kubectl aether run fix-login -- make test
   kubectl aether run fix-login --timeout 10m --checkpoint -- sh -c 'npm ci && npm test'
   kubectl aether run fix-login --image rust:1 --env CARGO_TERM_COLOR=always --resources cpu=2,memory=4Gi -- cargo test
-  kubectl aether run fix-login --detach -- ./long-job")]
+  kubectl aether run fix-login --detach -- ./long-job"
+)]
 pub(crate) struct Run {
     /// The session
     pub(crate) session: String,
@@ -516,8 +522,20 @@ mod tests {
         assert!(parse(&["create", "a"]).is_err());
         assert!(parse(&["create", "a", "--source", "x", "--checkpoint", "y"]).is_err());
         assert!(parse(&["create", "a", "--checkpoint", "y", "--revision", "r1"]).is_err());
-        let Command::Create(create) =
-            parse(&["create", "a", "--source", "tools/linux", "--owner", "1:2", "--checkpoints", "5m:10", "-n", "demo"]).unwrap().command
+        let Command::Create(create) = parse(&[
+            "create",
+            "a",
+            "--source",
+            "tools/linux",
+            "--owner",
+            "1:2",
+            "--checkpoints",
+            "5m:10",
+            "-n",
+            "demo",
+        ])
+        .unwrap()
+        .command
         else {
             panic!("not create")
         };
@@ -536,7 +554,9 @@ mod tests {
 
     #[test]
     fn run_passes_everything_after_the_dashes() {
-        let Command::Run(run) = parse(&["run", "a", "--env", "X=1=2", "--", "sh", "-c", "exit 3", "--", "-n"]).unwrap().command else {
+        let Command::Run(run) =
+            parse(&["run", "a", "--env", "X=1=2", "--", "sh", "-c", "exit 3", "--", "-n"]).unwrap().command
+        else {
             panic!("not run")
         };
         assert_eq!(run.argv, ["sh", "-c", "exit 3", "--", "-n"]);
@@ -549,7 +569,9 @@ mod tests {
     fn diff_takes_a_session_or_checkpoints() {
         assert!(parse(&["diff"]).is_err());
         assert!(parse(&["diff", "a", "--checkpoint", "b"]).is_err());
-        let Command::Diff(diff) = parse(&["diff", "--checkpoint", "a", "--checkpoint", "b", "--", "-U9", "--", "src"]).unwrap().command else {
+        let Command::Diff(diff) =
+            parse(&["diff", "--checkpoint", "a", "--checkpoint", "b", "--", "-U9", "--", "src"]).unwrap().command
+        else {
             panic!("not diff")
         };
         assert_eq!(diff.checkpoint, ["a", "b"]);

@@ -23,13 +23,19 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// Reads the kubeconfig as kubectl does. Nothing is sent yet.
     pub(crate) async fn connect(options: &Connection) -> Result<Self> {
-        let choice =
-            KubeConfigOptions { context: options.context.clone(), cluster: options.cluster.clone(), user: options.user.clone() };
+        let choice = KubeConfigOptions {
+            context: options.context.clone(),
+            cluster: options.cluster.clone(),
+            user: options.user.clone(),
+        };
         let chosen = choice.context.is_some() || choice.cluster.is_some() || choice.user.is_some();
         let mut config = match &options.kubeconfig {
             Some(path) => {
-                let file = Kubeconfig::read_from(path).with_context(|| format!("cannot read kubeconfig {}", path.display()))?;
-                Config::from_custom_kubeconfig(file, &choice).await.with_context(|| format!("kubeconfig {}", path.display()))?
+                let file = Kubeconfig::read_from(path)
+                    .with_context(|| format!("cannot read kubeconfig {}", path.display()))?;
+                Config::from_custom_kubeconfig(file, &choice)
+                    .await
+                    .with_context(|| format!("kubeconfig {}", path.display()))?
             }
             None if chosen => Config::from_kubeconfig(&choice).await.context("cannot use the kubeconfig")?,
             // Inside a pod there is no kubeconfig but a service account.
@@ -60,7 +66,11 @@ impl Cluster {
         K: Resource<Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
         K::DynamicType: Default,
     {
-        let found = self.api::<K>().get_opt(name).await.map_err(|error| explain(error, &format!("read {}", noun::<K>(name))))?;
+        let found = self
+            .api::<K>()
+            .get_opt(name)
+            .await
+            .map_err(|error| explain(error, &format!("read {}", noun::<K>(name))))?;
         match found {
             Some(object) => Ok(object),
             None => bail!("{}", self.not_found::<K>(name).await),
@@ -83,7 +93,9 @@ impl Cluster {
         }
         // Not everybody may look into other namespaces; then there is nothing to add.
         let everywhere: Api<K> = Api::all(self.client.clone());
-        if let Ok(list) = everywhere.list_metadata(&ListParams::default().fields(&format!("metadata.name={name}"))).await {
+        if let Ok(list) =
+            everywhere.list_metadata(&ListParams::default().fields(&format!("metadata.name={name}"))).await
+        {
             let namespaces: Vec<String> = list.items.iter().filter_map(ResourceExt::namespace).collect();
             if !namespaces.is_empty() {
                 text += &format!("; there is one in namespace {}: use -n", namespaces.join(", "));
@@ -93,7 +105,13 @@ impl Cluster {
         match names.len() {
             0 => text += ", which has none",
             count @ 1..=8 => text += &format!("; there {} {}", if count == 1 { "is" } else { "are" }, names.join(", ")),
-            count => text += &format!(", which has {count} others: see `kubectl get {} -n {}`", K::plural(&Default::default()), self.namespace),
+            count => {
+                text += &format!(
+                    ", which has {count} others: see `kubectl get {} -n {}`",
+                    K::plural(&Default::default()),
+                    self.namespace
+                )
+            }
         }
         text
     }
@@ -128,20 +146,31 @@ where
 /// Turns an error of the API into one that says what was tried and what can be done.
 pub(crate) fn explain(error: kube::Error, action: &str) -> anyhow::Error {
     match error {
-        kube::Error::Api(status) if status.code == 404 && status.details.as_ref().is_none_or(|details| details.name.is_empty()) => anyhow!(
-            "cannot {action}: this cluster does not know group {}: Aether is not installed in it, or its custom resources are missing",
-            aether_api::names::GROUP
-        ),
+        kube::Error::Api(status)
+            if status.code == 404 && status.details.as_ref().is_none_or(|details| details.name.is_empty()) =>
+        {
+            anyhow!(
+                "cannot {action}: this cluster does not know group {}: Aether is not installed in it, or its custom resources are missing",
+                aether_api::names::GROUP
+            )
+        }
         kube::Error::Api(status) if status.code == 401 => {
-            anyhow!("cannot {action}: the cluster does not accept your login ({}): log in again, or say another --context", status.message)
+            anyhow!(
+                "cannot {action}: the cluster does not accept your login ({}): log in again, or say another --context",
+                status.message
+            )
         }
         kube::Error::Api(status) if status.code == 403 => anyhow!(
             "cannot {action}: {}. Ask who runs the cluster for a role that allows it",
             status.message.trim_end_matches('.')
         ),
         kube::Error::Api(status) => anyhow!("cannot {action}: {}", status.message),
-        kube::Error::Service(error) => anyhow!("cannot {action}: the API server does not answer: {}", innermost(error.as_ref())),
-        kube::Error::HyperError(error) => anyhow!("cannot {action}: the API server does not answer: {}", innermost(&error)),
+        kube::Error::Service(error) => {
+            anyhow!("cannot {action}: the API server does not answer: {}", innermost(error.as_ref()))
+        }
+        kube::Error::HyperError(error) => {
+            anyhow!("cannot {action}: the API server does not answer: {}", innermost(&error))
+        }
         other => anyhow!(other).context(format!("cannot {action}")),
     }
 }
@@ -204,7 +233,8 @@ mod tests {
     #[test]
     fn errors_say_the_way_out() {
         let status = |code, message: &str| kube::Error::Api(Status::failure(message, "").with_code(code).boxed());
-        let text = explain(status(404, "the server could not find the requested resource"), "list sessions").to_string();
+        let text =
+            explain(status(404, "the server could not find the requested resource"), "list sessions").to_string();
         assert!(text.contains("not installed"), "{text}");
         let text = explain(status(403, "User \"x\" cannot create aethersessions."), "create session a").to_string();
         assert!(text.contains("create session a") && text.contains("role"), "{text}");

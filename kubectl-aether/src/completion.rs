@@ -29,7 +29,11 @@ pub(crate) fn script(shell: Shell) -> Result<()> {
         Shell::Bash => clap_complete::Shell::Bash,
         Shell::Zsh => clap_complete::Shell::Zsh,
         Shell::Fish => clap_complete::Shell::Fish,
-        Shell::Kubectl => return print("#!/bin/sh\n# Completes `kubectl aether …`: kubectl runs this program by its name.\nexec kubectl-aether __complete \"$@\"\n"),
+        Shell::Kubectl => {
+            return print(
+                "#!/bin/sh\n# Completes `kubectl aether …`: kubectl runs this program by its name.\nexec kubectl-aether __complete \"$@\"\n",
+            );
+        }
     };
     let mut out = Vec::new();
     clap_complete::generate(shell, &mut Cli::command().bin_name("kubectl-aether"), "kubectl-aether", &mut out);
@@ -126,13 +130,17 @@ impl Question {
             "checkpoint" | "against" => self.names = Some((Kind::Checkpoint, false)),
             "source" => self.names = Some((Kind::Source, false)),
             "kubeconfig" => self.files = true,
-            _ => self.candidates = option.get_possible_values().iter().map(|value| value.get_name().to_owned()).collect(),
+            _ => {
+                self.candidates = option.get_possible_values().iter().map(|value| value.get_name().to_owned()).collect()
+            }
         }
     }
 
     fn positional(&mut self, command: &clap::Command, before: &[&str]) {
         self.names = match (command.get_name(), before) {
-            ("get" | "fork" | "checkpoint" | "checkpoints" | "diff" | "restore" | "run", []) => Some((Kind::Session, false)),
+            ("get" | "fork" | "checkpoint" | "checkpoints" | "diff" | "restore" | "run", []) => {
+                Some((Kind::Session, false))
+            }
             ("restore", [_]) => Some((Kind::Checkpoint, false)),
             ("logs", []) => Some((Kind::Command, false)),
             ("describe" | "delete", [kind, ..]) if Kind::of(kind).is_some() => Kind::of(kind).map(|kind| (kind, false)),
@@ -157,7 +165,13 @@ async fn names(connection: &Connection, kind: Kind) -> Result<Vec<String>> {
     where
         K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug,
     {
-        Ok(api.list_metadata(&ListParams::default().limit(500)).await?.items.iter().map(ResourceExt::name_any).collect())
+        Ok(api
+            .list_metadata(&ListParams::default().limit(500))
+            .await?
+            .items
+            .iter()
+            .map(ResourceExt::name_any)
+            .collect())
     }
     match kind {
         Kind::Source => list(cluster.api::<AetherSource>()).await,

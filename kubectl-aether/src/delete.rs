@@ -51,13 +51,19 @@ pub(crate) async fn delete(cluster: &Cluster, args: &Delete) -> Result<()> {
             }
         };
         match gone {
-            Ok(()) => print(&format!("{} {name} {}\n", kind.word(), if args.no_wait { "is being deleted" } else { "deleted" }))?,
+            Ok(()) => print(&format!(
+                "{} {name} {}\n",
+                kind.word(),
+                if args.no_wait { "is being deleted" } else { "deleted" }
+            ))?,
             Err(error) => errors.push(error),
         }
     }
     let count = errors.len();
     match errors.into_iter().next() {
-        Some(error) if count > 1 => Err(error.context(format!("{count} of {} could not be deleted; the first", objects.len()))),
+        Some(error) if count > 1 => {
+            Err(error.context(format!("{count} of {} could not be deleted; the first", objects.len())))
+        }
         Some(error) => Err(error),
         None => Ok(()),
     }
@@ -92,12 +98,18 @@ where
     K: Resource<Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
     K::DynamicType: Default,
 {
-    let found = cluster.api::<K>().get_opt(name).await.map_err(|error| explain(error, &format!("read {}", noun::<K>(name))))?;
+    let found =
+        cluster.api::<K>().get_opt(name).await.map_err(|error| explain(error, &format!("read {}", noun::<K>(name))))?;
     let Some(uid) = found.as_ref().and_then(ResourceExt::uid) else {
-        return if args.ignore_not_found { Ok(None) } else { Err(anyhow::anyhow!("{}", cluster.not_found::<K>(name).await)) };
+        return if args.ignore_not_found {
+            Ok(None)
+        } else {
+            Err(anyhow::anyhow!("{}", cluster.not_found::<K>(name).await))
+        };
     };
     // Not one that somebody makes of the same name meanwhile.
-    let how = DeleteParams::background().preconditions(Preconditions { uid: Some(uid.clone()), resource_version: None });
+    let how =
+        DeleteParams::background().preconditions(Preconditions { uid: Some(uid.clone()), resource_version: None });
     match cluster.api::<K>().delete(name, &how).await {
         Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(Some(uid)),
         other => other.map(|_| Some(uid)).map_err(|error| explain(error, &format!("delete {}", noun::<K>(name)))),

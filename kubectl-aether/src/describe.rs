@@ -4,9 +4,9 @@ use std::fmt::{Debug, Write};
 
 use aether_api::{AetherCheckpoint, AetherCommand, AetherRestore, AetherSession, AetherSource};
 use anyhow::{Result, bail};
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time};
-use k8s_openapi::NamespaceResourceScope;
 use kube::api::ListParams;
 use kube::{Resource, ResourceExt};
 use serde::de::DeserializeOwned;
@@ -27,10 +27,16 @@ pub(crate) async fn describe(cluster: &Cluster, args: &Describe) -> Result<()> {
     let [(kind, name)] = objects.as_slice() else { bail!("one object at a time: say NAME, KIND/NAME or KIND NAME") };
     let text = match kind {
         Kind::Session => session(cluster, name).await?,
-        Kind::Checkpoint => plain(cluster, name, checkpoint, |it| it.status.as_ref().map(|status| &status.conditions)).await?,
+        Kind::Checkpoint => {
+            plain(cluster, name, checkpoint, |it| it.status.as_ref().map(|status| &status.conditions)).await?
+        }
         Kind::Source => plain(cluster, name, source, |it| it.status.as_ref().map(|status| &status.conditions)).await?,
-        Kind::Restore => plain(cluster, name, restore, |it| it.status.as_ref().map(|status| &status.conditions)).await?,
-        Kind::Command => plain(cluster, name, command, |it| it.status.as_ref().map(|status| &status.conditions)).await?,
+        Kind::Restore => {
+            plain(cluster, name, restore, |it| it.status.as_ref().map(|status| &status.conditions)).await?
+        }
+        Kind::Command => {
+            plain(cluster, name, command, |it| it.status.as_ref().map(|status| &status.conditions)).await?
+        }
     };
     print(&text)
 }
@@ -58,7 +64,8 @@ where
 async fn session(cluster: &Cluster, name: &str) -> Result<String> {
     let it: AetherSession = cluster.find(name).await?;
     let everything = ListParams::default();
-    let (sessions, checkpoints, commands) = (cluster.api::<AetherSession>(), cluster.api::<AetherCheckpoint>(), cluster.api::<AetherCommand>());
+    let (sessions, checkpoints, commands) =
+        (cluster.api::<AetherSession>(), cluster.api::<AetherCheckpoint>(), cluster.api::<AetherCommand>());
     let (sessions, checkpoints, commands) =
         tokio::join!(sessions.list(&everything), checkpoints.list(&everything), commands.list(&everything));
     let sessions = sessions.map_err(|error| explain(error, "list sessions"))?.items;
@@ -76,7 +83,10 @@ async fn session(cluster: &Cluster, name: &str) -> Result<String> {
     }
     if let Some(forked) = &status.forked_from {
         let at = forked.node.as_ref().map(|node| format!(" on node {node}")).unwrap_or_default();
-        out.field("Forked", format!("from {}{at}, {} ago, {:?}", forked.session, age(Some(&forked.time)), forked.consistency));
+        out.field(
+            "Forked",
+            format!("from {}{at}, {} ago, {:?}", forked.session, age(Some(&forked.time)), forked.consistency),
+        );
         out.maybe("Parent stood still", forked.frozen_microseconds.map(frozen));
         out.field("Fork in the store", forked.durable);
     }
@@ -85,7 +95,10 @@ async fn session(cluster: &Cluster, name: &str) -> Result<String> {
     }
     match &status.attachment {
         Some(attachment) => match &attachment.node {
-            Some(node) => out.field("Mounted on", format!("{node}, for {} (epoch {})", age(attachment.since.as_ref()), attachment.epoch)),
+            Some(node) => out.field(
+                "Mounted on",
+                format!("{node}, for {} (epoch {})", age(attachment.since.as_ref()), attachment.epoch),
+            ),
             None => out.field("Mounted on", format!("no node (epoch {})", attachment.epoch)),
         },
         None => out.field("Mounted on", "no node yet"),
@@ -94,7 +107,10 @@ async fn session(cluster: &Cluster, name: &str) -> Result<String> {
     out.maybe("Changed files", status.changed_files);
     out.maybe("Own bytes", status.own_bytes.map(bytes));
     out.maybe("Shared bytes", status.shared_bytes.map(bytes));
-    out.maybe("Automatic checkpoints", it.spec.checkpoints.as_ref().map(|auto| format!("every {:?}, the last {}", auto.interval, auto.keep)));
+    out.maybe(
+        "Automatic checkpoints",
+        it.spec.checkpoints.as_ref().map(|auto| format!("every {:?}, the last {}", auto.interval, auto.keep)),
+    );
     out.maybe("Time to live", it.spec.time_to_live.map(|ttl| format!("{ttl:?}")));
     let mut text = out.0;
     text += &conditions_table(&status.conditions);
@@ -104,7 +120,9 @@ async fn session(cluster: &Cluster, name: &str) -> Result<String> {
         text += "\nLineage:\n";
         for line in below {
             let _ = match line.item {
-                Item::Session(session) => writeln!(text, "  {}{}  {}", line.branches, session.name_any(), crate::get::state(session)),
+                Item::Session(session) => {
+                    writeln!(text, "  {}{}  {}", line.branches, session.name_any(), crate::get::state(session))
+                }
                 Item::Checkpoint(checkpoint) => {
                     let message = checkpoint.spec.message.as_deref().unwrap_or_default();
                     writeln!(text, "  {}* {}  {message}", line.branches, checkpoint.name_any())
@@ -160,7 +178,10 @@ fn source(it: &AetherSource, out: &mut Fields) {
         out.maybe("Ref", git.reference.as_ref());
         out.maybe("Secret", git.secret_ref.as_ref().map(|secret| &secret.name));
     }
-    out.maybe("Claim", it.spec.claim.as_ref().map(|claim| format!("{} {}", claim.claim_name, claim.path.as_deref().unwrap_or("/"))));
+    out.maybe(
+        "Claim",
+        it.spec.claim.as_ref().map(|claim| format!("{} {}", claim.claim_name, claim.path.as_deref().unwrap_or("/"))),
+    );
     out.maybe("Empty", it.spec.empty.as_ref().map(|_| "yes"));
     out.maybe("Refresh", it.spec.refresh.map(|refresh| format!("every {refresh:?}")));
     if !it.spec.allowed_namespaces.is_empty() {
@@ -168,17 +189,35 @@ fn source(it: &AetherSource, out: &mut Fields) {
     }
     out.maybe("Phase", status.phase);
     if let Some(import) = status.import {
-        let progress = format!("{} ({} files, {}), job {}, begun {}", import.phase, import.files, bytes(import.bytes), import.job, ago(&import.started));
+        let progress = format!(
+            "{} ({} files, {}), job {}, begun {}",
+            import.phase,
+            import.files,
+            bytes(import.bytes),
+            import.job,
+            ago(&import.started)
+        );
         out.field("Import", progress);
     }
     let rows: Vec<_> = status
         .revisions
         .iter()
         .map(|revision| {
-            let name = if status.latest.as_ref() == Some(&revision.name) { format!("  {} (latest)", revision.name) } else { format!("  {}", revision.name) };
+            let name = if status.latest.as_ref() == Some(&revision.name) {
+                format!("  {} (latest)", revision.name)
+            } else {
+                format!("  {}", revision.name)
+            };
             let commit = revision.commit.as_ref().map(|commit| commit.chars().take(12).collect::<String>());
             let took = format!("{:.1}s", revision.milliseconds as f64 / 1000.0);
-            vec![name, revision.files.to_string(), bytes(revision.bytes), or_dash(commit), age(Some(&revision.time)), took]
+            vec![
+                name,
+                revision.files.to_string(),
+                bytes(revision.bytes),
+                or_dash(commit),
+                age(Some(&revision.time)),
+                took,
+            ]
         })
         .collect();
     if !rows.is_empty() {
@@ -226,7 +265,8 @@ impl Fields {
         out.field("Namespace", meta.namespace.as_deref().unwrap_or_default());
         out.maybe("Created", meta.creation_timestamp.as_ref().map(ago));
         out.maybe("Being deleted since", meta.deletion_timestamp.as_ref().map(|time| age(Some(time))));
-        let labels = meta.labels.iter().flatten().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(", ");
+        let labels =
+            meta.labels.iter().flatten().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(", ");
         out.maybe("Labels", Some(labels).filter(|labels| !labels.is_empty()));
         out
     }
@@ -250,8 +290,11 @@ fn ago(time: &Time) -> String {
 
 /// Words as one would type them in a shell.
 fn words(words: &[String]) -> String {
-    let plain = |word: &str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_./=:,+@%".contains(&byte));
-    let quoted = words.iter().map(|word| if plain(word) { word.clone() } else { format!("'{}'", word.replace('\'', r"'\''")) });
+    let plain = |word: &str| {
+        !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_./=:,+@%".contains(&byte))
+    };
+    let quoted =
+        words.iter().map(|word| if plain(word) { word.clone() } else { format!("'{}'", word.replace('\'', r"'\''")) });
     quoted.collect::<Vec<_>>().join(" ")
 }
 
@@ -268,7 +311,11 @@ fn conditions_table(conditions: &[Condition]) -> String {
             ]
         })
         .collect();
-    if rows.is_empty() { String::new() } else { format!("\nConditions:\n{}", table(&["  TYPE", "STATUS", "REASON", "SINCE", "MESSAGE"], &rows)) }
+    if rows.is_empty() {
+        String::new()
+    } else {
+        format!("\nConditions:\n{}", table(&["  TYPE", "STATUS", "REASON", "SINCE", "MESSAGE"], &rows))
+    }
 }
 
 /// The newest events of the object; a note where they may not be read.
@@ -281,7 +328,11 @@ async fn events(cluster: &Cluster, meta: &ObjectMeta) -> String {
     };
     let time = |event: &Event| {
         let micro = event.event_time.as_ref().map(|time| time.0);
-        event.last_timestamp.as_ref().map(|time| time.0).or(micro).or(event.metadata.creation_timestamp.as_ref().map(|time| time.0))
+        event.last_timestamp.as_ref().map(|time| time.0).or(micro).or(event
+            .metadata
+            .creation_timestamp
+            .as_ref()
+            .map(|time| time.0))
     };
     events.sort_by_key(|event| std::cmp::Reverse(time(event)));
     let rows: Vec<_> = events
@@ -292,12 +343,22 @@ async fn events(cluster: &Cluster, meta: &ObjectMeta) -> String {
                 format!("  {}", age(time(event).map(Time).as_ref())),
                 or_dash(event.type_.clone()),
                 or_dash(event.reason.clone()),
-                or_dash(event.reporting_component.clone().filter(|name| !name.is_empty()).or_else(|| event.source.clone()?.component)),
+                or_dash(
+                    event
+                        .reporting_component
+                        .clone()
+                        .filter(|name| !name.is_empty())
+                        .or_else(|| event.source.clone()?.component),
+                ),
                 event.message.clone().unwrap_or_default().replace('\n', " "),
             ]
         })
         .collect();
-    if rows.is_empty() { String::new() } else { format!("\nEvents:\n{}", table(&["  AGE", "TYPE", "REASON", "FROM", "MESSAGE"], &rows)) }
+    if rows.is_empty() {
+        String::new()
+    } else {
+        format!("\nEvents:\n{}", table(&["  AGE", "TYPE", "REASON", "FROM", "MESSAGE"], &rows))
+    }
 }
 
 #[cfg(test)]

@@ -42,7 +42,8 @@ pub(crate) async fn sessions(cluster: &Cluster, args: &Get) -> Result<()> {
     }
     let lines = lines(&sessions, &checkpoints, args.checkpoints, args.name.as_deref(), Style::of_locale());
     if lines.is_empty() {
-        let place = if args.all_namespaces { "any namespace".into() } else { format!("namespace {}", cluster.namespace) };
+        let place =
+            if args.all_namespaces { "any namespace".into() } else { format!("namespace {}", cluster.namespace) };
         eprintln!("no sessions in {place}: `kubectl aether create NAME --source SOURCE` makes one");
         return Ok(());
     }
@@ -58,7 +59,13 @@ pub(crate) async fn sessions(cluster: &Cluster, args: &Get) -> Result<()> {
     output::print(&output::table(&header, &rows))
 }
 
-fn row(line: &Line<'_>, sessions: &[AetherSession], checkpoints: &[AetherCheckpoint], namespaces: bool, wide: bool) -> Vec<String> {
+fn row(
+    line: &Line<'_>,
+    sessions: &[AetherSession],
+    checkpoints: &[AetherCheckpoint],
+    namespaces: bool,
+    wide: bool,
+) -> Vec<String> {
     let (namespace, mut row) = match line.item {
         Item::Session(session) => (session.namespace(), session_row(line, session, sessions, checkpoints)),
         Item::Checkpoint(checkpoint) => (checkpoint.namespace(), checkpoint_row(line, checkpoint)),
@@ -72,7 +79,12 @@ fn row(line: &Line<'_>, sessions: &[AetherSession], checkpoints: &[AetherCheckpo
     row
 }
 
-fn session_row(line: &Line<'_>, session: &AetherSession, sessions: &[AetherSession], checkpoints: &[AetherCheckpoint]) -> Vec<String> {
+fn session_row(
+    line: &Line<'_>,
+    session: &AetherSession,
+    sessions: &[AetherSession],
+    checkpoints: &[AetherCheckpoint],
+) -> Vec<String> {
     let status = session.status.clone().unwrap_or_default();
     let ready = conditions::get(&status.conditions, conditions::READY);
     let owner = status.base.as_ref().map(|base| format!("{}:{}", base.owner.uid, base.owner.gid));
@@ -151,11 +163,18 @@ pub(crate) fn origin(session: &AetherSession, orphan: bool) -> String {
 }
 
 pub(crate) async fn checkpoints(cluster: &Cluster, args: &Checkpoints) -> Result<()> {
-    let mut list = cluster.api::<AetherCheckpoint>().list(&ListParams::default()).await.map_err(|error| explain(error, "list checkpoints"))?.items;
+    let mut list = cluster
+        .api::<AetherCheckpoint>()
+        .list(&ListParams::default())
+        .await
+        .map_err(|error| explain(error, "list checkpoints"))?
+        .items;
     if let Some(session) = &args.session {
         list.retain(|checkpoint| checkpoint.spec.session == *session);
     }
-    list.sort_by_key(|checkpoint| (checkpoint.metadata.creation_timestamp.clone().map(|time| time.0), checkpoint.name_any()));
+    list.sort_by_key(|checkpoint| {
+        (checkpoint.metadata.creation_timestamp.clone().map(|time| time.0), checkpoint.name_any())
+    });
     if let Some(format) = args.output.and_then(Format::of_objects) {
         return output::objects(&list, format);
     }
@@ -188,7 +207,13 @@ pub(crate) async fn checkpoints(cluster: &Cluster, args: &Checkpoints) -> Result
                 or_dash(status.own_bytes.map(bytes)),
                 or_dash(checkpoint.labels().get(names::ORIGIN_LABEL)),
                 age(checkpoint.metadata.creation_timestamp.as_ref()),
-                or_dash(checkpoint.spec.message.as_ref().map(|message| message.lines().next().unwrap_or_default().to_owned())),
+                or_dash(
+                    checkpoint
+                        .spec
+                        .message
+                        .as_ref()
+                        .map(|message| message.lines().next().unwrap_or_default().to_owned()),
+                ),
             ];
             if wide {
                 row.extend([

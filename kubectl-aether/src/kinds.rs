@@ -31,7 +31,9 @@ impl Kind {
         let text = text.to_lowercase();
         let bare = text.strip_suffix(".aether.dev").unwrap_or(&text);
         let bare = bare.strip_prefix("aether").unwrap_or(bare);
-        let found = KINDS.iter().find(|(_, word, short)| bare == *word || bare.strip_suffix('s') == Some(word) || text == *short);
+        let found = KINDS
+            .iter()
+            .find(|(_, word, short)| bare == *word || bare.strip_suffix('s') == Some(word) || text == *short);
         found.map(|(kind, ..)| *kind)
     }
 }

@@ -32,7 +32,10 @@ const ASCII: Style = Style { tee: "|- ", corner: "`- ", bar: "|  " };
 impl Style {
     /// What the terminal can show, by the locale's variables; without any, everything.
     pub(crate) fn of_locale() -> Self {
-        let set = ["LC_ALL", "LC_CTYPE", "LANG"].iter().filter_map(|name| std::env::var(name).ok()).find(|value| !value.is_empty());
+        let set = ["LC_ALL", "LC_CTYPE", "LANG"]
+            .iter()
+            .filter_map(|name| std::env::var(name).ok())
+            .find(|value| !value.is_empty());
         match set {
             Some(locale) if !locale.to_lowercase().replace('-', "").contains("utf8") => ASCII,
             _ => UNICODE,
@@ -43,11 +46,17 @@ impl Style {
 /// The session that `session` came from: by the uid that was stamped, by name until then.
 ///
 /// A session that has the parent's name but not its uid is another one, made after the parent was deleted.
-pub(crate) fn parent<'a>(session: &AetherSession, sessions: &'a [AetherSession], checkpoints: &[AetherCheckpoint]) -> Option<&'a AetherSession> {
+pub(crate) fn parent<'a>(
+    session: &AetherSession,
+    sessions: &'a [AetherSession],
+    checkpoints: &[AetherCheckpoint],
+) -> Option<&'a AetherSession> {
     let namespace = session.namespace();
     let of_name = |name: &str, uid: Option<&str>| {
         sessions.iter().find(|other| {
-            other.namespace() == namespace && other.name_any() == name && uid.is_none_or(|uid| other.uid().as_deref() == Some(uid))
+            other.namespace() == namespace
+                && other.name_any() == name
+                && uid.is_none_or(|uid| other.uid().as_deref() == Some(uid))
         })
     };
     if let Some(name) = &session.spec.session {
@@ -55,7 +64,8 @@ pub(crate) fn parent<'a>(session: &AetherSession, sessions: &'a [AetherSession],
         return of_name(name, stamped.map(|forked| forked.uid.as_str()));
     }
     let name = session.spec.checkpoint.as_ref()?;
-    let checkpoint = checkpoints.iter().find(|checkpoint| checkpoint.namespace() == namespace && checkpoint.name_any() == *name)?;
+    let checkpoint =
+        checkpoints.iter().find(|checkpoint| checkpoint.namespace() == namespace && checkpoint.name_any() == *name)?;
     of_name(&checkpoint.spec.session, checkpoint.status.as_ref().and_then(|status| status.session_uid.as_deref()))
 }
 
@@ -68,12 +78,16 @@ pub(crate) fn lines<'a>(
     style: Style,
 ) -> Vec<Line<'a>> {
     let key = |session: &AetherSession| (session.namespace().unwrap_or_default(), session.name_any());
-    let order = |session: &AetherSession| (session.namespace(), session.metadata.creation_timestamp.clone().map(|time| time.0), session.name_any());
+    let order = |session: &AetherSession| {
+        (session.namespace(), session.metadata.creation_timestamp.clone().map(|time| time.0), session.name_any())
+    };
     let mut children: HashMap<_, Vec<&AetherSession>> = HashMap::new();
     let mut roots = Vec::new();
     for session in sessions {
         match parent(session, sessions, checkpoints) {
-            Some(parent) if !descends(parent, session, sessions, checkpoints) => children.entry(key(parent)).or_default().push(session),
+            Some(parent) if !descends(parent, session, sessions, checkpoints) => {
+                children.entry(key(parent)).or_default().push(session)
+            }
             _ => roots.push(session),
         }
     }
@@ -87,11 +101,15 @@ pub(crate) fn lines<'a>(
     let mut kept: BTreeMap<_, Vec<&AetherCheckpoint>> = BTreeMap::new();
     if show_checkpoints {
         for checkpoint in checkpoints {
-            kept.entry((checkpoint.namespace().unwrap_or_default(), checkpoint.spec.session.clone())).or_default().push(checkpoint);
+            kept.entry((checkpoint.namespace().unwrap_or_default(), checkpoint.spec.session.clone()))
+                .or_default()
+                .push(checkpoint);
         }
     }
     for list in kept.values_mut() {
-        list.sort_by_key(|checkpoint| (checkpoint.metadata.creation_timestamp.clone().map(|time| time.0), checkpoint.name_any()));
+        list.sort_by_key(|checkpoint| {
+            (checkpoint.metadata.creation_timestamp.clone().map(|time| time.0), checkpoint.name_any())
+        });
     }
 
     let mut lines = Vec::new();
@@ -113,14 +131,22 @@ pub(crate) fn lines<'a>(
     }
     if only.is_none() {
         // Checkpoints outlive their sessions.
-        let orphans = kept.into_values().flatten().map(|checkpoint| Line { branches: String::new(), item: Item::Checkpoint(checkpoint) });
+        let orphans = kept
+            .into_values()
+            .flatten()
+            .map(|checkpoint| Line { branches: String::new(), item: Item::Checkpoint(checkpoint) });
         lines.extend(orphans);
     }
     lines
 }
 
 /// Whether `session` is `ancestor` or came from it: specs can name each other in a circle, and a tree must still be drawn.
-fn descends(session: &AetherSession, ancestor: &AetherSession, sessions: &[AetherSession], checkpoints: &[AetherCheckpoint]) -> bool {
+fn descends(
+    session: &AetherSession,
+    ancestor: &AetherSession,
+    sessions: &[AetherSession],
+    checkpoints: &[AetherCheckpoint],
+) -> bool {
     let mut seen = HashSet::new();
     let mut next = Some(session);
     while let Some(session) = next {
@@ -169,7 +195,8 @@ mod tests {
     }
 
     fn checkpoint(name: &str, session: &str) -> AetherCheckpoint {
-        let mut checkpoint = AetherCheckpoint::new(name, AetherCheckpointSpec { session: session.into(), ..Default::default() });
+        let mut checkpoint =
+            AetherCheckpoint::new(name, AetherCheckpointSpec { session: session.into(), ..Default::default() });
         checkpoint.metadata.namespace = Some("demo".into());
         checkpoint
     }

@@ -100,8 +100,9 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     if rows.is_empty() {
         return String::new();
     }
-    let used: Vec<usize> =
-        (0..header.len()).filter(|&column| column == 0 || rows.iter().any(|row| !matches!(row[column].as_str(), "" | "-"))).collect();
+    let used: Vec<usize> = (0..header.len())
+        .filter(|&column| column == 0 || rows.iter().any(|row| !matches!(row[column].as_str(), "" | "-")))
+        .collect();
     let width = |column: usize| {
         rows.iter().map(|row| row[column].chars().count()).chain([header[column].len()]).max().unwrap_or_default()
     };
@@ -140,7 +141,12 @@ pub(crate) fn span(length: Duration) -> String {
     }
     let parts = [(seconds / 86_400, "d"), (seconds / 3600 % 24, "h"), (seconds / 60 % 60, "m"), (seconds % 60, "s")];
     let first = parts.iter().position(|(count, _)| *count > 0).unwrap_or(3);
-    parts[first..].iter().take(2).filter(|(count, _)| *count > 0).map(|(count, unit)| format!("{count}{unit}")).collect::<String>()
+    parts[first..]
+        .iter()
+        .take(2)
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, unit)| format!("{count}{unit}"))
+        .collect::<String>()
         + if seconds == 0 { "0s" } else { "" }
 }
 
@@ -182,7 +188,9 @@ mod tests {
 
     #[test]
     fn sizes_and_spans() {
-        for (count, text) in [(0, "0B"), (1023, "1023B"), (1024, "1.0Ki"), (12_345, "12Ki"), (1_048_575, "1.0Mi"), (1 << 40, "1.0Ti")] {
+        for (count, text) in
+            [(0, "0B"), (1023, "1023B"), (1024, "1.0Ki"), (12_345, "12Ki"), (1_048_575, "1.0Mi"), (1 << 40, "1.0Ti")]
+        {
             assert_eq!(bytes(count), text);
         }
         for (seconds, text) in [(0, "0s"), (45, "45s"), (192, "3m12s"), (3600, "1h"), (187_200, "2d4h")] {

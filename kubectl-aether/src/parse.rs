@@ -26,7 +26,9 @@ pub(crate) fn name(text: &str) -> Result<String, String> {
         return Err(format!("a name has 63 characters at most, this one has {}", bytes.len()));
     }
     if !(edge(bytes.first()) && edge(bytes.last()) && bytes.iter().copied().all(inner)) {
-        return Err("a name is lowercase letters, digits, '-' and '.', and begins and ends with a letter or digit".into());
+        return Err(
+            "a name is lowercase letters, digits, '-' and '.', and begins and ends with a letter or digit".into()
+        );
     }
     Ok(text.into())
 }
@@ -41,7 +43,8 @@ pub(crate) fn source(text: &str) -> Result<Source, String> {
 }
 
 pub(crate) fn owner(text: &str) -> Result<Owner, String> {
-    let parsed = text.split_once(':').and_then(|(uid, gid)| Some(Owner { uid: uid.parse().ok()?, gid: gid.parse().ok()? }));
+    let parsed =
+        text.split_once(':').and_then(|(uid, gid)| Some(Owner { uid: uid.parse().ok()?, gid: gid.parse().ok()? }));
     // The kernel means "do not change" by the greatest id.
     parsed
         .filter(|owner| owner.uid < u32::MAX && owner.gid < u32::MAX)
@@ -68,7 +71,11 @@ pub(crate) fn span(text: &str) -> Result<Duration, String> {
 
 pub(crate) fn automatic(text: &str) -> Result<AutomaticCheckpoints, String> {
     let (interval, keep) = text.split_once(':').unwrap_or((text, "3"));
-    let keep = keep.parse().ok().filter(|keep| (1..=1000).contains(keep)).ok_or("KEEP is a number, 1 to 1000, such as in 5m:10")?;
+    let keep = keep
+        .parse()
+        .ok()
+        .filter(|keep| (1..=1000).contains(keep))
+        .ok_or("KEEP is a number, 1 to 1000, such as in 5m:10")?;
     Ok(AutomaticCheckpoints { interval: duration(interval)?, keep })
 }
 
@@ -86,7 +93,9 @@ pub(crate) fn variable(text: &str) -> Result<Variable, String> {
 pub(crate) fn quantities(text: &str) -> Result<Quantities, String> {
     text.split(',')
         .map(|part| match part.split_once('=') {
-            Some((name, amount)) if !name.is_empty() && is_quantity(amount) => Ok((name.to_owned(), Quantity(amount.to_owned()))),
+            Some((name, amount)) if !name.is_empty() && is_quantity(amount) => {
+                Ok((name.to_owned(), Quantity(amount.to_owned())))
+            }
             _ => Err(format!("{part:?} is no amount of a resource: say for example cpu=1,memory=2Gi")),
         })
         .collect()
@@ -98,8 +107,10 @@ fn is_quantity(text: &str) -> bool {
     let (number, suffix) = text.split_at(digits);
     let exponent = |rest: &str| rest.parse::<i16>().is_ok();
     number.parse::<f64>().is_ok()
-        && (matches!(suffix, "" | "n" | "u" | "m" | "k" | "M" | "G" | "T" | "P" | "E" | "Ki" | "Mi" | "Gi" | "Ti" | "Pi" | "Ei")
-            || suffix.strip_prefix(['e', 'E']).is_some_and(exponent))
+        && (matches!(
+            suffix,
+            "" | "n" | "u" | "m" | "k" | "M" | "G" | "T" | "P" | "E" | "Ki" | "Mi" | "Gi" | "Ti" | "Pi" | "Ei"
+        ) || suffix.strip_prefix(['e', 'E']).is_some_and(exponent))
 }
 
 #[cfg(test)]

@@ -29,7 +29,11 @@ pub(crate) async fn restore(cluster: &Cluster, args: &Restore) -> Result<()> {
         ))?;
     }
     let deadline = Deadline::after(args.patience.timeout);
-    let spec = AetherRestoreSpec { session: args.session.clone(), checkpoint: args.checkpoint.clone(), ttl_seconds_after_finished: None };
+    let spec = AetherRestoreSpec {
+        session: args.session.clone(),
+        checkpoint: args.checkpoint.clone(),
+        ttl_seconds_after_finished: None,
+    };
     let mut wanted = AetherRestore::new("", spec);
     wanted.metadata.name = None;
     wanted.metadata.generate_name = Some(format!("{}-", args.session));
@@ -38,7 +42,10 @@ pub(crate) async fn restore(cluster: &Cluster, args: &Restore) -> Result<()> {
     let name = restore.name_any();
     if !args.no_wait {
         let what = format!("session {} to be restored", args.session);
-        restore = wait::until(cluster.api(), &name, &what, deadline, &Progress::new(cluster.quiet), |restore| done(&name, restore)).await?;
+        restore = wait::until(cluster.api(), &name, &what, deadline, &Progress::new(cluster.quiet), |restore| {
+            done(&name, restore)
+        })
+        .await?;
     }
     match args.output {
         Some(format) => output::object(&restore, format),
@@ -51,23 +58,42 @@ fn done(name: &str, restore: Option<&AetherRestore>) -> Verdict<AetherRestore> {
     let status = restore.status.clone().unwrap_or_default();
     let failed = conditions::get(&status.conditions, conditions::FAILED);
     if let Some(failed) = failed.filter(|failed| failed.status == "True") {
-        let back = status.safety_checkpoint.map(|safety| format!(". Its state before is checkpoint {safety}")).unwrap_or_default();
-        return Verdict::Failed(anyhow!("session {} was not restored: {}{back}", restore.spec.session, in_words(failed)));
+        let back = status
+            .safety_checkpoint
+            .map(|safety| format!(". Its state before is checkpoint {safety}"))
+            .unwrap_or_default();
+        return Verdict::Failed(anyhow!(
+            "session {} was not restored: {}{back}",
+            restore.spec.session,
+            in_words(failed)
+        ));
     }
     if conditions::is_true(&status.conditions, conditions::COMPLETE) {
         return Verdict::Done(restore.clone());
     }
     let said = conditions::get(&status.conditions, conditions::COMPLETE).map(in_words);
-    Verdict::Waiting(said.or(status.phase).unwrap_or_else(|| "neither the operator nor the session's node has taken it up yet".into()))
+    Verdict::Waiting(
+        said.or(status.phase)
+            .unwrap_or_else(|| "neither the operator nor the session's node has taken it up yet".into()),
+    )
 }
 
 fn sentence(restore: &AetherRestore) -> String {
     let spec = &restore.spec;
     let Some(status) = restore.status.as_ref().filter(|status| status.finished.is_some()) else {
-        return format!("restore {} of session {} to checkpoint {} asked for", restore.name_any(), spec.session, spec.checkpoint);
+        return format!(
+            "restore {} of session {} to checkpoint {} asked for",
+            restore.name_any(),
+            spec.session,
+            spec.checkpoint
+        );
     };
     let paths = status.changed_paths.map(|paths| format!(", {paths} paths changed")).unwrap_or_default();
-    let safety = status.safety_checkpoint.as_ref().map(|safety| format!("; the way back is checkpoint {safety}")).unwrap_or_default();
+    let safety = status
+        .safety_checkpoint
+        .as_ref()
+        .map(|safety| format!("; the way back is checkpoint {safety}"))
+        .unwrap_or_default();
     format!("session {} restored to checkpoint {}{paths}{safety}", spec.session, spec.checkpoint)
 }
 
@@ -80,10 +106,17 @@ mod tests {
 
     #[test]
     fn a_restore_ends_with_its_conditions() {
-        let mut restore = AetherRestore::new("r", AetherRestoreSpec { session: "a".into(), checkpoint: "k".into(), ..Default::default() });
+        let mut restore = AetherRestore::new(
+            "r",
+            AetherRestoreSpec { session: "a".into(), checkpoint: "k".into(), ..Default::default() },
+        );
         assert!(matches!(done("r", Some(&restore)), Verdict::Waiting(_)));
         let mut status = AetherRestoreStatus { safety_checkpoint: Some("a-safety".into()), ..Default::default() };
-        conditions::set(&mut status.conditions, Wanted::yes(conditions::FAILED, reason::NODE_FAILED, "disk full"), None);
+        conditions::set(
+            &mut status.conditions,
+            Wanted::yes(conditions::FAILED, reason::NODE_FAILED, "disk full"),
+            None,
+        );
         restore.status = Some(status);
         let Verdict::Failed(error) = done("r", Some(&restore)) else { panic!("goes on") };
         assert!(error.to_string().contains("disk full") && error.to_string().contains("a-safety"));

@@ -38,7 +38,9 @@ pub(crate) async fn create(cluster: &Cluster, args: &Create) -> Result<()> {
     if !args.no_wait {
         let what = format!("session {} to be bound", args.name);
         let progress = Progress::new(cluster.quiet);
-        session = wait::until(cluster.api(), &args.name, &what, deadline, &progress, |session| bound(&args.name, session)).await?;
+        session =
+            wait::until(cluster.api(), &args.name, &what, deadline, &progress, |session| bound(&args.name, session))
+                .await?;
     }
     if let Some(format) = args.output {
         return output::object(&session, format);
@@ -46,7 +48,8 @@ pub(crate) async fn create(cluster: &Cluster, args: &Create) -> Result<()> {
     if args.no_wait {
         return output::print(&format!("session {} created\n", args.name));
     }
-    let claim = session.status.as_ref().and_then(|status| status.claim_name.clone()).unwrap_or_else(|| args.name.clone());
+    let claim =
+        session.status.as_ref().and_then(|status| status.claim_name.clone()).unwrap_or_else(|| args.name.clone());
     output::print(&format!(
         "session {} is ready after {:.1} s: mount claim {claim} (from {})\n",
         args.name,
@@ -77,7 +80,8 @@ pub(crate) async fn fork(cluster: &Cluster, args: &Fork) -> Result<()> {
         .collect();
     let mut created: BTreeMap<String, AetherSession> = BTreeMap::new();
     let mut errors = Vec::new();
-    let posts = stream::iter(wanted).map(|session| post(cluster, session)).buffered(CREATES_AT_ONCE).collect::<Vec<_>>();
+    let posts =
+        stream::iter(wanted).map(|session| post(cluster, session)).buffered(CREATES_AT_ONCE).collect::<Vec<_>>();
     for result in posts.await {
         match result {
             Ok(session) => drop(created.insert(session.name_any(), session)),
@@ -120,14 +124,21 @@ fn natural(name: &str) -> (String, u64, String) {
 }
 
 /// Waits for all of `created` by one watch of the namespace; each is replaced by its newest state.
-async fn wait_all(cluster: &Cluster, parent: &str, created: &mut BTreeMap<String, AetherSession>, deadline: Deadline) -> Result<()> {
+async fn wait_all(
+    cluster: &Cluster,
+    parent: &str,
+    created: &mut BTreeMap<String, AetherSession>,
+    deadline: Deadline,
+) -> Result<()> {
     let what = match created.len() {
         1 => format!("session {} to be bound", created.keys().next().map_or("", String::as_str)),
         count => format!("{count} forks of session {parent} to be bound"),
     };
     let uids: std::collections::HashSet<_> = created.values().filter_map(ResourceExt::uid).collect();
     let mut left: BTreeMap<String, String> = created.keys().map(|name| (name.clone(), String::new())).collect();
-    let stream = wait::named(cluster.api::<AetherSession>(), move |session: &AetherSession| session.uid().is_some_and(|uid| uids.contains(&uid)));
+    let stream = wait::named(cluster.api::<AetherSession>(), move |session: &AetherSession| {
+        session.uid().is_some_and(|uid| uids.contains(&uid))
+    });
     let mut failed = None;
     let progress = Progress::new(cluster.quiet);
     wait::watch_until(stream, &what, deadline, &progress, |session: AetherSession| {
@@ -154,7 +165,11 @@ async fn wait_all(cluster: &Cluster, parent: &str, created: &mut BTreeMap<String
 
 /// Creates the session.
 async fn post(cluster: &Cluster, session: AetherSession) -> Result<AetherSession> {
-    let name = session.metadata.name.clone().unwrap_or_else(|| format!("{}…", session.metadata.generate_name.as_deref().unwrap_or_default()));
+    let name = session
+        .metadata
+        .name
+        .clone()
+        .unwrap_or_else(|| format!("{}…", session.metadata.generate_name.as_deref().unwrap_or_default()));
     cluster.api().create(&PostParams::default(), &session).await.map_err(|error| match error {
         kube::Error::Api(status) if status.is_already_exists() => anyhow!(
             "session {name} exists already in namespace {}: take another name, or `kubectl aether delete {name}`",
@@ -211,7 +226,9 @@ fn sentence(parent: &str, fork: &AetherSession) -> String {
         Consistency::PointInTime => "",
         Consistency::PerFile => ", each file for itself",
     };
-    let frozen = forked.frozen_microseconds.map_or_else(String::new, |frozen| format!(", pods stood still for {}", output::frozen(frozen)));
+    let frozen = forked
+        .frozen_microseconds
+        .map_or_else(String::new, |frozen| format!(", pods stood still for {}", output::frozen(frozen)));
     format!("session {name} forked from {parent} as of {}{consistency}{frozen}", forked.time.0.strftime("%H:%M:%SZ"))
 }
 
@@ -246,7 +263,9 @@ mod tests {
         let waiting = with("Pending", Wanted::no(conditions::READY, reason::WAITING_FOR_CLAIM, "not bound"));
         assert!(matches!(bound("a", Some(&waiting)), Verdict::Waiting(text) if text.contains("not bound")));
         let stuck = with("Pending", Wanted::no(conditions::READY, reason::SOURCE_NOT_FOUND, "no source tools/linux"));
-        assert!(matches!(bound("a", Some(&stuck)), Verdict::Stuck(text) if text.contains("tools/linux") && text.contains("delete a")));
+        assert!(
+            matches!(bound("a", Some(&stuck)), Verdict::Stuck(text) if text.contains("tools/linux") && text.contains("delete a"))
+        );
         let failed = with("Failed", Wanted::no(conditions::READY, reason::INVALID, "bad"));
         assert!(matches!(bound("a", Some(&failed)), Verdict::Failed(_)));
         assert!(matches!(bound("a", None), Verdict::Failed(_)));

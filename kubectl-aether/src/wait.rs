@@ -6,10 +6,10 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, bail};
 use futures::{Stream, StreamExt, TryStreamExt};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use kube::api::Api;
-use kube::runtime::watcher::{self, watch_object};
-use kube::runtime::WatchStreamExt;
 use kube::Resource;
+use kube::api::Api;
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, watch_object};
 use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep_until};
 
@@ -115,7 +115,9 @@ pub(crate) async fn watch_until<S, T>(
 /// A watch is resumed after every error but those that trying again does not mend.
 fn tolerate(error: watcher::Error, what: &str) -> Result<String> {
     let inner = match error {
-        watcher::Error::InitialListFailed(error) | watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => error,
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => error,
         watcher::Error::WatchError(status) => kube::Error::Api(status),
         other @ watcher::Error::NoResourceVersion => bail!("cannot watch {what}: {other}"),
     };
@@ -137,7 +139,11 @@ where
 
 /// A condition in words: its reason, and its message if it has one.
 pub(crate) fn in_words(condition: &Condition) -> String {
-    if condition.message.is_empty() { condition.reason.clone() } else { format!("{} ({})", condition.message, condition.reason) }
+    if condition.message.is_empty() {
+        condition.reason.clone()
+    } else {
+        format!("{} ({})", condition.message, condition.reason)
+    }
 }
 
 #[cfg(test)]
@@ -152,15 +158,24 @@ mod tests {
     #[tokio::test]
     async fn a_wait_ends_with_the_state() {
         let judge = |n| if n == 3 { Verdict::Done(n) } else { Verdict::Waiting(format!("only {n}")) };
-        let got = watch_until(forever(vec![1, 2, 3]), "three", Deadline::after(Duration::from_secs(1)), &Progress::silent(), judge).await;
+        let got = watch_until(
+            forever(vec![1, 2, 3]),
+            "three",
+            Deadline::after(Duration::from_secs(1)),
+            &Progress::silent(),
+            judge,
+        )
+        .await;
         assert_eq!(got.unwrap(), 3);
     }
 
     #[tokio::test]
     async fn a_wait_that_takes_too_long_says_what_is_missing() {
         let judge = |n: i32| Verdict::<()>::Waiting(format!("only {n}"));
-        let deadline = Deadline { at: Instant::now() + Duration::from_millis(20), ..Deadline::after(Duration::from_secs(90)) };
-        let error = watch_until(forever(vec![1]), "three", deadline, &Progress::silent(), judge).await.unwrap_err().to_string();
+        let deadline =
+            Deadline { at: Instant::now() + Duration::from_millis(20), ..Deadline::after(Duration::from_secs(90)) };
+        let error =
+            watch_until(forever(vec![1]), "three", deadline, &Progress::silent(), judge).await.unwrap_err().to_string();
         assert!(error.contains("1m30s") && error.contains("three") && error.contains("only 1"), "{error}");
     }
 
@@ -185,7 +200,8 @@ mod tests {
 
     #[tokio::test]
     async fn forbidden_ends_a_wait_and_other_errors_do_not() {
-        let status = |code| Err(watcher::Error::WatchError(kube::core::Status::failure("no", "").with_code(code).boxed()));
+        let status =
+            |code| Err(watcher::Error::WatchError(kube::core::Status::failure("no", "").with_code(code).boxed()));
         let deadline = Deadline::after(Duration::from_secs(300));
         let stream = stream::iter(vec![status(500), Ok(1)]).chain(stream::pending());
         assert_eq!(watch_until(stream, "it", deadline, &Progress::silent(), Verdict::Done).await.unwrap(), 1);

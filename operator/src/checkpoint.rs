@@ -42,7 +42,9 @@ enum Verdict {
 pub async fn reconcile(seen: Arc<AetherCheckpoint>, context: Arc<Context>) -> Result<Action> {
     let namespace = seen.namespace().unwrap_or_default();
     let checkpoints: Api<AetherCheckpoint> = objects::namespaced(&context.client, &namespace);
-    let Some(checkpoint) = objects::get(&checkpoints, &seen.name_any()).await? else { return Ok(Action::await_change()) };
+    let Some(checkpoint) = objects::get(&checkpoints, &seen.name_any()).await? else {
+        return Ok(Action::await_change());
+    };
     if checkpoint.meta().deletion_timestamp.is_some() {
         return Ok(Action::await_change());
     }
@@ -115,7 +117,9 @@ fn is_durable(checkpoint: &AetherCheckpoint) -> bool {
 
 /// Whether a node has it, or it is in the store, or it failed: whether the operator has no part in it any more.
 fn is_settled(checkpoint: &AetherCheckpoint) -> bool {
-    checkpoint.status.as_ref().is_some_and(|status| status.durability.is_some() || status.node.is_some() || conditions::is_true(&status.conditions, FAILED))
+    checkpoint.status.as_ref().is_some_and(|status| {
+        status.durability.is_some() || status.node.is_some() || conditions::is_true(&status.conditions, FAILED)
+    })
 }
 
 /// Decides. `lost` says why the session's holder counts as lost, if it does.
@@ -163,7 +167,11 @@ fn judge(checkpoint: &AetherCheckpoint, session: Option<&AetherSession>, lost: O
         None => "no node held the session: this is its newest tree".into(),
     };
     conditions::set(&mut status.conditions, Wanted::yes(READY, reason::READY, message), generation);
-    conditions::set(&mut status.conditions, Wanted::yes(DURABLE, reason::READY, "the tree is in the store"), generation);
+    conditions::set(
+        &mut status.conditions,
+        Wanted::yes(DURABLE, reason::READY, "the tree is in the store"),
+        generation,
+    );
     Verdict::Take(Box::new(status))
 }
 
@@ -180,7 +188,9 @@ async fn prune(checkpoints: &Api<AetherCheckpoint>, session: &AetherSession) -> 
 
 /// Those older than the newest `keep` durable ones. One that is not durable yet replaces none that is.
 fn superfluous(mut checkpoints: Vec<AetherCheckpoint>, keep: usize) -> Vec<AetherCheckpoint> {
-    checkpoints.sort_by_key(|checkpoint| std::cmp::Reverse((checkpoint.creation_timestamp().map(|time| time.0), checkpoint.name_any())));
+    checkpoints.sort_by_key(|checkpoint| {
+        std::cmp::Reverse((checkpoint.creation_timestamp().map(|time| time.0), checkpoint.name_any()))
+    });
     let mut durable = 0;
     checkpoints.retain(|checkpoint| {
         let superfluous = durable >= keep && checkpoint.meta().deletion_timestamp.is_none();
@@ -198,7 +208,9 @@ fn pins_of(checkpoint: &AetherCheckpoint) -> Vec<Pin> {
     let status = checkpoint.status.clone().unwrap_or_default();
     [("", status.root), ("base", status.base.and_then(|base| base.revision_root))]
         .into_iter()
-        .filter_map(|(name, tree)| Some(Pin { owner: owner.clone(), kind: pins::CHECKPOINT, name: name.into(), tree: tree? }))
+        .filter_map(|(name, tree)| {
+            Some(Pin { owner: owner.clone(), kind: pins::CHECKPOINT, name: name.into(), tree: tree? })
+        })
         .collect()
 }
 
@@ -218,13 +230,19 @@ mod tests {
     }
 
     fn checkpoint() -> AetherCheckpoint {
-        AetherCheckpoint::new("before", aether_api::AetherCheckpointSpec { session: "fix".into(), ..Default::default() })
+        AetherCheckpoint::new(
+            "before",
+            aether_api::AetherCheckpointSpec { session: "fix".into(), ..Default::default() },
+        )
     }
 
     #[test]
     fn nobody_holds_it_so_the_head_is_the_checkpoint() {
         let Verdict::Take(status) = judge(&checkpoint(), Some(&session()), None) else { panic!("not taken") };
-        assert_eq!((status.root.as_deref(), status.session_uid.as_deref(), status.changed_files), (Some("d/4"), Some("s-1"), Some(3)));
+        assert_eq!(
+            (status.root.as_deref(), status.session_uid.as_deref(), status.changed_files),
+            (Some("d/4"), Some("s-1"), Some(3))
+        );
         assert!(conditions::is_true(&status.conditions, DURABLE) && conditions::is_true(&status.conditions, READY));
         let taken = AetherCheckpoint { status: Some(*status), ..checkpoint() };
         assert_eq!(judge(&taken, None, None), Verdict::Taken, "it outlives its session");
@@ -238,18 +256,24 @@ mod tests {
         let mut unsaved = session();
         unsaved.status.as_mut().unwrap().head.as_mut().unwrap().durability = Durability::Local;
         assert!(matches!(judge(&checkpoint(), Some(&unsaved), None), Verdict::NotYet(_)));
-        assert!(matches!(judge(&checkpoint(), None, None), Verdict::Never(wanted) if wanted.reason == reason::SESSION_NOT_FOUND));
+        assert!(
+            matches!(judge(&checkpoint(), None, None), Verdict::Never(wanted) if wanted.reason == reason::SESSION_NOT_FOUND)
+        );
     }
 
     #[test]
     fn of_a_lost_node_there_is_what_was_saved() {
         let mut held = session();
         held.status.as_mut().unwrap().attachment = Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
-        let Verdict::Take(status) = judge(&checkpoint(), Some(&held), Some("node n1 does not exist any more")) else { panic!("not taken") };
+        let Verdict::Take(status) = judge(&checkpoint(), Some(&held), Some("node n1 does not exist any more")) else {
+            panic!("not taken")
+        };
         assert_eq!(status.root.as_deref(), Some("d/4"));
         assert!(conditions::get(&status.conditions, READY).unwrap().message.contains("n1 does not exist"));
         held.status.as_mut().unwrap().head = None;
-        assert!(matches!(judge(&checkpoint(), Some(&held), Some("gone")), Verdict::NotYet(message) if message.contains("mount the session in a pod")));
+        assert!(
+            matches!(judge(&checkpoint(), Some(&held), Some("gone")), Verdict::NotYet(message) if message.contains("mount the session in a pod"))
+        );
     }
 
     #[test]

@@ -78,10 +78,12 @@ mod tests {
 
     #[test]
     fn a_bad_value_stops_the_start_and_says_which() {
-        let arguments = ["aether-operator", "--store", "s", "--importer-image", "i", "--worker-image", "w", "--command-image", "c"];
+        let arguments =
+            ["aether-operator", "--store", "s", "--importer-image", "i", "--worker-image", "w", "--command-image", "c"];
         let config = Config::try_parse_from(arguments).unwrap();
         assert_eq!(config.image_pull_policy.name(), "IfNotPresent");
-        let error = Config::try_parse_from(arguments.into_iter().chain(["--listen", "nowhere"])).unwrap_err().to_string();
+        let error =
+            Config::try_parse_from(arguments.into_iter().chain(["--listen", "nowhere"])).unwrap_err().to_string();
         assert!(error.contains("--listen") && error.contains("nowhere"), "{error}");
     }
 }

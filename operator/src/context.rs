@@ -34,7 +34,10 @@ pub struct Context {
 impl Context {
     /// A context for this client and these settings.
     pub fn new(client: Client, config: Config, pins: Pins) -> Self {
-        let reporter = Reporter { controller: aether_api::names::OPERATOR_MANAGER.into(), instance: Some(config.identity.clone()) };
+        let reporter = Reporter {
+            controller: aether_api::names::OPERATOR_MANAGER.into(),
+            instance: Some(config.identity.clone()),
+        };
         Self {
             recorder: Recorder::new(client.clone(), reporter),
             progress: Throttle::new(Duration::from_secs(1)),
@@ -54,7 +57,8 @@ impl Context {
         let reference: ObjectReference = object.object_ref(&());
         // The API server takes notes of up to 1 kB.
         let note: String = message.chars().take(900).collect();
-        let event = Event { type_, reason: reason.into(), note: Some(note), action: "Reconcile".into(), secondary: None };
+        let event =
+            Event { type_, reason: reason.into(), note: Some(note), action: "Reconcile".into(), secondary: None };
         if let Err(error) = self.recorder.publish(&event, &reference).await {
             tracing::debug!(name = reference.name, reason, %error, "event not written");
         }

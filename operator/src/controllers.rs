@@ -103,7 +103,8 @@ fn sessions(context: &Context) -> Controller<AetherSession> {
     let startless = |session: &AetherSession| session.status.as_ref().is_none_or(|status| status.base.is_none());
     controller
         .watches(all::<PersistentVolumeClaim>(context), watcher::Config::default(), |claim| {
-            let may_be = claim.labels().contains_key(SESSION_UID_LABEL) || claim.annotations().contains_key(CLAIM_SOURCE_ANNOTATION);
+            let may_be = claim.labels().contains_key(SESSION_UID_LABEL)
+                || claim.annotations().contains_key(CLAIM_SOURCE_ANNOTATION);
             may_be.then(|| ObjectRef::new(&claim.name_any()).within(&claim.namespace().unwrap_or_default()))
         })
         .watches(all::<PersistentVolume>(context), watcher::Config::default().labels(SESSION_UID_LABEL), |volume| {
@@ -114,14 +115,31 @@ fn sessions(context: &Context) -> Controller<AetherSession> {
             let (name, namespace) = (source.name_any(), source.namespace());
             let waits = |session: &AetherSession| {
                 let wanted = session.spec.source.as_ref();
-                startless(session) && wanted.is_some_and(|wanted| wanted.name == name && wanted.namespace.clone().or_else(|| session.namespace()) == namespace)
+                startless(session)
+                    && wanted.is_some_and(|wanted| {
+                        wanted.name == name && wanted.namespace.clone().or_else(|| session.namespace()) == namespace
+                    })
             };
-            by_source.state().iter().filter(|session| waits(session)).map(|session| ObjectRef::from_obj(session.as_ref())).collect::<Vec<_>>()
+            by_source
+                .state()
+                .iter()
+                .filter(|session| waits(session))
+                .map(|session| ObjectRef::from_obj(session.as_ref()))
+                .collect::<Vec<_>>()
         })
         .watches(all::<AetherCheckpoint>(context), watcher::Config::default(), move |checkpoint| {
             let (name, namespace) = (checkpoint.name_any(), checkpoint.namespace());
-            let waits = |session: &AetherSession| startless(session) && session.namespace() == namespace && session.spec.checkpoint.as_ref() == Some(&name);
-            by_checkpoint.state().iter().filter(|session| waits(session)).map(|session| ObjectRef::from_obj(session.as_ref())).collect::<Vec<_>>()
+            let waits = |session: &AetherSession| {
+                startless(session)
+                    && session.namespace() == namespace
+                    && session.spec.checkpoint.as_ref() == Some(&name)
+            };
+            by_checkpoint
+                .state()
+                .iter()
+                .filter(|session| waits(session))
+                .map(|session| ObjectRef::from_obj(session.as_ref()))
+                .collect::<Vec<_>>()
         })
 }
 
@@ -131,9 +149,19 @@ fn restores(context: &Context) -> Controller<AetherRestore> {
     let restores = controller.store();
     controller.watches(all::<AetherCheckpoint>(context), watcher::Config::default(), move |checkpoint| {
         let (name, namespace) = (checkpoint.name_any(), checkpoint.namespace());
-        let safety = |restore: &AetherRestore| restore.status.as_ref().and_then(|status| status.safety_checkpoint.clone());
-        let waits = |restore: &AetherRestore| !restore.finished() && restore.namespace() == namespace && (restore.spec.checkpoint == name || safety(restore).as_ref() == Some(&name));
-        restores.state().iter().filter(|restore| waits(restore)).map(|restore| ObjectRef::from_obj(restore.as_ref())).collect::<Vec<_>>()
+        let safety =
+            |restore: &AetherRestore| restore.status.as_ref().and_then(|status| status.safety_checkpoint.clone());
+        let waits = |restore: &AetherRestore| {
+            !restore.finished()
+                && restore.namespace() == namespace
+                && (restore.spec.checkpoint == name || safety(restore).as_ref() == Some(&name))
+        };
+        restores
+            .state()
+            .iter()
+            .filter(|restore| waits(restore))
+            .map(|restore| ObjectRef::from_obj(restore.as_ref()))
+            .collect::<Vec<_>>()
     })
 }
 

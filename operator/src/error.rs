@@ -58,10 +58,9 @@ impl Error {
             kube::Error::Api(status) => {
                 status.reason == reason::FORBIDDEN
                     && (status.message.contains("being terminated")
-                        || status
-                            .details
-                            .as_ref()
-                            .is_some_and(|details| details.causes.iter().any(|cause| cause.reason == "NamespaceTerminating")))
+                        || status.details.as_ref().is_some_and(|details| {
+                            details.causes.iter().any(|cause| cause.reason == "NamespaceTerminating")
+                        }))
             }
             _ => false,
         }

@@ -116,12 +116,17 @@ impl Candidate {
     /// Takes or renews the Lease if that is possible now; else says who holds it.
     async fn attempt(&mut self) -> anyhow::Result<Option<String>> {
         let Some(lease) = self.leases.get_opt(LEASE).await.context("read the Lease")? else {
-            let lease = Lease { metadata: ObjectMeta { name: Some(LEASE.into()), ..ObjectMeta::default() }, spec: Some(self.spec(None)) };
+            let lease = Lease {
+                metadata: ObjectMeta { name: Some(LEASE.into()), ..ObjectMeta::default() },
+                spec: Some(self.spec(None)),
+            };
             self.leases.create(&parameters(), &lease).await.context("create the Lease")?;
             return Ok(None);
         };
         let spec = lease.spec.clone().unwrap_or_default();
-        if let Some(holder) = spec.holder_identity.clone().filter(|holder| !holder.is_empty() && *holder != self.identity) {
+        if let Some(holder) =
+            spec.holder_identity.clone().filter(|holder| !holder.is_empty() && *holder != self.identity)
+        {
             let version = lease.metadata.resource_version.clone().unwrap_or_default();
             let since = match &self.seen {
                 Some((seen, since)) if *seen == version => *since,
@@ -130,14 +135,19 @@ impl Candidate {
                     return Ok(Some(holder));
                 }
             };
-            let lasts = spec.lease_duration_seconds.map_or(self.times.lease, |seconds| Duration::from_secs(seconds.max(1) as u64));
+            let lasts = spec
+                .lease_duration_seconds
+                .map_or(self.times.lease, |seconds| Duration::from_secs(seconds.max(1) as u64));
             if since.elapsed() < lasts {
                 return Ok(Some(holder));
             }
             tracing::info!(holder, "the leader's Lease has run out");
         }
         // The resource version that was read goes with it, so of two replicas one is refused.
-        self.leases.replace(LEASE, &parameters(), &Lease { spec: Some(self.spec(Some(spec))), ..lease }).await.context("write the Lease")?;
+        self.leases
+            .replace(LEASE, &parameters(), &Lease { spec: Some(self.spec(Some(spec))), ..lease })
+            .await
+            .context("write the Lease")?;
         Ok(None)
     }
 

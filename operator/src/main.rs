@@ -21,7 +21,9 @@ const GRACE: Duration = Duration::from_secs(10);
 async fn main() -> anyhow::Result<()> {
     let config = Config::parse();
     logs::init()?;
-    let client = Client::try_default().await.context("no cluster: neither a pod's service account nor a KUBECONFIG was found")?;
+    let client = Client::try_default()
+        .await
+        .context("no cluster: neither a pod's service account nor a KUBECONFIG was found")?;
     let pins = Pins::connect(&config.store)?;
     let (readiness, metrics) = (Readiness::new(), Metrics::new());
     let shutdown = signals::shutdown()?;
@@ -32,7 +34,8 @@ async fn main() -> anyhow::Result<()> {
     tasks.essential(Stage::Foundation, "health and metrics", |token| http::serve(address, serving, token));
 
     let (elected, election) = oneshot::channel();
-    let mut candidate = Candidate::new(Api::namespaced(client.clone(), &config.namespace), config.identity.clone(), Times::default());
+    let mut candidate =
+        Candidate::new(Api::namespaced(client.clone(), &config.namespace), config.identity.clone(), Times::default());
     let api = readiness.part("kubernetes");
     let asked = client.clone();
     tasks.essential(Stage::Foundation, "leader election", |token| async move {

@@ -19,12 +19,16 @@ pub async fn lost(client: &Client, name: &str) -> Result<Option<String>> {
         return Ok(Some(format!("node {name} does not exist any more")));
     }
     let lease = objects::get::<Lease>(&objects::namespaced(client, LEASE_NAMESPACE), name).await?;
-    Ok(lease.and_then(|lease| expired(&lease, jiff::Timestamp::now())).map(|seconds| format!("node {name} has not been heard of for {seconds} s")))
+    Ok(lease
+        .and_then(|lease| expired(&lease, jiff::Timestamp::now()))
+        .map(|seconds| format!("node {name} has not been heard of for {seconds} s")))
 }
 
 /// What is in the way while a lost node holds a session, and what a person can do about it.
 pub fn way_out(why: &str, session: &str) -> String {
-    format!("AetherSession {session} is held by a node that is lost ({why}): mount the session in a pod to take it over")
+    format!(
+        "AetherSession {session} is held by a node that is lost ({why}): mount the session in a pod to take it over"
+    )
 }
 
 /// Why the session's holder counts as lost; `None` while it lives, and when nobody holds the session.

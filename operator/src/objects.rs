@@ -21,9 +21,15 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Result};
 
 /// What every object here can do.
-pub trait Object: Resource<DynamicType = ()> + Clone + DeserializeOwned + Serialize + Debug + Send + Sync + 'static {}
+pub trait Object:
+    Resource<DynamicType = ()> + Clone + DeserializeOwned + Serialize + Debug + Send + Sync + 'static
+{
+}
 
-impl<K> Object for K where K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Serialize + Debug + Send + Sync + 'static {}
+impl<K> Object for K where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Serialize + Debug + Send + Sync + 'static
+{
+}
 
 /// `Kind namespace/name`, for messages.
 pub fn describe<K: Object>(namespace: Option<&str>, name: &str) -> String {
@@ -96,9 +102,11 @@ pub async fn delete<K: Object>(api: &Api<K>, object: &K) -> Result<()> {
 pub async fn write_finalizers<K: Object>(api: &Api<K>, object: &K, finalizers: &[String]) -> Result<K> {
     let name = object.name_any();
     let patch = json!({"metadata": {"resourceVersion": object.resource_version(), "finalizers": finalizers}});
-    api.patch(&name, &PatchParams::apply(names::OPERATOR_MANAGER), &Patch::Merge(patch))
-        .await
-        .map_err(failed::<K>("write the finalizers of", api.namespace(), &name))
+    api.patch(&name, &PatchParams::apply(names::OPERATOR_MANAGER), &Patch::Merge(patch)).await.map_err(failed::<K>(
+        "write the finalizers of",
+        api.namespace(),
+        &name,
+    ))
 }
 
 /// Writes what differs between the object's status and `wanted`, provided that the object did not change since it
@@ -146,7 +154,10 @@ pub fn owned_by<K: Object>(owner: &K) -> Vec<OwnerReference> {
 /// Whether `owner` is the controller of `object`.
 pub fn is_owned_by<K: Object, O: Object>(object: &K, owner: &O) -> bool {
     owner.uid().is_some()
-        && object.owner_references().iter().any(|reference| reference.controller == Some(true) && Some(&reference.uid) == owner.meta().uid.as_ref())
+        && object
+            .owner_references()
+            .iter()
+            .any(|reference| reference.controller == Some(true) && Some(&reference.uid) == owner.meta().uid.as_ref())
 }
 
 /// How long ago the object was created; nothing for an object whose clock is ahead of ours.

@@ -58,7 +58,8 @@ impl Pins {
             Some(rest) => format!("http://{rest}"),
             None => address.to_owned(),
         };
-        let endpoint = Endpoint::from_shared(address.clone()).map_err(|error| anyhow::anyhow!("--store {address:?} is not an address: {error}"))?;
+        let endpoint = Endpoint::from_shared(address.clone())
+            .map_err(|error| anyhow::anyhow!("--store {address:?} is not an address: {error}"))?;
         let channel = endpoint.connect_timeout(DEADLINE).timeout(DEADLINE).connect_lazy();
         Ok(Self { client: Some(StoreAdminClient::new(channel)), taken: Mutex::default(), silent: Mutex::default() })
     }
@@ -80,7 +81,13 @@ impl Pins {
             if self.taken.lock().expect("no holder panics").get(&key) == Some(&pin.tree) {
                 continue;
             }
-            let root = Root { owner_uid: pin.owner, kind: pin.kind.into(), name: pin.name, tree: pin.tree.clone(), pinned_at: 0 };
+            let root = Root {
+                owner_uid: pin.owner,
+                kind: pin.kind.into(),
+                name: pin.name,
+                tree: pin.tree.clone(),
+                pinned_at: 0,
+            };
             let answer = client.clone().pin_root(PinRootRequest { root: Some(root) }).await;
             if !self.answered(&answer) {
                 return false;
@@ -140,7 +147,10 @@ impl Pins {
     pub async fn forget(&self, owner: &str) -> Result<(), tonic::Status> {
         self.taken.lock().expect("no holder panics").retain(|(uid, ..), _| uid != owner);
         let Some(client) = &self.client else { return Ok(()) };
-        client.clone().unpin_roots(UnpinRootsRequest { owner_uid: owner.into(), kind: String::new(), name: None }).await?;
+        client
+            .clone()
+            .unpin_roots(UnpinRootsRequest { owner_uid: owner.into(), kind: String::new(), name: None })
+            .await?;
         Ok(())
     }
 

@@ -36,7 +36,8 @@ pub fn trouble(pod: &Pod) -> Option<String> {
     });
     waiting.or_else(|| {
         let conditions = pod.status.as_ref()?.conditions.as_ref()?;
-        let scheduled = conditions.iter().find(|condition| condition.type_ == "PodScheduled" && condition.status == "False")?;
+        let scheduled =
+            conditions.iter().find(|condition| condition.type_ == "PodScheduled" && condition.status == "False")?;
         Some(format!("pod {name} has no node yet: {}", scheduled.message.as_deref().unwrap_or("unschedulable")))
     })
 }

@@ -45,7 +45,9 @@ pub async fn reconcile(seen: Arc<PersistentVolumeClaim>, context: Arc<Context>) 
     };
     if there.is_some_and(|there| !objects::is_owned_by(&there, seen.as_ref())) {
         let name = session.name_any();
-        let message = format!("an AetherSession named {name} exists and is not of this claim: mount its own claim, or give this claim another name");
+        let message = format!(
+            "an AetherSession named {name} exists and is not of this claim: mount its own claim, or give this claim another name"
+        );
         context.warn(seen.as_ref(), &Wanted::no(aether_api::conditions::READY, reason::NAME_TAKEN, message)).await;
     }
     Ok(Action::await_change())
@@ -55,26 +57,44 @@ pub async fn reconcile(seen: Arc<PersistentVolumeClaim>, context: Arc<Context>) 
 fn may_ask(claim: &PersistentVolumeClaim) -> bool {
     let spec = claim.spec.as_ref();
     claim.meta().deletion_timestamp.is_none()
-        && spec.is_some_and(|spec| spec.storage_class_name.as_deref().is_some_and(|class| !class.is_empty()) && spec.volume_name.as_deref().unwrap_or_default().is_empty())
+        && spec.is_some_and(|spec| {
+            spec.storage_class_name.as_deref().is_some_and(|class| !class.is_empty())
+                && spec.volume_name.as_deref().unwrap_or_default().is_empty()
+        })
 }
 
 /// The session that the claim asks for, or what is wrong with the question.
 fn build(claim: &PersistentVolumeClaim) -> std::result::Result<AetherSession, String> {
     let name = claim.name_any();
-    let annotation = |key: &str| claim.annotations().get(key).map(|value| value.trim()).filter(|value| !value.is_empty());
+    let annotation =
+        |key: &str| claim.annotations().get(key).map(|value| value.trim()).filter(|value| !value.is_empty());
     let Some(source) = annotation(CLAIM_SOURCE_ANNOTATION) else {
-        return Err(format!("claim {name} says not what to start from: annotate it with {CLAIM_SOURCE_ANNOTATION}: NAMESPACE/NAME of an AetherSource"));
+        return Err(format!(
+            "claim {name} says not what to start from: annotate it with {CLAIM_SOURCE_ANNOTATION}: NAMESPACE/NAME of an AetherSource"
+        ));
     };
     let (namespace, source) = match source.split_once('/') {
         None => (None, source),
         Some((namespace, source)) => (Some(namespace), source),
     };
     if source.is_empty() || source.contains('/') || namespace.is_some_and(str::is_empty) {
-        return Err(format!("annotation {CLAIM_SOURCE_ANNOTATION} of claim {name} must be NAMESPACE/NAME or NAME of an AetherSource"));
+        return Err(format!(
+            "annotation {CLAIM_SOURCE_ANNOTATION} of claim {name} must be NAMESPACE/NAME or NAME of an AetherSource"
+        ));
     }
-    let owner = annotation(CLAIM_OWNER_ANNOTATION).map(|owner| parse_owner(owner).ok_or_else(|| format!("annotation {CLAIM_OWNER_ANNOTATION} of claim {name} is {owner:?}: say UID:GID, such as 1000:1000"))).transpose()?;
+    let owner = annotation(CLAIM_OWNER_ANNOTATION)
+        .map(|owner| {
+            parse_owner(owner).ok_or_else(|| {
+                format!(
+                    "annotation {CLAIM_OWNER_ANNOTATION} of claim {name} is {owner:?}: say UID:GID, such as 1000:1000"
+                )
+            })
+        })
+        .transpose()?;
     if claim.spec.as_ref().is_some_and(|spec| spec.volume_mode.as_deref() == Some("Block")) {
-        return Err(format!("claim {name} asks for a block device, but a session is a directory: leave volumeMode out"));
+        return Err(format!(
+            "claim {name} asks for a block device, but a session is a directory: leave volumeMode out"
+        ));
     }
     Ok(AetherSession {
         metadata: ObjectMeta {
@@ -120,7 +140,9 @@ mod tests {
 
     #[test]
     fn the_annotation_names_the_source() {
-        let session = build(&claim(&[(CLAIM_SOURCE_ANNOTATION, "platform/linux"), (CLAIM_OWNER_ANNOTATION, "1001:100")])).unwrap();
+        let session =
+            build(&claim(&[(CLAIM_SOURCE_ANNOTATION, "platform/linux"), (CLAIM_OWNER_ANNOTATION, "1001:100")]))
+                .unwrap();
         let source = session.spec.source.clone().unwrap();
         assert_eq!((source.namespace.as_deref(), source.name.as_str()), (Some("platform"), "linux"));
         assert_eq!(session.spec.owner, Some(Owner { uid: 1001, gid: 100 }));

@@ -113,7 +113,9 @@ pub async fn reconcile(seen: Arc<AetherRestore>, context: Arc<Context>) -> Resul
             pending(&mut status, reason::IN_PROGRESS, format!("waits for the safety checkpoint {}", found.safety_name));
         }
         Step::Move { root } => {
-            let (Some(session), Some(checkpoint)) = (&found.session, &found.checkpoint) else { return Ok(Action::requeue(POLL)) };
+            let (Some(session), Some(checkpoint)) = (&found.session, &found.checkpoint) else {
+                return Ok(Action::requeue(POLL));
+            };
             // Refused if a node takes the lease meanwhile; then that node restores it in place.
             objects::write_status(&sessions, session, &moved(session, checkpoint, &restore, &root)).await?;
             finish(&mut status, root, generation);
@@ -141,7 +143,10 @@ fn is_safety_of(checkpoint: &AetherCheckpoint, restore: &AetherRestore) -> bool 
 }
 
 /// The name of the safety checkpoint, and the checkpoint if it is there.
-async fn find_safety(restore: &AetherRestore, checkpoints: &Api<AetherCheckpoint>) -> Result<(String, Option<AetherCheckpoint>)> {
+async fn find_safety(
+    restore: &AetherRestore,
+    checkpoints: &Api<AetherCheckpoint>,
+) -> Result<(String, Option<AetherCheckpoint>)> {
     let mut names = safety_names(restore);
     let last = names.pop().unwrap_or_default();
     for name in names {
@@ -161,11 +166,18 @@ fn safety(restore: &AetherRestore, session: &AetherSession, name: &str) -> Aethe
         metadata: ObjectMeta {
             name: Some(name.into()),
             namespace: restore.namespace(),
-            labels: Some(BTreeMap::from([(ORIGIN_LABEL.into(), ORIGIN_SAFETY.into()), (SESSION_UID_LABEL.into(), session.uid().unwrap_or_default())])),
+            labels: Some(BTreeMap::from([
+                (ORIGIN_LABEL.into(), ORIGIN_SAFETY.into()),
+                (SESSION_UID_LABEL.into(), session.uid().unwrap_or_default()),
+            ])),
             annotations: Some(BTreeMap::from([(RESTORE_UID_ANNOTATION.into(), restore.uid().unwrap_or_default())])),
             ..ObjectMeta::default()
         },
-        spec: AetherCheckpointSpec { session: restore.spec.session.clone(), message: Some(message), ..AetherCheckpointSpec::default() },
+        spec: AetherCheckpointSpec {
+            session: restore.spec.session.clone(),
+            message: Some(message),
+            ..AetherCheckpointSpec::default()
+        },
         status: None,
     }
 }
@@ -190,19 +202,36 @@ fn next(restore: &AetherRestore, found: &Found) -> Step {
         };
     }
     let Some(checkpoint) = found.checkpoint.as_ref() else {
-        return Step::Fail(reason::CHECKPOINT_NOT_FOUND, format!("AetherCheckpoint {checkpoint_name} does not exist in this namespace"));
+        return Step::Fail(
+            reason::CHECKPOINT_NOT_FOUND,
+            format!("AetherCheckpoint {checkpoint_name} does not exist in this namespace"),
+        );
     };
     let target = checkpoint.status.clone().unwrap_or_default();
     if let Some(failed) = conditions::get(&target.conditions, FAILED).filter(|failed| failed.status == "True") {
-        return Step::Fail(reason::CHECKPOINT_NOT_READY, format!("AetherCheckpoint {checkpoint_name} failed: {}", failed.message));
+        return Step::Fail(
+            reason::CHECKPOINT_NOT_READY,
+            format!("AetherCheckpoint {checkpoint_name} failed: {}", failed.message),
+        );
     }
     let (Some(root), Some(Durability::Durable)) = (target.root, target.durability) else {
-        return Step::Wait(reason::CHECKPOINT_NOT_READY, format!("AetherCheckpoint {checkpoint_name} is not in the store yet"));
+        return Step::Wait(
+            reason::CHECKPOINT_NOT_READY,
+            format!("AetherCheckpoint {checkpoint_name} is not in the store yet"),
+        );
     };
-    let source = |base: Option<&aether_api::session::Base>| base.and_then(|base| Some((base.source_namespace.clone()?, base.source_name.clone()?)));
-    let (ours, theirs) = (source(session.status.as_ref().and_then(|about| about.base.as_ref())), source(target.base.as_ref()));
+    let source = |base: Option<&aether_api::session::Base>| {
+        base.and_then(|base| Some((base.source_namespace.clone()?, base.source_name.clone()?)))
+    };
+    let (ours, theirs) =
+        (source(session.status.as_ref().and_then(|about| about.base.as_ref())), source(target.base.as_ref()));
     if ours.is_some() && theirs.is_some() && ours != theirs {
-        return Step::Fail(reason::INVALID, format!("AetherCheckpoint {checkpoint_name} is of another source than AetherSession {name}: make a session from the checkpoint instead"));
+        return Step::Fail(
+            reason::INVALID,
+            format!(
+                "AetherCheckpoint {checkpoint_name} is of another source than AetherSession {name}: make a session from the checkpoint instead"
+            ),
+        );
     }
     if session.head_root().is_none() {
         return Step::Wait(reason::SESSION_NOT_READY, format!("AetherSession {name} has no tree in the store yet"));
@@ -214,14 +243,19 @@ fn next(restore: &AetherRestore, found: &Found) -> Step {
         return Step::Wait(reason::IN_PROGRESS, format!("waits for the safety checkpoint {safety_name}"));
     };
     if conditions::is_true(&safety.conditions, FAILED) {
-        return Step::Fail(reason::CHECKPOINT_NOT_READY, format!("the safety checkpoint {safety_name} failed, so nothing was changed"));
+        return Step::Fail(
+            reason::CHECKPOINT_NOT_READY,
+            format!("the safety checkpoint {safety_name} failed, so nothing was changed"),
+        );
     }
     // The safety checkpoint must be of what is there now, or the way back would miss something.
     match safety.durability {
         Some(Durability::Durable) if safety.root.as_deref() == session.head_root() => Step::Move { root },
         Some(Durability::Durable) => Step::Fail(
             reason::SESSION_NOT_READY,
-            format!("AetherSession {name} changed after the safety checkpoint {safety_name}, so it is left as it is: make another AetherRestore"),
+            format!(
+                "AetherSession {name} changed after the safety checkpoint {safety_name}, so it is left as it is: make another AetherRestore"
+            ),
         ),
         _ => Step::Wait(reason::IN_PROGRESS, format!("waits for the safety checkpoint {safety_name}")),
     }
@@ -235,17 +269,28 @@ fn mark(restore: &AetherRestore) -> String {
 /// Whether this restore has moved the session's head.
 fn was_moved_by(session: &AetherSession, restore: &AetherRestore) -> bool {
     let conditions = session.status.as_ref().map_or(&[][..], |about| &about.conditions);
-    restore.uid().is_some() && conditions::get(conditions, RESTORED).is_some_and(|restored| restored.message.ends_with(&mark(restore)))
+    restore.uid().is_some()
+        && conditions::get(conditions, RESTORED).is_some_and(|restored| restored.message.ends_with(&mark(restore)))
 }
 
 /// The session's status with its head moved, and the mark of who moved it.
-fn moved(session: &AetherSession, checkpoint: &AetherCheckpoint, restore: &AetherRestore, root: &str) -> aether_api::AetherSessionStatus {
+fn moved(
+    session: &AetherSession,
+    checkpoint: &AetherCheckpoint,
+    restore: &AetherRestore,
+    root: &str,
+) -> aether_api::AetherSessionStatus {
     let mut about = session.status.clone().unwrap_or_default();
     let target = checkpoint.status.as_ref();
     about.head = Some(Head { root: root.into(), durability: Durability::Durable, time: objects::now() });
     about.changed_files = target.and_then(|target| target.changed_files);
     about.own_bytes = target.and_then(|target| target.own_bytes);
-    let message = format!("to AetherCheckpoint {} by AetherRestore {} {}", checkpoint.name_any(), restore.name_any(), mark(restore));
+    let message = format!(
+        "to AetherCheckpoint {} by AetherRestore {} {}",
+        checkpoint.name_any(),
+        restore.name_any(),
+        mark(restore)
+    );
     conditions::set(&mut about.conditions, Wanted::yes(RESTORED, reason::DONE, message), session.meta().generation);
     about
 }
@@ -253,7 +298,12 @@ fn moved(session: &AetherSession, checkpoint: &AetherCheckpoint, restore: &Aethe
 fn finish(status: &mut AetherRestoreStatus, root: String, generation: Option<i64>) {
     status.root = Some(root);
     status.node = None;
-    end(status, "Succeeded", Wanted::yes(COMPLETE, reason::DONE, "no node held the session: its head is the checkpoint's tree now"), generation);
+    end(
+        status,
+        "Succeeded",
+        Wanted::yes(COMPLETE, reason::DONE, "no node held the session: its head is the checkpoint's tree now"),
+        generation,
+    );
 }
 
 fn end(status: &mut AetherRestoreStatus, phase: &str, wanted: Wanted, generation: Option<i64>) {
@@ -269,7 +319,10 @@ mod tests {
     use aether_api::{AetherCheckpointStatus, AetherRestoreSpec, AetherSessionStatus};
 
     fn restore() -> AetherRestore {
-        let mut restore = AetherRestore::new("back", AetherRestoreSpec { session: "fix".into(), checkpoint: "before".into(), ..Default::default() });
+        let mut restore = AetherRestore::new(
+            "back",
+            AetherRestoreSpec { session: "fix".into(), checkpoint: "before".into(), ..Default::default() },
+        );
         restore.metadata.uid = Some("r-1".into());
         restore
     }
@@ -284,7 +337,12 @@ mod tests {
             owner: Owner::default(),
         };
         let mut checkpoint = AetherCheckpoint::new("before", Default::default());
-        let status = AetherCheckpointStatus { root: Some(root.into()), base: Some(base), durability: Some(Durability::Durable), ..Default::default() };
+        let status = AetherCheckpointStatus {
+            root: Some(root.into()),
+            base: Some(base),
+            durability: Some(Durability::Durable),
+            ..Default::default()
+        };
         checkpoint.status = Some(status);
         checkpoint
     }
@@ -294,12 +352,22 @@ mod tests {
         let head = Head { root: "new/2".into(), durability: Durability::Durable, time: objects::now() };
         let base = checkpoint("", "linux").status.unwrap().base;
         session.status = Some(AetherSessionStatus { head: Some(head), base, ..Default::default() });
-        Found { session: Some(session), checkpoint: Some(checkpoint("old/1", "linux")), safety_name: "back-safety".into(), safety: None, lost: None }
+        Found {
+            session: Some(session),
+            checkpoint: Some(checkpoint("old/1", "linux")),
+            safety_name: "back-safety".into(),
+            safety: None,
+            lost: None,
+        }
     }
 
     fn begun() -> AetherRestore {
         let mut restore = restore();
-        restore.status = Some(AetherRestoreStatus { started: Some(objects::now()), root: Some("old/1".into()), ..Default::default() });
+        restore.status = Some(AetherRestoreStatus {
+            started: Some(objects::now()),
+            root: Some("old/1".into()),
+            ..Default::default()
+        });
         restore
     }
 
@@ -307,7 +375,11 @@ mod tests {
     fn the_safety_checkpoint_comes_first_then_the_head_moves_once() {
         let mut found = found();
         assert_eq!(next(&restore(), &found), Step::Begin { root: "old/1".into() });
-        assert_eq!(next(&begun(), &found), Step::Begin { root: "old/1".into() }, "cut short before the safety checkpoint");
+        assert_eq!(
+            next(&begun(), &found),
+            Step::Begin { root: "old/1".into() },
+            "cut short before the safety checkpoint"
+        );
         found.safety = Some(AetherCheckpoint { status: None, ..checkpoint("", "linux") });
         assert!(matches!(next(&begun(), &found), Step::Wait(reason::IN_PROGRESS, _)));
         found.safety = Some(checkpoint("new/2", "linux"));
@@ -352,9 +424,12 @@ mod tests {
     #[test]
     fn while_its_node_is_lost_people_are_told_the_way_out() {
         let mut found = found();
-        found.session.as_mut().unwrap().status.as_mut().unwrap().attachment = Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
+        found.session.as_mut().unwrap().status.as_mut().unwrap().attachment =
+            Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
         found.lost = Some("node n1 does not exist any more".into());
-        assert!(matches!(next(&restore(), &found), Step::Wait(reason::WAITING_FOR_NODE, message) if message.contains("mount the session in a pod")));
+        assert!(
+            matches!(next(&restore(), &found), Step::Wait(reason::WAITING_FOR_NODE, message) if message.contains("mount the session in a pod"))
+        );
     }
 
     #[test]
@@ -367,7 +442,8 @@ mod tests {
     #[test]
     fn a_mounted_session_is_restored_by_its_node() {
         let mut found = found();
-        found.session.as_mut().unwrap().status.as_mut().unwrap().attachment = Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
+        found.session.as_mut().unwrap().status.as_mut().unwrap().attachment =
+            Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
         assert!(matches!(next(&restore(), &found), Step::Node(message) if message.contains("n1")));
         // The node began, and let go before it had restored anything.
         let mut begun = begun();
@@ -380,9 +456,13 @@ mod tests {
     #[test]
     fn what_is_missing_or_foreign_is_named() {
         let nothing = Found { session: None, ..found() };
-        assert!(matches!(next(&restore(), &nothing), Step::Fail(reason::SESSION_NOT_FOUND, message) if message.contains("fix")));
+        assert!(
+            matches!(next(&restore(), &nothing), Step::Fail(reason::SESSION_NOT_FOUND, message) if message.contains("fix"))
+        );
         let no_checkpoint = Found { checkpoint: None, ..found() };
-        assert!(matches!(next(&restore(), &no_checkpoint), Step::Fail(reason::CHECKPOINT_NOT_FOUND, message) if message.contains("before")));
+        assert!(
+            matches!(next(&restore(), &no_checkpoint), Step::Fail(reason::CHECKPOINT_NOT_FOUND, message) if message.contains("before"))
+        );
         let foreign = Found { checkpoint: Some(checkpoint("old/1", "windows")), ..found() };
         assert!(matches!(next(&restore(), &foreign), Step::Fail(reason::INVALID, _)));
     }

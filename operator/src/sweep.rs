@@ -42,12 +42,20 @@ pub async fn sweep(context: &Context) -> Result<()> {
     }
     for checkpoint in checkpoints.iter().filter(|checkpoint| is_stray_checkpoint(checkpoint, &session_uids)) {
         let namespace = checkpoint.namespace().unwrap_or_default();
-        tracing::info!(checkpoint = checkpoint.name_any(), namespace, "deleting a checkpoint that goes with its session, which is gone");
+        tracing::info!(
+            checkpoint = checkpoint.name_any(),
+            namespace,
+            "deleting a checkpoint that goes with its session, which is gone"
+        );
         objects::delete(&objects::namespaced(client, &namespace), checkpoint).await?;
     }
     for checkpoint in checkpoints.iter().filter(|checkpoint| is_forgotten_diff(checkpoint)) {
         let namespace = checkpoint.namespace().unwrap_or_default();
-        tracing::info!(checkpoint = checkpoint.name_any(), namespace, "deleting a checkpoint that was left behind by a diff");
+        tracing::info!(
+            checkpoint = checkpoint.name_any(),
+            namespace,
+            "deleting a checkpoint that was left behind by a diff"
+        );
         objects::delete(&objects::namespaced(client, &namespace), checkpoint).await?;
     }
     let uids = sources.iter().filter_map(ResourceExt::uid).chain(checkpoints.iter().filter_map(ResourceExt::uid));
@@ -66,14 +74,18 @@ pub async fn sweep(context: &Context) -> Result<()> {
 }
 
 fn is_stray_volume(volume: &PersistentVolume, sessions: &HashSet<String>) -> bool {
-    let ours = volume.spec.as_ref().and_then(|spec| spec.csi.as_ref()).is_some_and(|csi| csi.driver == names::CSI_DRIVER);
+    let ours =
+        volume.spec.as_ref().and_then(|spec| spec.csi.as_ref()).is_some_and(|csi| csi.driver == names::CSI_DRIVER);
     let uid = volume.labels().get(names::SESSION_UID_LABEL);
-    ours && volume.meta().deletion_timestamp.is_none() && uid.is_some_and(|uid| !sessions.contains(uid) && volume.name_any() == names::volume_name(uid))
+    ours && volume.meta().deletion_timestamp.is_none()
+        && uid.is_some_and(|uid| !sessions.contains(uid) && volume.name_any() == names::volume_name(uid))
 }
 
 fn is_stray_checkpoint(checkpoint: &AetherCheckpoint, sessions: &HashSet<String>) -> bool {
     let uid = checkpoint.status.as_ref().and_then(|status| status.session_uid.as_ref());
-    checkpoint.spec.deletion_policy == DeletionPolicy::WithSession && checkpoint.meta().deletion_timestamp.is_none() && uid.is_some_and(|uid| !sessions.contains(uid))
+    checkpoint.spec.deletion_policy == DeletionPolicy::WithSession
+        && checkpoint.meta().deletion_timestamp.is_none()
+        && uid.is_some_and(|uid| !sessions.contains(uid))
 }
 
 fn is_forgotten_diff(checkpoint: &AetherCheckpoint) -> bool {
@@ -108,7 +120,8 @@ mod tests {
         let checkpoint = |origin: &str, minutes: i64| {
             let mut checkpoint = AetherCheckpoint::new("c", Default::default());
             checkpoint.labels_mut().insert(names::ORIGIN_LABEL.into(), origin.into());
-            checkpoint.metadata.creation_timestamp = Some(Time(jiff::Timestamp::now() - jiff::SignedDuration::from_mins(minutes)));
+            checkpoint.metadata.creation_timestamp =
+                Some(Time(jiff::Timestamp::now() - jiff::SignedDuration::from_mins(minutes)));
             checkpoint
         };
         assert!(is_forgotten_diff(&checkpoint(names::ORIGIN_DIFF, 61)));
@@ -120,7 +133,8 @@ mod tests {
     #[test]
     fn a_checkpoint_that_is_to_be_kept_is_no_stray() {
         let checkpoint = |policy| {
-            let mut checkpoint = AetherCheckpoint::new("c", AetherCheckpointSpec { deletion_policy: policy, ..Default::default() });
+            let mut checkpoint =
+                AetherCheckpoint::new("c", AetherCheckpointSpec { deletion_policy: policy, ..Default::default() });
             checkpoint.status = Some(AetherCheckpointStatus { session_uid: Some("s-2".into()), ..Default::default() });
             checkpoint
         };

@@ -9,7 +9,8 @@ use kube::Api;
 use tokio::time::timeout;
 
 /// A Lease counts in whole seconds; the rest is as short as a test wants it.
-const TIMES: Times = Times { lease: Duration::from_secs(1), deadline: Duration::from_millis(700), retry: Duration::from_millis(50) };
+const TIMES: Times =
+    Times { lease: Duration::from_secs(1), deadline: Duration::from_millis(700), retry: Duration::from_millis(50) };
 const LONG: Duration = Duration::from_secs(30);
 
 fn candidate(server: &ApiServer, identity: &str) -> Candidate {
@@ -54,6 +55,10 @@ async fn a_lease_that_nobody_renews_is_taken() {
 async fn a_restarted_replica_goes_on_at_once() {
     let server = ApiServer::new();
     timeout(LONG, candidate(&server, "a").acquire()).await.unwrap();
-    let mut again = Candidate::new(Api::namespaced(server.client(), "aether-system"), "a".into(), Times { lease: LONG * 100, ..TIMES });
+    let mut again = Candidate::new(
+        Api::namespaced(server.client(), "aether-system"),
+        "a".into(),
+        Times { lease: LONG * 100, ..TIMES },
+    );
     timeout(LONG, again.acquire()).await.unwrap();
 }

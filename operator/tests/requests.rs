@@ -7,7 +7,8 @@ use std::sync::Arc;
 use aether_api::conditions::{self, COMPLETE, FAILED, reason};
 use aether_api::session::Durability;
 use aether_api::{
-    AetherCheckpoint, AetherCheckpointSpec, AetherCommand, AetherCommandSpec, AetherCommandStatus, AetherRestore, AetherRestoreSpec, AetherSession,
+    AetherCheckpoint, AetherCheckpointSpec, AetherCommand, AetherCommandSpec, AetherCommandStatus, AetherRestore,
+    AetherRestoreSpec, AetherSession,
 };
 use common::{NAMESPACE, Operator, short};
 use k8s_openapi::api::core::v1::Pod;
@@ -22,7 +23,8 @@ async fn prepared() -> Operator {
 }
 
 fn put_checkpoint(operator: &Operator, name: &str) {
-    let mut checkpoint = AetherCheckpoint::new(name, AetherCheckpointSpec { session: "fix".into(), ..Default::default() });
+    let mut checkpoint =
+        AetherCheckpoint::new(name, AetherCheckpointSpec { session: "fix".into(), ..Default::default() });
     checkpoint.metadata.namespace = Some(NAMESPACE.into());
     operator.api.put(&checkpoint);
 }
@@ -94,7 +96,10 @@ async fn a_restore_moves_the_head_once_after_a_safety_checkpoint() {
     put_checkpoint(&operator, "before");
     checkpoint(&operator, "before").await;
     operator.set_head("fix", "cc/3");
-    let mut wanted = AetherRestore::new("back", AetherRestoreSpec { session: "fix".into(), checkpoint: "before".into(), ttl_seconds_after_finished: None });
+    let mut wanted = AetherRestore::new(
+        "back",
+        AetherRestoreSpec { session: "fix".into(), checkpoint: "before".into(), ttl_seconds_after_finished: None },
+    );
     wanted.metadata.namespace = Some(NAMESPACE.into());
     operator.api.put(&wanted);
     operator.api.take_writes();
@@ -106,7 +111,13 @@ async fn a_restore_moves_the_head_once_after_a_safety_checkpoint() {
     assert!(conditions::is_true(&done.conditions, COMPLETE));
     let session: AetherSession = operator.api.get(NAMESPACE, "fix").unwrap();
     assert_eq!(session.head_root(), Some("bb/2"));
-    let expected = ["POST aethercheckpoints", "PATCH aetherrestores/status", "PATCH aethercheckpoints/status", "PATCH aethersessions/status", "PATCH aetherrestores/status"];
+    let expected = [
+        "POST aethercheckpoints",
+        "PATCH aetherrestores/status",
+        "PATCH aethercheckpoints/status",
+        "PATCH aethersessions/status",
+        "PATCH aetherrestores/status",
+    ];
     assert_eq!(short(&operator.api.take_writes()), expected);
     operator.set_head("fix", "dd/4");
     restore(&operator).await;
@@ -119,7 +130,10 @@ async fn a_restore_of_a_held_session_is_left_to_its_node() {
     put_checkpoint(&operator, "before");
     checkpoint(&operator, "before").await;
     operator.attach("fix", Some("n1"));
-    let mut wanted = AetherRestore::new("back", AetherRestoreSpec { session: "fix".into(), checkpoint: "before".into(), ttl_seconds_after_finished: None });
+    let mut wanted = AetherRestore::new(
+        "back",
+        AetherRestoreSpec { session: "fix".into(), checkpoint: "before".into(), ttl_seconds_after_finished: None },
+    );
     wanted.metadata.namespace = Some(NAMESPACE.into());
     operator.api.put(&wanted);
     operator.api.take_writes();
@@ -132,7 +146,11 @@ async fn a_command_runs_once_and_its_exit_code_is_told() {
     let operator = prepared().await;
     put_command(&operator, |spec| spec.checkpoint_after = true);
     let status = command(&operator).await;
-    assert_eq!(short(&operator.api.take_writes()), ["PATCH aethercommands/status", "POST pods"], "named before it is made");
+    assert_eq!(
+        short(&operator.api.take_writes()),
+        ["PATCH aethercommands/status", "POST pods"],
+        "named before it is made"
+    );
     assert_eq!((status.phase.as_deref(), status.pod_name.as_deref()), (Some("Pending"), Some("build")));
     command(&operator).await;
     assert!(operator.api.take_writes().is_empty());

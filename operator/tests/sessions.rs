@@ -120,7 +120,10 @@ async fn what_a_person_must_mend_is_told_at_once_and_heals() {
 async fn a_broken_spec_makes_nothing() {
     let operator = Operator::new();
     let source = SourceReference { name: "linux".into(), ..Default::default() };
-    operator.put_session_of("fix", AetherSessionSpec { source: Some(source), session: Some("other".into()), ..Default::default() });
+    operator.put_session_of(
+        "fix",
+        AetherSessionSpec { source: Some(source), session: Some("other".into()), ..Default::default() },
+    );
     operator.session("fix").await;
     assert_eq!(ready_reason(&operator, "fix"), reason::INVALID);
     assert!(operator.api.all::<PersistentVolumeClaim>().is_empty());
@@ -134,7 +137,11 @@ async fn a_fork_of_a_held_session_waits_for_its_node_and_then_costs_four_writes(
     operator.attach("fix", Some("n1"));
     operator.put_session_of("fork", AetherSessionSpec { session: Some("fix".into()), ..Default::default() });
     operator.session("fork").await;
-    assert_eq!(short(&operator.api.take_writes()), ["PATCH aethersessions"], "the finalizer, and then it waits quietly");
+    assert_eq!(
+        short(&operator.api.take_writes()),
+        ["PATCH aethersessions"],
+        "the finalizer, and then it waits quietly"
+    );
     operator.api.change::<AetherSession>(NAMESPACE, "fork", |fork| {
         fork.status.get_or_insert_default().forked_from = Some(aether_api::session::ForkedFrom {
             session: "fix".into(),
@@ -151,10 +158,17 @@ async fn a_fork_of_a_held_session_waits_for_its_node_and_then_costs_four_writes(
     let volume = names::volume_name(&session(&operator, "fork").uid().unwrap());
     operator.bind("fork", &volume);
     operator.session("fork").await;
-    assert_eq!(short(&operator.api.take_writes()), ["POST persistentvolumeclaims", "POST persistentvolumes", "PATCH aethersessions/status"]);
+    assert_eq!(
+        short(&operator.api.take_writes()),
+        ["POST persistentvolumeclaims", "POST persistentvolumes", "PATCH aethersessions/status"]
+    );
     let status = session(&operator, "fork").status.unwrap();
     let base = status.base.unwrap();
-    assert_eq!((base.root, base.revision_root.as_deref()), (None, Some("aa/1")), "the node stamps the root when it is digested");
+    assert_eq!(
+        (base.root, base.revision_root.as_deref()),
+        (None, Some("aa/1")),
+        "the node stamps the root when it is digested"
+    );
     assert_eq!(status.forked_from.unwrap().snapshot.as_deref(), Some("snap"));
 }
 
@@ -192,15 +206,26 @@ async fn the_end_takes_volume_claim_and_its_own_checkpoints_and_creates_nothing(
     operator.put_source("linux");
     operator.bound_session("fix", "linux").await;
     for (name, deletion_policy) in [("kept", DeletionPolicy::Keep), ("going", DeletionPolicy::WithSession)] {
-        let mut checkpoint = AetherCheckpoint::new(name, AetherCheckpointSpec { session: "fix".into(), message: None, deletion_policy });
+        let mut checkpoint =
+            AetherCheckpoint::new(name, AetherCheckpointSpec { session: "fix".into(), message: None, deletion_policy });
         checkpoint.metadata.namespace = Some(NAMESPACE.into());
         operator.api.put(&checkpoint);
     }
     delete(&operator, "fix").await;
     let writes = short(&operator.api.take_writes());
-    assert_eq!(writes, ["DELETE persistentvolumes", "DELETE persistentvolumeclaims", "DELETE aethercheckpoints", "PATCH aethersessions"]);
+    assert_eq!(
+        writes,
+        [
+            "DELETE persistentvolumes",
+            "DELETE persistentvolumeclaims",
+            "DELETE aethercheckpoints",
+            "PATCH aethersessions"
+        ]
+    );
     assert!(operator.api.get::<AetherSession>(NAMESPACE, "fix").is_none());
-    assert!(operator.api.all::<PersistentVolume>().is_empty() && operator.api.all::<PersistentVolumeClaim>().is_empty());
+    assert!(
+        operator.api.all::<PersistentVolume>().is_empty() && operator.api.all::<PersistentVolumeClaim>().is_empty()
+    );
     let left: Vec<String> = operator.api.all::<AetherCheckpoint>().iter().map(ResourceExt::name_any).collect();
     assert_eq!(left, ["kept"]);
 }
@@ -224,9 +249,18 @@ async fn a_session_of_an_inline_volume_is_left_to_the_driver() {
     let operator = Operator::new();
     operator.put_source("linux");
     let source = SourceReference { name: "linux".into(), ..Default::default() };
-    operator.put_session_of("inline", AetherSessionSpec { source: Some(source), claim: ClaimPolicy::None, ..Default::default() });
+    operator.put_session_of(
+        "inline",
+        AetherSessionSpec { source: Some(source), claim: ClaimPolicy::None, ..Default::default() },
+    );
     operator.api.change::<AetherSession>(NAMESPACE, "inline", |session| {
-        session.metadata.owner_references = Some(vec![OwnerReference { api_version: "v1".into(), kind: "Pod".into(), name: "p".into(), uid: "p-1".into(), ..Default::default() }]);
+        session.metadata.owner_references = Some(vec![OwnerReference {
+            api_version: "v1".into(),
+            kind: "Pod".into(),
+            name: "p".into(),
+            uid: "p-1".into(),
+            ..Default::default()
+        }]);
     });
     operator.session("inline").await;
     assert!(operator.api.take_writes().is_empty());
@@ -282,7 +316,9 @@ async fn an_expired_session_is_deleted() {
     let operator = Operator::new();
     operator.put_source("linux");
     operator.bound_session("fix", "linux").await;
-    operator.api.change::<AetherSession>(NAMESPACE, "fix", |session| session.spec.time_to_live = Some(std::time::Duration::from_secs(600).into()));
+    operator.api.change::<AetherSession>(NAMESPACE, "fix", |session| {
+        session.spec.time_to_live = Some(std::time::Duration::from_secs(600).into())
+    });
     operator.session("fix").await;
     assert!(operator.api.take_writes().iter().all(|write| write.method != "DELETE"), "it has ten minutes");
     operator.age::<AetherSession>("fix");

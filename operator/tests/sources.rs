@@ -22,8 +22,13 @@ async fn reconcile(operator: &Operator) -> AetherSourceStatus {
 }
 
 fn put(operator: &Operator, secret: Option<&str>) {
-    let git = GitSource { url: "https://example.org/linux".into(), secret_ref: secret.map(|name| SecretReference { name: name.into() }), ..Default::default() };
-    let mut source = AetherSource::new("linux", AetherSourceSpec { git: Some(git), revisions_to_keep: 3, ..Default::default() });
+    let git = GitSource {
+        url: "https://example.org/linux".into(),
+        secret_ref: secret.map(|name| SecretReference { name: name.into() }),
+        ..Default::default()
+    };
+    let mut source =
+        AetherSource::new("linux", AetherSourceSpec { git: Some(git), revisions_to_keep: 3, ..Default::default() });
     source.metadata.namespace = Some(NAMESPACE.into());
     operator.api.put(&source);
 }
@@ -45,7 +50,10 @@ fn pod(operator: &Operator, state: serde_json::Value) {
 }
 
 fn ends(operator: &Operator, message: serde_json::Value) {
-    pod(operator, json!({"terminated": {"exitCode": if message["ok"] == true { 0 } else { 1 }, "message": message.to_string()}}));
+    pod(
+        operator,
+        json!({"terminated": {"exitCode": if message["ok"] == true { 0 } else { 1 }, "message": message.to_string()}}),
+    );
 }
 
 fn importing(status: &AetherSourceStatus) -> &str {
@@ -63,16 +71,27 @@ async fn an_import_is_one_job_and_one_revision() {
     assert!(operator.api.take_writes().is_empty(), "nothing to tell yet");
 
     pod(&operator, json!({"running": {}}));
-    operator.api.set_log(NAMESPACE, &format!("{}-p", job(&operator)), "{\"phase\":\"Scanning\",\"files\":5,\"bytes\":9}\n");
+    operator.api.set_log(
+        NAMESPACE,
+        &format!("{}-p", job(&operator)),
+        "{\"phase\":\"Scanning\",\"files\":5,\"bytes\":9}\n",
+    );
     let status = reconcile(&operator).await;
     let import = status.import.unwrap();
     assert_eq!((import.phase.as_str(), import.files, import.bytes), ("Scanning", 5, 9));
-    operator.api.set_log(NAMESPACE, &format!("{}-p", job(&operator)), "{\"phase\":\"Scanning\",\"files\":6,\"bytes\":10}\n");
+    operator.api.set_log(
+        NAMESPACE,
+        &format!("{}-p", job(&operator)),
+        "{\"phase\":\"Scanning\",\"files\":6,\"bytes\":10}\n",
+    );
     operator.api.take_writes();
     reconcile(&operator).await;
     assert!(operator.api.take_writes().is_empty(), "progress is written at most once a second");
 
-    ends(&operator, json!({"ok": true, "root": "aa/1", "files": 7, "bytes": 11, "commit": "c0ffee", "milliseconds": 12}));
+    ends(
+        &operator,
+        json!({"ok": true, "root": "aa/1", "files": 7, "bytes": 11, "commit": "c0ffee", "milliseconds": 12}),
+    );
     let status = reconcile(&operator).await;
     assert_eq!((status.phase.as_deref(), status.latest.as_deref(), status.files), (Some("Ready"), Some("r1"), Some(7)));
     assert_eq!(status.revisions[0].commit.as_deref(), Some("c0ffee"));
@@ -115,10 +134,15 @@ async fn a_known_commit_is_not_imported_again() {
         job.spec.unwrap().template.spec.unwrap().containers[0].args.clone().unwrap().join(" ")
     };
     assert!(arguments(&operator).contains("--unless-commit c0ffee"));
-    ends(&operator, json!({"ok": true, "unchanged": true, "files": 0, "bytes": 0, "commit": "c0ffee", "milliseconds": 1}));
+    ends(
+        &operator,
+        json!({"ok": true, "unchanged": true, "files": 0, "bytes": 0, "commit": "c0ffee", "milliseconds": 1}),
+    );
     let status = reconcile(&operator).await;
     assert_eq!((status.revisions.len(), status.phase.as_deref(), importing(&status)), (1, Some("Ready"), reason::DONE));
-    operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.git.as_mut().unwrap().submodules = true);
+    operator
+        .api
+        .change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.git.as_mut().unwrap().submodules = true);
     reconcile(&operator).await;
     assert!(!arguments(&operator).contains("--unless-commit"), "the same commit, but more of it");
 }
@@ -130,7 +154,9 @@ async fn a_failed_import_says_why_and_leaves_old_revisions_usable() {
     reconcile(&operator).await;
     ends(&operator, json!({"ok": true, "root": "aa/1", "files": 1, "bytes": 1}));
     reconcile(&operator).await;
-    operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.git.as_mut().unwrap().reference = Some("nosuch".into()));
+    operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| {
+        source.spec.git.as_mut().unwrap().reference = Some("nosuch".into())
+    });
     reconcile(&operator).await;
     ends(&operator, json!({"ok": false, "reason": "RefNotFound", "message": "no ref nosuch"}));
     let status = reconcile(&operator).await;
@@ -141,7 +167,9 @@ async fn a_failed_import_says_why_and_leaves_old_revisions_usable() {
     operator.api.take_writes();
     reconcile(&operator).await;
     assert!(operator.api.take_writes().is_empty(), "it pauses before it tries again");
-    operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.git.as_mut().unwrap().reference = Some("main".into()));
+    operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| {
+        source.spec.git.as_mut().unwrap().reference = Some("main".into())
+    });
     let status = reconcile(&operator).await;
     assert_eq!(importing(&status), reason::IN_PROGRESS, "a changed spec is tried at once");
 }
@@ -158,13 +186,17 @@ async fn a_missing_or_wrong_secret_is_told_before_any_job_is_made() {
     operator.api.put(&secret);
     assert_eq!(importing(&reconcile(&operator).await), reason::SECRET_INVALID);
     assert!(operator.api.all::<Job>().is_empty());
-    operator.api.change::<Secret>(NAMESPACE, "key", |secret| secret.data = Some([("password".into(), ByteString(b"x".to_vec()))].into()));
+    operator.api.change::<Secret>(NAMESPACE, "key", |secret| {
+        secret.data = Some([("password".into(), ByteString(b"x".to_vec()))].into())
+    });
     assert_eq!(importing(&reconcile(&operator).await), reason::IN_PROGRESS);
 
     ends(&operator, json!({"ok": false, "reason": "AuthenticationFailed", "message": "denied"}));
     assert_eq!(importing(&reconcile(&operator).await), reason::AUTHENTICATION_FAILED);
     assert_eq!(importing(&reconcile(&operator).await), reason::AUTHENTICATION_FAILED, "it pauses");
-    operator.api.change::<Secret>(NAMESPACE, "key", |secret| secret.data = Some([("password".into(), ByteString(b"y".to_vec()))].into()));
+    operator.api.change::<Secret>(NAMESPACE, "key", |secret| {
+        secret.data = Some([("password".into(), ByteString(b"y".to_vec()))].into())
+    });
     assert_eq!(importing(&reconcile(&operator).await), reason::IN_PROGRESS, "a changed Secret is tried at once");
 }
 
@@ -172,7 +204,9 @@ async fn a_missing_or_wrong_secret_is_told_before_any_job_is_made() {
 async fn an_invalid_spec_starts_nothing() {
     let operator = Operator::new();
     put(&operator, None);
-    operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.git.as_mut().unwrap().url = "nowhere".into());
+    operator
+        .api
+        .change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.git.as_mut().unwrap().url = "nowhere".into());
     let status = reconcile(&operator).await;
     assert_eq!((status.phase.as_deref(), importing(&status)), (Some("Invalid"), reason::INVALID));
     assert!(operator.api.all::<Job>().is_empty());

@@ -117,7 +117,12 @@ async fn changes(
 }
 
 /// Compares the trees and begins to send what differs; the rest goes on by itself, and is counted when it ends.
-async fn begin(service: Service, identity: Identity, (namespace, name): (String, String), parameters: AskedFor) -> Result<Response, ApiError> {
+async fn begin(
+    service: Service,
+    identity: Identity,
+    (namespace, name): (String, String),
+    parameters: AskedFor,
+) -> Result<Response, ApiError> {
     let Query(parameters) = parameters.map_err(|error| ApiError::bad_request(error.body_text()))?;
     // Whoever may not read it does not learn whether it is there.
     may_read(&service.client, &identity, &namespace, &name).await?;
@@ -127,11 +132,18 @@ async fn begin(service: Service, identity: Identity, (namespace, name): (String,
     let checkpoint = service.checkpoint(&namespace, &name).await?;
     let head = tree_of(&checkpoint, &name)?;
     let (base, base_title) = match &parameters.against {
-        Some(against) => (tree_of(&service.checkpoint(&namespace, against).await?, against)?, format!("checkpoint {against}")),
+        Some(against) => {
+            (tree_of(&service.checkpoint(&namespace, against).await?, against)?, format!("checkpoint {against}"))
+        }
         None => start_of(&checkpoint, &name)?,
     };
     let titles = Titles { base: base_title, head: format!("checkpoint {name}") };
-    let permit = service.streams.clone().acquire_owned().await.map_err(|_| ApiError::unavailable("the review server is shutting down"))?;
+    let permit = service
+        .streams
+        .clone()
+        .acquire_owned()
+        .await
+        .map_err(|_| ApiError::unavailable("the review server is shutting down"))?;
     let under_way = service.metrics.under_way();
     let options = Options { git: parameters.git, directory_bytes: service.directory_bytes };
     let changes = Changes::between(&*service.store, base, head, options).await.map_err(|error| match error {
@@ -139,7 +151,14 @@ async fn begin(service: Service, identity: Identity, (namespace, name): (String,
         changes::Error::Store(error) => unreadable(&name, &error),
     })?;
     fast_import::require(&*service.store, &changes.contents()).await.map_err(|error| unreadable(&name, &error))?;
-    info!(user = identity.user, namespace, checkpoint = name, base = changes.base.len(), head = changes.head.len(), "sending changes");
+    info!(
+        user = identity.user,
+        namespace,
+        checkpoint = name,
+        base = changes.base.len(),
+        head = changes.head.len(),
+        "sending changes"
+    );
 
     let (sender, receiver) = mpsc::channel(PIECES);
     let bytes = service.metrics.sent.clone();
@@ -158,15 +177,23 @@ async fn begin(service: Service, identity: Identity, (namespace, name): (String,
     let pieces = ReceiverStream::new(receiver).inspect_ok(move |piece| {
         bytes.inc_by(piece.len() as u64);
     });
-    let headers = [(header::CONTENT_TYPE, FAST_IMPORT), (header::CACHE_CONTROL, "no-store"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
+    let headers = [
+        (header::CONTENT_TYPE, FAST_IMPORT),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    ];
     Ok((headers, Body::from_stream(pieces)).into_response())
 }
 
 fn unreadable(name: &str, error: &aether_cas::StoreError) -> ApiError {
     warn!(checkpoint = name, "the store: {error}");
     match error {
-        error if error.is_transient() => ApiError::unavailable(format!("checkpoint {name} cannot be read now: {error}")),
-        error if error.is_missing() => ApiError::conflict(name, format!("checkpoint {name} is not complete in the store: {error}")),
+        error if error.is_transient() => {
+            ApiError::unavailable(format!("checkpoint {name} cannot be read now: {error}"))
+        }
+        error if error.is_missing() => {
+            ApiError::conflict(name, format!("checkpoint {name} is not complete in the store: {error}"))
+        }
         error => ApiError::internal(format!("checkpoint {name} cannot be read: {error}")),
     }
 }
@@ -194,14 +221,24 @@ fn tree_of(checkpoint: &AetherCheckpoint, name: &str) -> Result<Blob, ApiError> 
             Some(root) => parse(root, name),
             None => Err(ApiError::internal(format!("checkpoint {name} is durable but has no root"))),
         },
-        _ => Err(ApiError::conflict(name, format!("checkpoint {name} is not in the store yet: wait for its condition Durable"))),
+        _ => Err(ApiError::conflict(
+            name,
+            format!("checkpoint {name} is not in the store yet: wait for its condition Durable"),
+        )),
     }
 }
 
 /// Where the checkpoint's session started: the source's revision, also for forks; else the tree it was made from.
 fn start_of(checkpoint: &AetherCheckpoint, name: &str) -> Result<(Blob, String), ApiError> {
     let base = checkpoint.status.as_ref().and_then(|status| status.base.as_ref());
-    let unknown = || ApiError::conflict(name, format!("checkpoint {name} does not say where its session started: compare it with another checkpoint (against=NAME)"));
+    let unknown = || {
+        ApiError::conflict(
+            name,
+            format!(
+                "checkpoint {name} does not say where its session started: compare it with another checkpoint (against=NAME)"
+            ),
+        )
+    };
     let base = base.ok_or_else(unknown)?;
     let root = base.revision_root.as_ref().or(base.root.as_ref()).ok_or_else(unknown)?;
     let title = match (&base.source_name, &base.revision) {
@@ -216,7 +253,8 @@ fn parse(root: &str, name: &str) -> Result<Blob, ApiError> {
 }
 
 fn group() -> serde_json::Value {
-    let version = json!({"groupVersion": format!("{}/{}", names::REVIEW_GROUP, names::VERSION), "version": names::VERSION});
+    let version =
+        json!({"groupVersion": format!("{}/{}", names::REVIEW_GROUP, names::VERSION), "version": names::VERSION});
     json!({"kind": "APIGroup", "apiVersion": "v1", "name": names::REVIEW_GROUP, "versions": [version], "preferredVersion": version})
 }
 
@@ -231,7 +269,8 @@ fn path() -> String {
     format!("/apis/{}/{}/namespaces/{{namespace}}/checkpoints/{{name}}/changes", names::REVIEW_GROUP, names::VERSION)
 }
 
-const DESCRIPTION: &str = "What changed up to a checkpoint, as a git fast-import stream with the branches base and head.";
+const DESCRIPTION: &str =
+    "What changed up to a checkpoint, as a git fast-import stream with the branches base and head.";
 
 /// API servers up to 1.26 merge this into theirs.
 fn openapi_v2() -> serde_json::Value {

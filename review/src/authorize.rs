@@ -11,14 +11,21 @@ use crate::status::ApiError;
 ///
 /// # Errors
 /// Forbidden, or that the API server did not answer.
-pub async fn may_read(client: &kube::Client, identity: &Identity, namespace: &str, checkpoint: &str) -> Result<(), ApiError> {
+pub async fn may_read(
+    client: &kube::Client,
+    identity: &Identity,
+    namespace: &str,
+    checkpoint: &str,
+) -> Result<(), ApiError> {
     // An empty name would ask for all checkpoints, which is another question.
     if namespace.is_empty() || checkpoint.is_empty() {
         return Err(ApiError::bad_request("a checkpoint has a namespace and a name"));
     }
     let review = SubjectAccessReview { spec: question(identity, namespace, checkpoint), ..Default::default() };
     let answer = Api::all(client.clone()).create(&PostParams::default(), &review).await;
-    let status = answer.map_err(|error| ApiError::unavailable(format!("cannot ask who may read checkpoint {checkpoint}: {error}")))?.status;
+    let status = answer
+        .map_err(|error| ApiError::unavailable(format!("cannot ask who may read checkpoint {checkpoint}: {error}")))?
+        .status;
     match status {
         Some(status) if status.allowed => Ok(()),
         status => {

@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 
 use jiff::{Span, Timestamp, tz::TimeZone};
 use k8s_openapi::ByteString;
-use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose,
+};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
@@ -64,7 +67,8 @@ impl Certificate {
         if !names.iter().all(|name| is_for(leaf, name)) {
             return Err(Error::Unusable(CERTIFICATE));
         }
-        let renew_at = earlier(end(leaf, CERTIFICATE)?, CERTIFICATE_DAYS.1).min(earlier(end(authority, CA)?, AUTHORITY_DAYS.1));
+        let renew_at =
+            earlier(end(leaf, CERTIFICATE)?, CERTIFICATE_DAYS.1).min(earlier(end(authority, CA)?, AUTHORITY_DAYS.1));
         Ok(Self { bundle, chain, key, renew_at })
     }
 
@@ -81,7 +85,8 @@ impl Certificate {
             }
             None => {
                 let authority = Authority::new(now)?;
-                let before = old.and_then(|old| text(old, CA).ok()).map(|before| still_valid(before, now)).unwrap_or_default();
+                let before =
+                    old.and_then(|old| text(old, CA).ok()).map(|before| still_valid(before, now)).unwrap_or_default();
                 let bundle = format!("{}{before}", authority.pem);
                 (authority, bundle)
             }
@@ -163,7 +168,10 @@ fn certificates(pem: &str, key: &'static str) -> Result<Vec<CertificateDer<'stat
 fn pem_of(certificate: &CertificateDer<'_>) -> String {
     use std::fmt::Write;
     // PEM is base64 in lines of 64 (RFC 7468); the Kubernetes types already know how to write base64.
-    let encoded = serde_json::to_value(ByteString(certificate.to_vec())).ok().and_then(|value| value.as_str().map(ToOwned::to_owned)).unwrap_or_default();
+    let encoded = serde_json::to_value(ByteString(certificate.to_vec()))
+        .ok()
+        .and_then(|value| value.as_str().map(ToOwned::to_owned))
+        .unwrap_or_default();
     let mut pem = "-----BEGIN CERTIFICATE-----\n".to_owned();
     for line in encoded.as_bytes().chunks(64) {
         let _ = writeln!(pem, "{}", String::from_utf8_lossy(line));

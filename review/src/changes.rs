@@ -105,7 +105,9 @@ impl Changes {
 
 fn object(node: Node) -> Option<Object> {
     match node {
-        Node::File { content, attributes, .. } => Some(Object::File { content, executable: attributes.mode & 0o100 != 0 }),
+        Node::File { content, attributes, .. } => {
+            Some(Object::File { content, executable: attributes.mode & 0o100 != 0 })
+        }
         Node::Symlink { target, .. } => Some(Object::Symlink(target)),
         Node::Directory(_) | Node::Fifo { .. } => None,
     }
@@ -128,7 +130,8 @@ impl Loaded {
             }
             let mut missing = HashSet::new();
             let wanted = level.iter().flat_map(|(old, new)| [*old, *new]).flatten();
-            let wanted: Vec<Blob> = wanted.filter(|blob| !loaded.0.contains_key(blob) && missing.insert(*blob)).collect();
+            let wanted: Vec<Blob> =
+                wanted.filter(|blob| !loaded.0.contains_key(blob) && missing.insert(*blob)).collect();
             bytes += wanted.iter().map(|blob| blob.size).sum::<u64>();
             if bytes > options.directory_bytes {
                 return Err(Error::TooLarge { limit: options.directory_bytes });
@@ -164,7 +167,10 @@ impl Loaded {
 
 impl Directories for Loaded {
     fn directory(&self, blob: &Blob) -> Result<Arc<Directory>, StoreError> {
-        self.0.get(blob).cloned().ok_or_else(|| StoreError::NotFound { blob: *blob, store: "the directories that differ".into() })
+        self.0
+            .get(blob)
+            .cloned()
+            .ok_or_else(|| StoreError::NotFound { blob: *blob, store: "the directories that differ".into() })
     }
 }
 
@@ -196,7 +202,8 @@ mod tests {
     fn batches_are_bounded() {
         let blob = |size| Blob { digest: Digest::EMPTY, size };
         let blobs = [blob(3), blob(3), blob(3), blob(20), blob(1)];
-        let sizes: Vec<Vec<u64>> = batches(&blobs, 7).iter().map(|batch| batch.iter().map(|blob| blob.size).collect()).collect();
+        let sizes: Vec<Vec<u64>> =
+            batches(&blobs, 7).iter().map(|batch| batch.iter().map(|blob| blob.size).collect()).collect();
         assert_eq!(sizes, [vec![3, 3], vec![3], vec![20], vec![1]]);
         assert!(batches(&[], 7).is_empty());
     }

@@ -7,12 +7,17 @@ use clap::Parser;
 
 /// Serves the contents of sessions to reviewers, as group review.aether.dev of the Kubernetes API.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "aether-review", version, about, after_help = "The API server is the only client: it finds this program by APIService v1alpha1.review.aether.dev, proves who it is
+#[command(
+    name = "aether-review",
+    version,
+    about,
+    after_help = "The API server is the only client: it finds this program by APIService v1alpha1.review.aether.dev, proves who it is
 with its front-proxy certificate, and says in headers on whose behalf it asks. Logs are set by AETHER_LOG.
 
 Examples:
   aether-review --store http://aether-store.aether-system.svc:8980
-  aether-review --store http://127.0.0.1:8980 --listen 127.0.0.1:8443 --health 127.0.0.1:8080 --namespace aether-system")]
+  aether-review --store http://127.0.0.1:8980 --listen 127.0.0.1:8443 --health 127.0.0.1:8080 --namespace aether-system"
+)]
 pub struct Config {
     /// Where to serve the API, by TLS
     #[arg(long, env = "AETHER_LISTEN", default_value = "0.0.0.0:8443", value_name = "ADDRESS")]

@@ -68,7 +68,13 @@ pub struct Transfer<'a> {
 ///
 /// # Errors
 /// See [`Error`].
-pub async fn write(store: Arc<dyn Store>, changes: &Changes, titles: &Titles, transfer: Transfer<'_>, out: &Pieces) -> Result<(), Error> {
+pub async fn write(
+    store: Arc<dyn Store>,
+    changes: &Changes,
+    titles: &Titles,
+    transfer: Transfer<'_>,
+    out: &Pieces,
+) -> Result<(), Error> {
     let mut writer = Writer { out, patience: transfer.patience, text: BytesMut::new(), marks: 0 };
     writer.text.extend_from_slice(b"feature done\n");
     let files = writer.files(&*store, &changes.contents(), transfer.spool).await?;
@@ -82,11 +88,12 @@ pub async fn write(store: Arc<dyn Store>, changes: &Changes, titles: &Titles, tr
                 targets.insert(target, mark);
             }
         }
-        writer.commit(name, title, side, |entry| match &entry.object {
-            Object::File { content, executable } => (if *executable { "100755" } else { "100644" }, files[content]),
-            Object::Symlink(target) => ("120000", targets[target]),
-        })
-        .await?;
+        writer
+            .commit(name, title, side, |entry| match &entry.object {
+                Object::File { content, executable } => (if *executable { "100755" } else { "100644" }, files[content]),
+                Object::Symlink(target) => ("120000", targets[target]),
+            })
+            .await?;
     }
     writer.text.extend_from_slice(b"done\n");
     writer.flush().await
@@ -101,7 +108,12 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     /// Sends all contents; the result is the mark of each.
-    async fn files(&mut self, store: &dyn Store, contents: &[Blob], spool: Option<&std::path::Path>) -> Result<HashMap<Blob, u64>, Error> {
+    async fn files(
+        &mut self,
+        store: &dyn Store,
+        contents: &[Blob],
+        spool: Option<&std::path::Path>,
+    ) -> Result<HashMap<Blob, u64>, Error> {
         let mut marks = HashMap::with_capacity(contents.len());
         let (small, large): (Vec<Blob>, Vec<Blob>) = contents.iter().partition(|blob| blob.size <= SMALL);
         for batch in batches(&small, BATCH_BYTES) {
@@ -155,8 +167,17 @@ impl Writer<'_> {
         self.marks
     }
 
-    async fn commit(&mut self, branch: &str, title: &str, side: &[Entry], object: impl Fn(&Entry) -> (&'static str, u64)) -> Result<(), Error> {
-        let head = format!("commit refs/heads/{branch}\ncommitter Aether <aether@aether.dev> 0 +0000\ndata {}\n{title}\n", title.len());
+    async fn commit(
+        &mut self,
+        branch: &str,
+        title: &str,
+        side: &[Entry],
+        object: impl Fn(&Entry) -> (&'static str, u64),
+    ) -> Result<(), Error> {
+        let head = format!(
+            "commit refs/heads/{branch}\ncommitter Aether <aether@aether.dev> 0 +0000\ndata {}\n{title}\n",
+            title.len()
+        );
         self.text.extend_from_slice(head.as_bytes());
         for entry in side {
             let (mode, mark) = object(entry);

@@ -25,7 +25,9 @@ pub const NAME: &str = "extension-apiserver-authentication";
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A key is missing.
-    #[error("ConfigMap {NAMESPACE}/{NAME} has no {0}: the API server runs without its aggregation layer (--requestheader-client-ca-file)")]
+    #[error(
+        "ConfigMap {NAMESPACE}/{NAME} has no {0}: the API server runs without its aggregation layer (--requestheader-client-ca-file)"
+    )]
     Missing(&'static str),
     /// A value is not what it should be.
     #[error("{key} of ConfigMap {NAMESPACE}/{NAME} is not usable: {problem}")]
@@ -91,7 +93,14 @@ impl Trust {
         if users.is_empty() {
             return Err(Error::Missing(USERS));
         }
-        Ok(Self { authorities, allowed: list(ALLOWED)?, users, uids: list(UIDS)?, groups: list(GROUPS)?, extras: list(EXTRAS)? })
+        Ok(Self {
+            authorities,
+            allowed: list(ALLOWED)?,
+            users,
+            uids: list(UIDS)?,
+            groups: list(GROUPS)?,
+            extras: list(EXTRAS)?,
+        })
     }
 
     /// Checks client certificates against the authorities. A client without one may connect; it is nobody then.
@@ -171,7 +180,10 @@ pub(crate) mod tests {
             (GROUPS, r#"["X-Remote-Group"]"#),
             (EXTRAS, r#"["X-Remote-Extra-"]"#),
         ];
-        ConfigMap { data: Some(data.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()), ..Default::default() }
+        ConfigMap {
+            data: Some(data.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()),
+            ..Default::default()
+        }
     }
 
     fn trust() -> Trust {

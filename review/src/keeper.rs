@@ -70,7 +70,8 @@ impl Keeper {
     /// # Errors
     /// None that pass: those are logged and shown in readiness, and tried again.
     pub async fn run(self, stop: CancellationToken) -> Result<()> {
-        let mut secrets = std::pin::pin!(states::<Secret>(Api::namespaced(self.client.clone(), &self.namespace), &self.secret));
+        let mut secrets =
+            std::pin::pin!(states::<Secret>(Api::namespaced(self.client.clone(), &self.namespace), &self.secret));
         let config_maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), front_proxy::NAMESPACE);
         let mut config_maps = std::pin::pin!(states(config_maps, front_proxy::NAME));
         let mut services = std::pin::pin!(states::<APIService>(Api::all(self.client.clone()), &api_service()));
@@ -88,7 +89,9 @@ impl Keeper {
             sleep = match self.reconcile(&seen, &mut applied).await {
                 Ok(Some(renew_at)) => {
                     self.ready.ready();
-                    Duration::try_from(renew_at.duration_since(Timestamp::now())).unwrap_or(RETRY).clamp(RETRY, LONGEST_SLEEP)
+                    Duration::try_from(renew_at.duration_since(Timestamp::now()))
+                        .unwrap_or(RETRY)
+                        .clamp(RETRY, LONGEST_SLEEP)
                 }
                 Ok(None) => LONGEST_SLEEP,
                 Err(error) => {
@@ -102,7 +105,9 @@ impl Keeper {
 
     /// One look at everything; when to look again for the certificate's sake. `None` while something is still unseen.
     async fn reconcile(&self, seen: &Seen, applied: &mut Applied) -> Result<Option<Timestamp>> {
-        let (Some(secret), Some(front_proxy), Some(service)) = (&seen.secret, &seen.front_proxy, &seen.service) else { return Ok(None) };
+        let (Some(secret), Some(front_proxy), Some(service)) = (&seen.secret, &seen.front_proxy, &seen.service) else {
+            return Ok(None);
+        };
         let names = self.names();
         let data = secret.as_ref().and_then(|secret| secret.data.clone()).unwrap_or_default();
         let certificate = match Certificate::read(&data, &names) {
@@ -116,7 +121,9 @@ impl Keeper {
                 }
             }
         };
-        let map = front_proxy.as_ref().ok_or_else(|| anyhow!("ConfigMap {}/{} does not exist", front_proxy::NAMESPACE, front_proxy::NAME))?;
+        let map = front_proxy
+            .as_ref()
+            .ok_or_else(|| anyhow!("ConfigMap {}/{} does not exist", front_proxy::NAMESPACE, front_proxy::NAME))?;
         let trust = Trust::of(map)?;
         if applied.certificate.as_ref() != Some(&data) || applied.trust.as_ref() != Some(&trust) {
             let settings = Settings::new(&certificate, trust.clone()).context("cannot serve by the certificate")?;
@@ -141,9 +148,14 @@ impl Keeper {
         let how = PostParams { field_manager: Some(MANAGER.into()), ..Default::default() };
         let written = match secret {
             None => {
-                let mut secret = Secret { data: Some(fresh), type_: Some("kubernetes.io/tls".into()), ..Default::default() };
+                let mut secret =
+                    Secret { data: Some(fresh), type_: Some("kubernetes.io/tls".into()), ..Default::default() };
                 secret.metadata.name = Some(self.secret.clone());
-                secret.metadata.labels = Some([("app.kubernetes.io/name", "aether"), ("app.kubernetes.io/component", "review")].map(|(key, value)| (key.into(), value.into())).into());
+                secret.metadata.labels = Some(
+                    [("app.kubernetes.io/name", "aether"), ("app.kubernetes.io/component", "review")]
+                        .map(|(key, value)| (key.into(), value.into()))
+                        .into(),
+                );
                 api.create(&how, &secret).await
             }
             // With the resourceVersion that was read, so that of two replicas one wins.
@@ -152,7 +164,9 @@ impl Keeper {
         match written {
             Ok(_) => info!(secret = self.secret, "wrote a new certificate"),
             Err(kube::Error::Api(status)) if status.is_already_exists() || status.is_conflict() => {}
-            Err(error) => return Err(error).with_context(|| format!("cannot write Secret {}/{}", self.namespace, self.secret)),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot write Secret {}/{}", self.namespace, self.secret));
+            }
         }
         Ok(())
     }

@@ -30,7 +30,8 @@ async fn main() -> Result<()> {
     }
     let client = kube::Client::try_default().await.context("no API server to talk to")?;
     let store = Arc::new(RemoteStore::lazy(&RemoteConfig::new(&config.store))?);
-    let listener = TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
+    let listener =
+        TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
     info!(address = %config.listen, store = config.store, "serving the review API");
 
     let (readiness, metrics) = (Readiness::new(), Metrics::new());

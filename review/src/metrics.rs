@@ -61,7 +61,8 @@ impl Metrics {
     /// Adds the metrics to the table of the process.
     pub fn new(table: &aether_runtime::Metrics) -> Self {
         Self {
-            requests: table.counters("aether_review_requests", "Requests for the changes of a checkpoint that have ended"),
+            requests: table
+                .counters("aether_review_requests", "Requests for the changes of a checkpoint that have ended"),
             sent: table.counter("aether_review_sent_bytes", "Bytes of fast-import streams that went to the network"),
             streams: table.gauge("aether_review_streams", None, "Diffs that are compared or sent now"),
         }

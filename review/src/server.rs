@@ -6,12 +6,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use aether_runtime::CancellationToken;
 use anyhow::Result;
 use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
-use aether_runtime::CancellationToken;
 use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, ring};
 use tokio::net::{TcpListener, TcpStream};
@@ -55,7 +55,12 @@ impl Settings {
 ///
 /// # Errors
 /// None at present; a connection that fails concerns nobody else.
-pub async fn serve(listener: TcpListener, settings: watch::Receiver<Option<Settings>>, router: Router, stop: CancellationToken) -> Result<()> {
+pub async fn serve(
+    listener: TcpListener,
+    settings: watch::Receiver<Option<Settings>>,
+    router: Router,
+    stop: CancellationToken,
+) -> Result<()> {
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -64,7 +69,9 @@ pub async fn serve(listener: TcpListener, settings: watch::Receiver<Option<Setti
             () = stop.cancelled() => break,
         };
         match accepted {
-            Ok((stream, _)) => drop(connections.spawn(connection(stream, settings.clone(), router.clone(), stop.clone()))),
+            Ok((stream, _)) => {
+                drop(connections.spawn(connection(stream, settings.clone(), router.clone(), stop.clone())))
+            }
             Err(error) => {
                 // Out of file descriptors, mostly: some will be given back.
                 warn!("cannot accept a connection: {error}");
@@ -77,7 +84,12 @@ pub async fn serve(listener: TcpListener, settings: watch::Receiver<Option<Setti
     Ok(())
 }
 
-async fn connection(stream: TcpStream, mut settings: watch::Receiver<Option<Settings>>, router: Router, stop: CancellationToken) {
+async fn connection(
+    stream: TcpStream,
+    mut settings: watch::Receiver<Option<Settings>>,
+    router: Router,
+    stop: CancellationToken,
+) {
     let Some(current) = settings.borrow_and_update().clone() else { return };
     let _ = stream.set_nodelay(true);
     let stream = match tokio::time::timeout(HANDSHAKE, TlsAcceptor::from(current.tls).accept(stream)).await {

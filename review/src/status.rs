@@ -73,7 +73,8 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let details = self.name.map(|name| json!({"name": name, "group": aether_api::names::GROUP, "kind": "aethercheckpoints"}));
+        let details =
+            self.name.map(|name| json!({"name": name, "group": aether_api::names::GROUP, "kind": "aethercheckpoints"}));
         let body = json!({
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
             "message": self.message, "reason": self.reason, "details": details.unwrap_or_else(|| json!({})), "code": self.code.as_u16(),

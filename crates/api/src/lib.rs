@@ -28,11 +28,5 @@ use kube::CustomResourceExt;
 
 /// Every custom resource definition, in the order in which a reader meets them.
 pub fn definitions() -> Vec<CustomResourceDefinition> {
-    vec![
-        AetherSource::crd(),
-        AetherSession::crd(),
-        AetherCheckpoint::crd(),
-        AetherRestore::crd(),
-        AetherCommand::crd(),
-    ]
+    vec![AetherSource::crd(), AetherSession::crd(), AetherCheckpoint::crd(), AetherRestore::crd(), AetherCommand::crd()]
 }

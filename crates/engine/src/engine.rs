@@ -317,7 +317,8 @@ impl Inner {
             inline_limit: 0,
         })
         .map_err(|error| Error::store(format!("open the objects of {}", root.display()), error))?;
-        let inner = Self { config, report, pool, objects, state, freezer, locks: Locks::default(), mounting: Mutex::default() };
+        let inner =
+            Self { config, report, pool, objects, state, freezer, locks: Locks::default(), mounting: Mutex::default() };
         repair::repair(&inner)?;
         Ok(inner)
     }

@@ -78,7 +78,11 @@ impl ApiServer {
         value["apiVersion"] = K::api_version(&()).into();
         value["kind"] = K::kind(&()).into();
         let meta = object.meta();
-        let key = (K::plural(&()).into_owned(), meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default());
+        let key = (
+            K::plural(&()).into_owned(),
+            meta.namespace.clone().unwrap_or_default(),
+            meta.name.clone().unwrap_or_default(),
+        );
         state.complete(&mut value);
         state.objects.insert(key, value);
     }
@@ -102,8 +106,14 @@ impl ApiServer {
     ///
     /// # Panics
     /// When there is no such object.
-    pub fn change<K: Resource<DynamicType = ()> + DeserializeOwned + Serialize>(&self, namespace: &str, name: &str, change: impl FnOnce(&mut K)) {
-        let mut object: K = self.get(namespace, name).unwrap_or_else(|| panic!("no {} {namespace}/{name}", K::kind(&())));
+    pub fn change<K: Resource<DynamicType = ()> + DeserializeOwned + Serialize>(
+        &self,
+        namespace: &str,
+        name: &str,
+        change: impl FnOnce(&mut K),
+    ) {
+        let mut object: K =
+            self.get(namespace, name).unwrap_or_else(|| panic!("no {} {namespace}/{name}", K::kind(&())));
         change(&mut object);
         object.meta_mut().resource_version = None;
         self.put(&object);
@@ -140,7 +150,8 @@ impl ApiServer {
                 (code, status.to_string().into_bytes())
             }
         };
-        let response: Ready<Response<Body>> = ready(Response::builder().status(code).body(Body::from(bytes)).expect("a code and a body"));
+        let response: Ready<Response<Body>> =
+            ready(Response::builder().status(code).body(Body::from(bytes)).expect("a code and a body"));
         Ok(response.await)
     }
 }
@@ -179,12 +190,18 @@ impl Path {
 impl State {
     fn answer(&mut self, method: &Method, uri: &http::Uri, body: &[u8]) -> Answer {
         let mut path = Path::parse(uri.path()).ok_or_else(|| not_found(uri.path()))?;
-        let sent: Value = if body.is_empty() { Value::Null } else { serde_json::from_slice(body).map_err(|error| (StatusCode::BAD_REQUEST, "BadRequest", error.to_string()))? };
+        let sent: Value = if body.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_slice(body).map_err(|error| (StatusCode::BAD_REQUEST, "BadRequest", error.to_string()))?
+        };
         if *method == Method::POST {
             path.name = self.name_of(&sent);
         }
         let answer = match *method {
-            Method::GET if path.subresource == "log" => Ok(Value::String(self.logs.get(&(path.namespace.clone(), path.name.clone())).cloned().unwrap_or_default())),
+            Method::GET if path.subresource == "log" => Ok(Value::String(
+                self.logs.get(&(path.namespace.clone(), path.name.clone())).cloned().unwrap_or_default(),
+            )),
             Method::GET if path.name.is_empty() => Ok(self.list(&path, uri)),
             Method::GET => self.objects.get(&path.key()).cloned().ok_or_else(|| not_found(&path.name)),
             Method::POST => self.create(&path, sent),
@@ -230,7 +247,8 @@ impl State {
     }
 
     fn list(&self, path: &Path, uri: &http::Uri) -> Value {
-        let query: BTreeMap<String, String> = url::form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()).into_owned().collect();
+        let query: BTreeMap<String, String> =
+            url::form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()).into_owned().collect();
         let selector = query.get("labelSelector").map_or("", String::as_str);
         let selected = |value: &Value| {
             selector.split(',').filter(|part| !part.is_empty()).all(|part| {
@@ -239,14 +257,25 @@ impl State {
                 found.is_some() && (wanted.is_none() || found == wanted)
             })
         };
-        let of_path = |(plural, namespace, _): &(String, String, String)| *plural == path.plural && (path.namespace.is_empty() || *namespace == path.namespace);
-        let items: Vec<&Value> = self.objects.iter().filter(|(key, value)| of_path(key) && selected(value)).map(|(_, value)| value).collect();
+        let of_path = |(plural, namespace, _): &(String, String, String)| {
+            *plural == path.plural && (path.namespace.is_empty() || *namespace == path.namespace)
+        };
+        let items: Vec<&Value> = self
+            .objects
+            .iter()
+            .filter(|(key, value)| of_path(key) && selected(value))
+            .map(|(_, value)| value)
+            .collect();
         json!({"kind": "List", "apiVersion": path.api_version, "metadata": {"resourceVersion": self.version.to_string()}, "items": items})
     }
 
     fn create(&mut self, path: &Path, mut value: Value) -> Answer {
         if self.objects.contains_key(&path.key()) {
-            return Err((StatusCode::CONFLICT, "AlreadyExists", format!("{} {:?} already exists", path.plural, path.name)));
+            return Err((
+                StatusCode::CONFLICT,
+                "AlreadyExists",
+                format!("{} {:?} already exists", path.plural, path.name),
+            ));
         }
         value["metadata"]["name"] = path.name.clone().into();
         if !path.namespace.is_empty() {

@@ -15,7 +15,9 @@ use serde_json::json;
 
 /// Plays the story of the README on a real Kubernetes.
 #[derive(Parser)]
-#[command(after_help = "Examples:\n  make demo\n  make demo KEEP=1        leave the cluster up afterwards\n  make demo STEPS=import,session,fork")]
+#[command(
+    after_help = "Examples:\n  make demo\n  make demo KEEP=1        leave the cluster up afterwards\n  make demo STEPS=import,session,fork"
+)]
 struct Arguments {
     /// Leave the cluster up, and print how to use it.
     #[arg(long, env = "KEEP", value_parser = clap::builder::BoolishValueParser::new(), default_value = "false")]

@@ -38,7 +38,10 @@ pub(super) async fn checkpoint_and_diff(story: &Story) -> Result<String> {
     // The times in the status have whole seconds.
     let stored = begun.elapsed();
     let status = durable.status.clone().context("a durable checkpoint has a status")?;
-    ensure!(status.durable_time >= status.local_time && status.local_time.is_some(), "durable before it was taken: {status:?}");
+    ensure!(
+        status.durable_time >= status.local_time && status.local_time.is_some(),
+        "durable before it was taken: {status:?}"
+    );
     story.figure("checkpoint_local_ms", command.as_secs_f64() * 1000.0);
     story.figure("checkpoint_durable_ms", stored.as_secs_f64() * 1000.0);
     story.figure("checkpoint_frozen_ms", status.frozen_microseconds.unwrap_or_default() as f64 / 1000.0);

@@ -19,14 +19,15 @@ pub(super) async fn leave_nothing(story: &Story) -> Result<String> {
     let claims: Api<PersistentVolumeClaim> = Api::namespaced(story.cluster.client.clone(), &story.namespace);
     let uid = claims.get("gone").await?.metadata.uid;
     story.kubectl(&["delete", "pvc", "gone", "--wait=false"]).await?;
-    story.poll("the claim is made anew and bound", limit(60), async || {
-        let claim = claims.get("gone").await?;
-        ensure!(claim.metadata.uid != uid, "it is the old one");
-        let phase = claim.status.and_then(|status| status.phase).unwrap_or_default();
-        ensure!(phase == "Bound", "it is {phase}");
-        Ok(())
-    })
-    .await?;
+    story
+        .poll("the claim is made anew and bound", limit(60), async || {
+            let claim = claims.get("gone").await?;
+            ensure!(claim.metadata.uid != uid, "it is the old one");
+            let phase = claim.status.and_then(|status| status.phase).unwrap_or_default();
+            ensure!(phase == "Bound", "it is {phase}");
+            Ok(())
+        })
+        .await?;
     story.pod("again", "gone", Some("node-1")).await?;
     ensure!(story.exec("again", "cat kept").await?.trim() == "kept", "the session lost its files with the claim");
 
@@ -34,7 +35,10 @@ pub(super) async fn leave_nothing(story: &Story) -> Result<String> {
     story.kubectl(&["delete", "aethersession", "gone", "--wait=false"]).await?;
     story.delete_pod("again").await?;
     story.kubectl(&["delete", "aethersession", "gone-fork", "--timeout=60s"]).await?;
-    story.kubectl(&["wait", "--for=delete", "aethersession/gone", "--timeout=60s"]).await.or_else(super::already_gone)?;
+    story
+        .kubectl(&["wait", "--for=delete", "aethersession/gone", "--timeout=60s"])
+        .await
+        .or_else(super::already_gone)?;
     story.kubectl(&["delete", "aethercheckpoint", "gone-1", "--timeout=60s"]).await?;
     story.nothing_left(|session| session == "gone" || session == "gone-fork").await?;
 
@@ -42,13 +46,28 @@ pub(super) async fn leave_nothing(story: &Story) -> Result<String> {
     story.agent("orphan", "orphan").await?;
     story.kubectl(&["-n", SYSTEM_NAMESPACE, "scale", "deployment/aether-operator", "--replicas=0"]).await?;
     let ended = async {
-        story.kubectl(&["-n", SYSTEM_NAMESPACE, "wait", "--for=delete", "pod", "-l", "app.kubernetes.io/component=operator", "--timeout=60s"]).await.or_else(super::already_gone)?;
+        story
+            .kubectl(&[
+                "-n",
+                SYSTEM_NAMESPACE,
+                "wait",
+                "--for=delete",
+                "pod",
+                "-l",
+                "app.kubernetes.io/component=operator",
+                "--timeout=60s",
+            ])
+            .await
+            .or_else(super::already_gone)?;
         story.kubectl(&["delete", "namespace", &story.namespace, "--wait=false"]).await
     }
     .await;
     story.kubectl(&["-n", SYSTEM_NAMESPACE, "scale", "deployment/aether-operator", "--replicas=1"]).await?;
     ended?;
-    story.kubectl(&["wait", "--for=delete", &format!("namespace/{}", story.namespace), "--timeout=120s"]).await.or_else(super::already_gone)?;
+    story
+        .kubectl(&["wait", "--for=delete", &format!("namespace/{}", story.namespace), "--timeout=120s"])
+        .await
+        .or_else(super::already_gone)?;
     story.nothing_left(|_| true).await?;
     Ok("sessions, checkpoints, claims and the namespace are gone; no mount, no upper, no PersistentVolume left".into())
 }
@@ -60,13 +79,23 @@ impl Story {
         self.poll("nothing of the namespace is left", limit(90), async || {
             for volume in volumes.list(&ListParams::default()).await?.items {
                 let claim = volume.spec.as_ref().and_then(|spec| spec.claim_ref.clone()).unwrap_or_default();
-                let ours = claim.namespace.as_ref() == Some(&self.namespace) && concerns(claim.name.as_deref().unwrap_or_default());
+                let ours = claim.namespace.as_ref() == Some(&self.namespace)
+                    && concerns(claim.name.as_deref().unwrap_or_default());
                 ensure!(!ours, "PersistentVolume {:?} is left", volume.metadata.name);
             }
             for driver in self.driver_pods().await? {
-                let list = self.kubectl(&["-n", SYSTEM_NAMESPACE, "exec", &driver, "--", "aether-node", "list", "-o", "json"]).await?;
+                let list = self
+                    .kubectl(&["-n", SYSTEM_NAMESPACE, "exec", &driver, "--", "aether-node", "list", "-o", "json"])
+                    .await?;
                 let list: serde_json::Value = serde_json::from_str(&list).context("aether-node list -o json")?;
-                let left: Vec<_> = list.as_array().into_iter().flatten().filter(|session| session["namespace"] == self.namespace && concerns(session["name"].as_str().unwrap_or_default())).collect();
+                let left: Vec<_> = list
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .filter(|session| {
+                        session["namespace"] == self.namespace && concerns(session["name"].as_str().unwrap_or_default())
+                    })
+                    .collect();
                 ensure!(left.is_empty(), "{driver} still has {left:?}");
                 // Fails where something is wrong.
                 self.kubectl(&["-n", SYSTEM_NAMESPACE, "exec", &driver, "--", "aether-node", "fsck"]).await?;

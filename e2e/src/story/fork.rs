@@ -56,7 +56,9 @@ pub(super) async fn fork_a_live_session(story: &Story) -> Result<String> {
     story.exec("busy", "echo 'after the fork' >note; touch parent-only").await?;
     story.pod("twin", "child", Some("node-1")).await?;
     story.exec_with_input("twin", "cat >/tmp/order-check.py", ORDER_CHECK).await?;
-    let order = story.exec("twin", "python3 /tmp/order-check.py && cat note && touch child-only && ls -d parent-only 2>&1 || true").await?;
+    let order = story
+        .exec("twin", "python3 /tmp/order-check.py && cat note && touch child-only && ls -d parent-only 2>&1 || true")
+        .await?;
     ensure!(super::value::<i64>(&order, "markers")? > 0, "the fork has nothing of the writer's: {order}");
     ensure!(order.contains("unsaved before the fork"), "the fork lacks unsaved changes: {order}");
     ensure!(order.contains("No such file"), "the fork sees what came later: {order}");
@@ -68,7 +70,10 @@ pub(super) async fn fork_a_live_session(story: &Story) -> Result<String> {
     let frozen = moment.frozen_microseconds.unwrap_or_default() as f64 / 1000.0;
     story.figure("fork_live_ms", forked.as_secs_f64() * 1000.0);
     story.figure("fork_frozen_ms", frozen);
-    Ok(format!("bound {:.0} ms after the command, pods frozen {frozen:.1} ms, no marker without its file", forked.as_secs_f64() * 1000.0))
+    Ok(format!(
+        "bound {:.0} ms after the command, pods frozen {frozen:.1} ms, no marker without its file",
+        forked.as_secs_f64() * 1000.0
+    ))
 }
 
 /// Fifty forks at once.
@@ -92,7 +97,10 @@ pub(super) async fn fifty_forks(story: &Story) -> Result<String> {
     for pod in 0..probes.len() {
         story.delete_pod(&format!("probe-{pod}")).await?;
     }
-    Ok(format!("50 forked claims bound in {took:.0} ms (controller-manager at {} requests/s)", story.cluster.options.controller_manager_qps))
+    Ok(format!(
+        "50 forked claims bound in {took:.0} ms (controller-manager at {} requests/s)",
+        story.cluster.options.controller_manager_qps
+    ))
 }
 
 /// Forks and checkpoints a busy session `rounds` times and looks at every copy.
@@ -125,8 +133,12 @@ pub(super) async fn no_copy_is_torn(story: &Story, rounds: usize) -> Result<Stri
 
 /// One pod that mounts many sessions and checks each.
 async fn look_at(story: &Story, pod: &str, sessions: &[String]) -> Result<usize> {
-    let mounts: Vec<_> = sessions.iter().map(|name| serde_json::json!({"name": name, "mountPath": format!("/copies/{name}")})).collect();
-    let volumes: Vec<_> = sessions.iter().map(|name| serde_json::json!({"name": name, "persistentVolumeClaim": {"claimName": name}})).collect();
+    let mounts: Vec<_> =
+        sessions.iter().map(|name| serde_json::json!({"name": name, "mountPath": format!("/copies/{name}")})).collect();
+    let volumes: Vec<_> = sessions
+        .iter()
+        .map(|name| serde_json::json!({"name": name, "persistentVolumeClaim": {"claimName": name}}))
+        .collect();
     let manifest = serde_json::json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod},
         "spec": {

@@ -25,8 +25,7 @@ pub(super) async fn hand_over(story: &Story) -> Result<String> {
     let mut reader: serde_json::Value = serde_yaml::from_str(&story.sample("pod.yaml")?)?;
     reader["metadata"]["name"] = "reader".into();
     reader["spec"]["nodeSelector"] = serde_json::json!({"kubernetes.io/hostname": "node-2"});
-    reader["spec"]["volumes"][0] =
-        serde_json::json!({"name": "workspace", "csi": {"driver": names::CSI_DRIVER, "readOnly": true, "volumeAttributes": {"session": "baton"}}});
+    reader["spec"]["volumes"][0] = serde_json::json!({"name": "workspace", "csi": {"driver": names::CSI_DRIVER, "readOnly": true, "volumeAttributes": {"session": "baton"}}});
     story.apply(&reader.to_string()).await?;
     story.until_pod_ready("reader", limit(60)).await?;
     let reader = begun.elapsed();
@@ -39,9 +38,17 @@ pub(super) async fn hand_over(story: &Story) -> Result<String> {
     story.until_pod_ready("second", limit(60)).await?;
     let took = begun.elapsed().as_secs_f64() * 1000.0;
     story.figure("handoff_ms", took);
-    let found = story.exec("second", "cat baton deep/er/file; ls SUPPORT.md 2>&1 || true; git status --porcelain | wc -l").await?;
-    ensure!(found.contains("from node 1") && found.contains("No such file"), "node 2 does not find everything: {found}");
-    Ok(format!("second writer waited with an event, reader up in {:.1} s, handoff {took:.0} ms from the deletion of the first pod", reader.as_secs_f64()))
+    let found = story
+        .exec("second", "cat baton deep/er/file; ls SUPPORT.md 2>&1 || true; git status --porcelain | wc -l")
+        .await?;
+    ensure!(
+        found.contains("from node 1") && found.contains("No such file"),
+        "node 2 does not find everything: {found}"
+    );
+    Ok(format!(
+        "second writer waited with an event, reader up in {:.1} s, handoff {took:.0} ms from the deletion of the first pod",
+        reader.as_secs_f64()
+    ))
 }
 
 /// The network of a node is cut under a running pod; what was durable goes on elsewhere, what was not comes back.
@@ -125,8 +132,17 @@ impl Story {
         let selector = ListParams::default().fields(&format!("involvedObject.name={pod}"));
         self.poll(&format!("pod {pod} has an event that says {text:?}"), limit, async || {
             let list = events.list(&selector).await?;
-            let found = list.items.iter().filter_map(|event| event.message.clone()).find(|message| message.contains(text) && message.contains("session"));
-            found.with_context(|| format!("its events: {:?}", list.items.iter().filter_map(|event| event.message.as_deref()).collect::<Vec<_>>()))
+            let found = list
+                .items
+                .iter()
+                .filter_map(|event| event.message.clone())
+                .find(|message| message.contains(text) && message.contains("session"));
+            found.with_context(|| {
+                format!(
+                    "its events: {:?}",
+                    list.items.iter().filter_map(|event| event.message.as_deref()).collect::<Vec<_>>()
+                )
+            })
         })
         .await
     }

@@ -30,12 +30,42 @@ pub(super) async fn import_a_repository(story: &Story) -> Result<String> {
 pub(super) async fn wrong_sources(story: &Story) -> Result<String> {
     let git = story.git_url();
     let locked = story.locked_git_url();
-    story.kubectl(&["create", "secret", "generic", "wrong-password", "--type=kubernetes.io/basic-auth", "--from-literal=username=agent", "--from-literal=password=wrong"]).await?;
+    story
+        .kubectl(&[
+            "create",
+            "secret",
+            "generic",
+            "wrong-password",
+            "--type=kubernetes.io/basic-auth",
+            "--from-literal=username=agent",
+            "--from-literal=password=wrong",
+        ])
+        .await?;
     let cases = [
-        ("wrong-url", format!("{{url: \"{git}/no-such.git\"}}"), conditions::reason::REPOSITORY_NOT_FOUND, "no-such.git"),
-        ("wrong-ref", format!("{{url: \"{git}/kubernetes.git\", ref: no-such-branch}}"), conditions::reason::REF_NOT_FOUND, "no-such-branch"),
-        ("no-secret", format!("{{url: \"{git}/kubernetes.git\", secretRef: {{name: no-such-secret}}}}"), conditions::reason::SECRET_NOT_FOUND, "no-such-secret"),
-        ("wrong-password", format!("{{url: \"{locked}/kubernetes.git\", secretRef: {{name: wrong-password}}}}"), conditions::reason::AUTHENTICATION_FAILED, "secretRef"),
+        (
+            "wrong-url",
+            format!("{{url: \"{git}/no-such.git\"}}"),
+            conditions::reason::REPOSITORY_NOT_FOUND,
+            "no-such.git",
+        ),
+        (
+            "wrong-ref",
+            format!("{{url: \"{git}/kubernetes.git\", ref: no-such-branch}}"),
+            conditions::reason::REF_NOT_FOUND,
+            "no-such-branch",
+        ),
+        (
+            "no-secret",
+            format!("{{url: \"{git}/kubernetes.git\", secretRef: {{name: no-such-secret}}}}"),
+            conditions::reason::SECRET_NOT_FOUND,
+            "no-such-secret",
+        ),
+        (
+            "wrong-password",
+            format!("{{url: \"{locked}/kubernetes.git\", secretRef: {{name: wrong-password}}}}"),
+            conditions::reason::AUTHENTICATION_FAILED,
+            "secretRef",
+        ),
     ];
     for (name, source, _, _) in &cases {
         story.apply(&format!("{{apiVersion: aether.dev/v1alpha1, kind: AetherSource, metadata: {{name: {name}}}, spec: {{git: {source}}}}}")).await?;
@@ -44,7 +74,8 @@ pub(super) async fn wrong_sources(story: &Story) -> Result<String> {
         let source: AetherSource = story
             .until(name, &format!("has Ready=False with reason {reason}"), limit(90), |source: &AetherSource| {
                 let conditions = source.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
-                conditions::get(conditions, conditions::READY).is_some_and(|ready| ready.status == "False" && ready.reason == *reason)
+                conditions::get(conditions, conditions::READY)
+                    .is_some_and(|ready| ready.status == "False" && ready.reason == *reason)
             })
             .await?;
         let conditions = source.status.context("a status")?.conditions;

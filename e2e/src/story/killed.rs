@@ -19,24 +19,30 @@ pub(super) async fn kill_our_parts(story: &Story) -> Result<String> {
     for part in ["aether-csi-driver", "aether-operator", "aether-store-node"] {
         let (rounds, restarts) = (rounds(story).await?, story.restarts().await?);
         story.kill_part(part).await?;
-        story.poll(&format!("the writer goes on after {part} was killed"), limit(30), async || {
-            ensure!(self::rounds(story).await? > rounds + 20, "it stands still");
-            Ok(())
-        })
-        .await?;
-        story.poll(&format!("{part} is back"), limit(120), async || {
-            // The kubelet may not have noticed yet.
-            ensure!(story.restarts().await? > restarts, "nothing was started again");
-            story.parts_ready().await
-        })
-        .await?;
+        story
+            .poll(&format!("the writer goes on after {part} was killed"), limit(30), async || {
+                ensure!(self::rounds(story).await? > rounds + 20, "it stands still");
+                Ok(())
+            })
+            .await?;
+        story
+            .poll(&format!("{part} is back"), limit(120), async || {
+                // The kubelet may not have noticed yet.
+                ensure!(story.restarts().await? > restarts, "nothing was started again");
+                story.parts_ready().await
+            })
+            .await?;
     }
     // Back and serving: a checkpoint needs all three.
     story.aether(&["checkpoint", "steady", "--name", "steady-1", "--wait", "durable"]).await?;
     story.pod("another", "steady", Some("node-1")).await?;
-    let end = story.exec("looper", "touch /tmp/end; wc -l </tmp/rounds; cat /tmp/errors 2>/dev/null || echo none").await?;
+    let end =
+        story.exec("looper", "touch /tmp/end; wc -l </tmp/rounds; cat /tmp/errors 2>/dev/null || echo none").await?;
     ensure!(end.trim().ends_with("none"), "the pod saw errors: {end}");
-    Ok(format!("{} rounds of write, read and delete, no error; all parts serve again", end.lines().next().unwrap_or_default()))
+    Ok(format!(
+        "{} rounds of write, read and delete, no error; all parts serve again",
+        end.lines().next().unwrap_or_default()
+    ))
 }
 
 async fn rounds(story: &Story) -> Result<i64> {
@@ -49,7 +55,9 @@ impl Story {
         // The kernel keeps 15 characters of a program's name.
         let short: String = program.chars().take(15).collect();
         for driver in self.driver_pods().await? {
-            let script = format!("for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = '{short}' ] && echo ${{p#/proc/}}; done; true");
+            let script = format!(
+                "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = '{short}' ] && echo ${{p#/proc/}}; done; true"
+            );
             let pids = self.kubectl(&["-n", SYSTEM_NAMESPACE, "exec", &driver, "--", "sh", "-c", &script]).await?;
             let Some(pid) = pids.lines().next() else { continue };
             // The exec may end with the driver's own container.

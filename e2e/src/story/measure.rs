@@ -23,7 +23,10 @@ pub(super) async fn bind(story: &Story) -> Result<String> {
     story.figure("api_writes_per_session", writes.ours);
     story.figure("api_writes_binder", writes.binder);
     ensure!(writes.ours <= 4.0, "{} writes of ours per session to a bound claim, 4 at most", writes.ours);
-    Ok(format!("claim bound {median:.0} ms after apply (median of 20); writes per session: ours {}, the binder's {}", writes.ours, writes.binder))
+    Ok(format!(
+        "claim bound {median:.0} ms after apply (median of 20); writes per session: ours {}, the binder's {}",
+        writes.ours, writes.binder
+    ))
 }
 
 /// The same pod with a session and with an emptyDir, in turn.
@@ -34,7 +37,9 @@ pub(super) async fn pod_start(story: &Story) -> Result<String> {
     for i in 0..=10 {
         let name = format!("start-{i}");
         story.session(&name).await?;
-        let session = story.timed_pod(&format!("s{i}"), &serde_json::json!({"persistentVolumeClaim": {"claimName": name}})).await?;
+        let session = story
+            .timed_pod(&format!("s{i}"), &serde_json::json!({"persistentVolumeClaim": {"claimName": name}}))
+            .await?;
         let empty = story.timed_pod(&format!("e{i}"), &serde_json::json!({"emptyDir": {}})).await?;
         if i > 0 {
             with_session.push(session);
@@ -44,7 +49,10 @@ pub(super) async fn pod_start(story: &Story) -> Result<String> {
     let (session, empty) = (median(&mut with_session), median(&mut with_empty));
     story.figure("pod_ready_ms", session);
     story.figure("pod_ready_emptydir_ms", empty);
-    Ok(format!("pod ready after {session:.0} ms with a session, {empty:.0} ms with an emptyDir: {:+.0} ms (medians of 10, in turn)", session - empty))
+    Ok(format!(
+        "pod ready after {session:.0} ms with a session, {empty:.0} ms with an emptyDir: {:+.0} ms (medians of 10, in turn)",
+        session - empty
+    ))
 }
 
 /// What a session with twenty edited files stores.
@@ -67,7 +75,11 @@ pub(super) async fn storage(story: &Story) -> Result<String> {
     ensure!(status.changed_files == Some(20), "{:?} changed files reported, 20 were edited", status.changed_files);
     story.figure("own_bytes", own);
     story.figure("shared_bytes", shared);
-    Ok(format!("20 edited files: {own} bytes own, {:.0} MB shared ({:.3} %)", shared as f64 / 1e6, own as f64 * 100.0 / shared as f64))
+    Ok(format!(
+        "20 edited files: {own} bytes own, {:.0} MB shared ({:.3} %)",
+        shared as f64 / 1e6,
+        own as f64 * 100.0 / shared as f64
+    ))
 }
 
 /// Writes to the API server for one session, from apply to a bound claim.
@@ -127,14 +139,17 @@ impl Story {
             let event: serde_json::Value = serde_json::from_str(line).context("a line of the audit log")?;
             let object = &event["objectRef"];
             let name = object["name"].as_str().unwrap_or_default();
-            let concerns = object["namespace"] == self.namespace.as_str() && name.starts_with(prefix) || uids.iter().any(|uid| name.contains(uid));
+            let concerns = object["namespace"] == self.namespace.as_str() && name.starts_with(prefix)
+                || uids.iter().any(|uid| name.contains(uid));
             let wrote = matches!(event["verb"].as_str(), Some("create" | "update" | "patch" | "delete"));
             if !concerns || !wrote || event["stage"] != "ResponseComplete" || object["resource"] == "events" {
                 continue;
             }
             match event["user"]["username"].as_str().unwrap_or_default() {
                 user if user.contains(":aether-operator") || user.contains(":aether-driver") => ours += 1,
-                user if user.contains("persistent-volume-binder") || user.contains("kube-controller-manager") => binder += 1,
+                user if user.contains("persistent-volume-binder") || user.contains("kube-controller-manager") => {
+                    binder += 1
+                }
                 _ => {}
             }
         }

@@ -105,14 +105,21 @@ pub struct Story {
 impl Story {
     /// To be played in this namespace.
     pub fn new(test: &Test) -> Self {
-        Self { cluster: test.cluster.clone(), namespace: test.namespace.clone(), test: test.clone(), figures: Mutex::default() }
+        Self {
+            cluster: test.cluster.clone(),
+            namespace: test.namespace.clone(),
+            test: test.clone(),
+            figures: Mutex::default(),
+        }
     }
 
     /// Keeps a figure of the report.
     pub fn figure(&self, name: &'static str, value: impl Into<Value>) {
         let value = match value.into() {
             // A thousandth of a millisecond is noise.
-            Value::Number(number) if number.is_f64() => json!((number.as_f64().unwrap_or_default() * 1000.0).round() / 1000.0),
+            Value::Number(number) if number.is_f64() => {
+                json!((number.as_f64().unwrap_or_default() * 1000.0).round() / 1000.0)
+            }
             other => other,
         };
         self.figures.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(name, value);
@@ -138,7 +145,8 @@ impl Story {
                 return Ok(());
             }
             if let Some(import) = &status.import {
-                let line = format!("importing: {} {} files, {:.0} MB", import.phase, import.files, import.bytes as f64 / 1e6);
+                let line =
+                    format!("importing: {} {} files, {:.0} MB", import.phase, import.files, import.bytes as f64 / 1e6);
                 if line != shown {
                     say(&line);
                     shown = line;
@@ -222,7 +230,8 @@ impl Story {
 
     /// Runs a shell script in a pod with this on its standard input.
     pub async fn exec_with_input(&self, pod: &str, script: &str, input: &str) -> Result<String> {
-        let output = self.test.tools.kubectl_output(&["exec", "-i", pod, "--", "sh", "-c", script], Some(input)).await?;
+        let output =
+            self.test.tools.kubectl_output(&["exec", "-i", pod, "--", "sh", "-c", script], Some(input)).await?;
         ensure!(output.code == 0, "{script} in {pod} exited with {}: {}", output.code, output.stderr.trim());
         Ok(output.stdout)
     }
@@ -253,7 +262,13 @@ impl Story {
     /// Waits, by a watch, until an object of the namespace is as described; the object.
     pub async fn until<K>(&self, name: &str, what: &str, limit: Duration, is: impl Fn(&K) -> bool) -> Result<K>
     where
-        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned + Serialize + Send + 'static,
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
+            + Clone
+            + Debug
+            + DeserializeOwned
+            + Serialize
+            + Send
+            + 'static,
     {
         wait::object(&self.test.api::<K>(), name, what, limit, is).await
     }
@@ -276,7 +291,8 @@ impl Story {
     /// Waits until a pod has left `Pending`, or its containers are being made: its volumes are there.
     pub async fn until_volumes_mounted(&self, name: &str, limit: Duration) -> Result<()> {
         self.until(name, "has its volumes", limit, |pod: &Pod| {
-            let statuses = pod.status.as_ref().and_then(|status| status.container_statuses.as_deref()).unwrap_or_default();
+            let statuses =
+                pod.status.as_ref().and_then(|status| status.container_statuses.as_deref()).unwrap_or_default();
             statuses.iter().any(|status| status.state.as_ref().is_some_and(|state| state.running.is_some()))
         })
         .await
@@ -324,7 +340,8 @@ impl Story {
     /// How many files and symbolic links git tracks in the imported repository, and how many of them are files.
     pub async fn tracked(&self) -> Result<(i64, i64)> {
         let repository = third_party::kubernetes_repository().await?;
-        let list = program::run("git", ["--git-dir", &repository.display().to_string(), "ls-tree", "-r", "main"]).await?;
+        let list =
+            program::run("git", ["--git-dir", &repository.display().to_string(), "ls-tree", "-r", "main"]).await?;
         let files = list.lines().filter(|line| line.starts_with("100")).count();
         Ok((i64::try_from(list.lines().count())?, i64::try_from(files)?))
     }

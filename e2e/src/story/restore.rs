@@ -43,11 +43,15 @@ pub(super) async fn restore_in_place(story: &Story) -> Result<String> {
     ensure!(!after.lines().any(|line| line == "junk" || line == "moved"), "what came later is still there: {after}");
 
     let restores: Api<AetherRestore> = Api::namespaced(story.cluster.client.clone(), &story.namespace);
-    let restore = restores.list(&ListParams::default()).await?.items.into_iter().find(|restore| restore.spec.session == "undo");
+    let restore =
+        restores.list(&ListParams::default()).await?.items.into_iter().find(|restore| restore.spec.session == "undo");
     let status = restore.and_then(|restore| restore.status).context("the restore has a status")?;
     let safety = status.safety_checkpoint.context("status.safetyCheckpoint")?;
     let _: AetherCheckpoint = story.get(&safety).await?;
     let diff = story.aether(&["diff", "--checkpoint", &safety, "--name-only", "--color=never"]).await?.stdout;
     ensure!(diff.contains("junk"), "the safety checkpoint {safety} lacks what was undone: {}", super::head(&diff));
-    Ok(format!("{} paths changed under a running process; the way back is {safety}", status.changed_paths.unwrap_or_default()))
+    Ok(format!(
+        "{} paths changed under a running process; the way back is {safety}",
+        status.changed_paths.unwrap_or_default()
+    ))
 }

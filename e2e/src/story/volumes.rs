@@ -26,13 +26,14 @@ pub(super) async fn inline_and_class(story: &Story) -> Result<String> {
     story.delete_pod("throwaway").await?;
     story.delete_pod("classy").await?;
     story.kubectl(&["delete", "pvc", "scratch"]).await?;
-    story.poll("their sessions end with them", limit(60), async || {
-        let mut left = story.sessions().await?;
-        left.retain(begins);
-        ensure!(left.is_empty(), "still there: {left:?}");
-        Ok(())
-    })
-    .await?;
+    story
+        .poll("their sessions end with them", limit(60), async || {
+            let mut left = story.sessions().await?;
+            left.retain(begins);
+            ensure!(left.is_empty(), "still there: {left:?}");
+            Ok(())
+        })
+        .await?;
     Ok("an inline volume and a claim of class aether each had a session, and took it with them".into())
 }
 
@@ -40,9 +41,8 @@ pub(super) async fn inline_and_class(story: &Story) -> Result<String> {
 pub(super) async fn fifty_inline(story: &Story) -> Result<String> {
     story.source().await?;
     let sample = story.sample("inline.yaml")?;
-    let manifests: Vec<String> = (1..=50)
-        .map(|i| impatient(&sample).replace("name: throwaway", &format!("name: inline-{i}")))
-        .collect();
+    let manifests: Vec<String> =
+        (1..=50).map(|i| impatient(&sample).replace("name: throwaway", &format!("name: inline-{i}"))).collect();
     let begun = Instant::now();
     story.apply(&manifests.join("\n---\n")).await?;
     try_join_all((1..=50).map(async |i| story.until_volumes_mounted(&format!("inline-{i}"), limit(300)).await)).await?;
@@ -61,6 +61,12 @@ impl Story {
     /// The names of the namespace's sessions.
     pub async fn sessions(&self) -> Result<Vec<String>> {
         let api: Api<AetherSession> = Api::namespaced(self.cluster.client.clone(), &self.namespace);
-        Ok(api.list(&ListParams::default()).await?.items.into_iter().filter_map(|session| session.metadata.name).collect())
+        Ok(api
+            .list(&ListParams::default())
+            .await?
+            .items
+            .into_iter()
+            .filter_map(|session| session.metadata.name)
+            .collect())
     }
 }

@@ -41,7 +41,10 @@ impl Access {
         }
         let Some(directory) = &asked.secret_dir else { return Ok(access) };
         if !directory.is_dir() {
-            return Err(Failure::new(Reason::SecretInvalid, format!("--secret-dir {} is not a directory", directory.display())));
+            return Err(Failure::new(
+                Reason::SecretInvalid,
+                format!("--secret-dir {} is not a directory", directory.display()),
+            ));
         }
         if let Some(origin) = origin(&asked.url) {
             access.http(&origin, directory)?;
@@ -72,7 +75,10 @@ impl Access {
         }
         let known_hosts = directory.join("known_hosts");
         if !known_hosts.is_file() {
-            return Err(Failure::new(Reason::SecretInvalid, "the Secret lacks known_hosts, without which no host can be trusted: add the output of ssh-keyscan HOST"));
+            return Err(Failure::new(
+                Reason::SecretInvalid,
+                "the Secret lacks known_hosts, without which no host can be trusted: add the output of ssh-keyscan HOST",
+            ));
         }
         // ssh refuses a key that others may read, and one without a last newline.
         let mut contents = self.hide(&key)?;
@@ -80,7 +86,14 @@ impl Access {
             contents.push('\n');
         }
         let private = scratch.join("ssh-privatekey");
-        let write = || fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&private)?.write_all(contents.as_bytes());
+        let write = || {
+            fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&private)?
+                .write_all(contents.as_bytes())
+        };
         write().map_err(|error| Failure::other("keep the key for ssh", error))?;
         let command = format!(
             "ssh -F /dev/null -o BatchMode=yes -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes -o ConnectTimeout=20 -o UserKnownHostsFile={} -i {}",
@@ -93,7 +106,8 @@ impl Access {
 
     /// Reads a secret file; its contents will not be seen in messages.
     fn hide(&mut self, file: &Path) -> Result<String, Failure> {
-        let contents = fs::read_to_string(file).map_err(|error| Failure::new(Reason::SecretInvalid, format!("cannot read {}: {error}", file.display())))?;
+        let contents = fs::read_to_string(file)
+            .map_err(|error| Failure::new(Reason::SecretInvalid, format!("cannot read {}: {error}", file.display())))?;
         let secret = contents.trim();
         // A word as short as this says nothing and may be part of any other.
         if secret.len() >= 4 {
@@ -145,7 +159,9 @@ fn origin(address: &str) -> Option<String> {
 }
 
 fn text(path: &Path) -> Result<String, Failure> {
-    let path: PathBuf = path.canonicalize().map_err(|error| Failure::new(Reason::SecretInvalid, format!("cannot read {}: {error}", path.display())))?;
+    let path: PathBuf = path
+        .canonicalize()
+        .map_err(|error| Failure::new(Reason::SecretInvalid, format!("cannot read {}: {error}", path.display())))?;
     path.into_os_string().into_string().map_err(|_| Failure::new(Reason::Invalid, "a path has no UTF-8 name"))
 }
 
@@ -178,14 +194,22 @@ mod tests {
         assert_eq!(keys, ["http.https://example.org:8443.sslCAInfo", "credential.https://example.org:8443.helper"]);
         let shown = format!("{:?} {:?}", access.settings, access.environment);
         assert!(!shown.contains("hunter22"), "{shown}");
-        assert_eq!(access.redact("fatal: https://me:hunter22@example.org/ refused hunter22"), "fatal: https://***@example.org/ refused ***");
+        assert_eq!(
+            access.redact("fatal: https://me:hunter22@example.org/ refused hunter22"),
+            "fatal: https://***@example.org/ refused ***"
+        );
     }
 
     #[test]
     fn a_url_with_credentials_is_refused() {
         for told in ["https://token@h/x", "http://u:p@h/x", "ssh://git:p@h/y"] {
             let failure = Access::prepare(&Git { url: told.into(), ..Default::default() }, Path::new("/")).unwrap_err();
-            assert!(failure.reason == Reason::Invalid && failure.message.contains("secretRef") && !failure.message.contains('@'), "{failure}");
+            assert!(
+                failure.reason == Reason::Invalid
+                    && failure.message.contains("secretRef")
+                    && !failure.message.contains('@'),
+                "{failure}"
+            );
         }
         for good in ["https://h/x@y", "ssh://git@h/y", "git@h:y", "file:///srv/a@b"] {
             assert!(!has_credentials(good), "{good}");
@@ -194,7 +218,10 @@ mod tests {
 
     #[test]
     fn passwords_in_urls_are_not_shown() {
-        assert_eq!(without_passwords("a https://u:p@h/x and ssh://git@h/y, z"), "a https://***@h/x and ssh://git@h/y, z");
+        assert_eq!(
+            without_passwords("a https://u:p@h/x and ssh://git@h/y, z"),
+            "a https://***@h/x and ssh://git@h/y, z"
+        );
         assert_eq!(without_passwords("https://token@h/x ssh://git:p@h/y"), "https://***@h/x ssh://git@h/y");
         assert_eq!(without_passwords("no url: here@all"), "no url: here@all");
     }
@@ -208,7 +235,12 @@ mod tests {
         let secret = secret(&[("ssh-privatekey", "key"), ("known_hosts", "h")]);
         let scratch = tempfile::tempdir().unwrap();
         let access = Access::prepare(&asked("git@example.org:a", &secret), scratch.path()).unwrap();
-        assert!(access.environment.iter().any(|(name, value)| *name == "GIT_SSH_COMMAND" && value.contains("StrictHostKeyChecking=yes")));
+        assert!(
+            access
+                .environment
+                .iter()
+                .any(|(name, value)| *name == "GIT_SSH_COMMAND" && value.contains("StrictHostKeyChecking=yes"))
+        );
         let key = scratch.path().join("ssh-privatekey");
         assert_eq!(fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_to_string(key).unwrap(), "key\n");

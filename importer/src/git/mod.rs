@@ -73,14 +73,20 @@ pub async fn clone(asked: &Git, worktree: &Path, scratch: &Path, reporter: &Repo
     let time = git.output(worktree, &["show", "--no-patch", "--format=%ct", "HEAD"]).await?;
     let seconds = time.trim().parse().map_err(|error| Failure::other("read the commit's time", error))?;
     let directory = worktree.to_owned();
-    let prepared = tokio::task::spawn_blocking(move || aether_engine::git::prepare(&directory, Mtime { seconds, nanos: 0 }));
-    prepared.await.map_err(|error| Failure::other("prepare the working copy", error))?.map_err(|error| Failure::other("prepare the working copy", error))?;
+    let prepared =
+        tokio::task::spawn_blocking(move || aether_engine::git::prepare(&directory, Mtime { seconds, nanos: 0 }));
+    prepared
+        .await
+        .map_err(|error| Failure::other("prepare the working copy", error))?
+        .map_err(|error| Failure::other("prepare the working copy", error))?;
     Ok(Cloned::Commit(commit))
 }
 
 /// Fetches what the target needs and checks it out.
 async fn fetch(git: &Program<'_>, asked: &Git, target: &Target, worktree: &Path) -> Result<(), Failure> {
-    let directory = worktree.to_str().ok_or_else(|| Failure::new(Reason::Invalid, "the directory for the working copy has no UTF-8 name"))?;
+    let directory = worktree
+        .to_str()
+        .ok_or_else(|| Failure::new(Reason::Invalid, "the directory for the working copy has no UTF-8 name"))?;
     let parent = worktree.parent().unwrap_or(Path::new("/"));
     let depth = asked.depth.map(|depth| format!("--depth={depth}"));
     let mut clone = vec!["clone", "--progress", "--no-checkout", "--origin=origin"];
@@ -131,7 +137,10 @@ async fn fetch_one(git: &Program<'_>, depth: Option<&str>, wanted: &str, worktre
 
 fn without_lfs(failure: Failure) -> Failure {
     if failure.message.contains("'lfs' is not a git command") {
-        return Failure::new(Reason::ImportFailed, "this importer's image has no git-lfs: use one that has it, or leave spec.git.lfs out");
+        return Failure::new(
+            Reason::ImportFailed,
+            "this importer's image has no git-lfs: use one that has it, or leave spec.git.lfs out",
+        );
     }
     failure
 }

@@ -34,9 +34,15 @@ impl<'a> Program<'a> {
     pub(super) async fn output(&self, directory: &Path, arguments: &[&str]) -> Result<String, Failure> {
         let what = format!("git {}", arguments.first().unwrap_or(&""));
         tracing::info!(command = self.access.redact(&arguments.join(" ")), "git");
-        let mut child = self.command(directory).args(arguments).spawn().map_err(|error| Failure::other("run git, which must be installed", error))?;
+        let mut child = self
+            .command(directory)
+            .args(arguments)
+            .spawn()
+            .map_err(|error| Failure::other("run git, which must be installed", error))?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-        let (Some(mut stdout), Some(stderr)) = (stdout, stderr) else { return Err(Failure::other("run git", "it has no output")) };
+        let (Some(mut stdout), Some(stderr)) = (stdout, stderr) else {
+            return Err(Failure::other("run git", "it has no output"));
+        };
         let mut printed = Vec::new();
         let (read, words) = tokio::join!(stdout.read_to_end(&mut printed), self.listen(stderr));
         read.map_err(|error| Failure::other("read what git printed", error))?;
@@ -57,7 +63,18 @@ impl<'a> Program<'a> {
         let mut command = Command::new("git");
         // Nothing of ours leaks in but what programs need to be found and to reach the network.
         command.env_clear();
-        for name in ["PATH", "TMPDIR", "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "no_proxy", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"] {
+        for name in [
+            "PATH",
+            "TMPDIR",
+            "LD_LIBRARY_PATH",
+            "http_proxy",
+            "https_proxy",
+            "no_proxy",
+            "HTTPS_PROXY",
+            "NO_PROXY",
+            "SSL_CERT_FILE",
+            "SSL_CERT_DIR",
+        ] {
             if let Some(value) = std::env::var_os(name) {
                 command.env(name, value);
             }
@@ -87,7 +104,12 @@ impl<'a> Program<'a> {
         for (index, (key, value)) in settings.iter().enumerate() {
             command.env(format!("GIT_CONFIG_KEY_{index}"), key).env(format!("GIT_CONFIG_VALUE_{index}"), value);
         }
-        command.current_dir(directory).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        command
+            .current_dir(directory)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
         command
     }
 
@@ -150,7 +172,9 @@ fn received(line: &str) -> u64 {
 fn telling(words: &str) -> String {
     let telling = |line: &&str| {
         let line = line.to_lowercase();
-        ["fatal:", "error:", "remote:", "permission denied", "host key", "load key"].iter().any(|mark| line.contains(mark))
+        ["fatal:", "error:", "remote:", "permission denied", "host key", "load key"]
+            .iter()
+            .any(|mark| line.contains(mark))
     };
     let lines: Vec<&str> = words.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let chosen: Vec<&str> = lines.iter().copied().filter(telling).collect();

@@ -19,7 +19,10 @@ impl Target {
     /// The commit, as the remote told it or as it was asked for.
     pub(super) fn commit(&self) -> &str {
         match self {
-            Self::Branch { commit, .. } | Self::Tag { commit, .. } | Self::Ref { commit, .. } | Self::Commit { id: commit } => commit,
+            Self::Branch { commit, .. }
+            | Self::Tag { commit, .. }
+            | Self::Ref { commit, .. }
+            | Self::Commit { id: commit } => commit,
         }
     }
 
@@ -77,7 +80,9 @@ pub(super) fn resolve(listing: &Listing, reference: Option<&str>, url: &str) -> 
         let detached = || listing.object("HEAD").map(|id| Target::Commit { id });
         return match target.or_else(detached) {
             Some(target) => Ok(target),
-            None => not_found(format!("the repository {url} has no HEAD: name a branch, a tag or a commit in spec.git.ref")),
+            None => {
+                not_found(format!("the repository {url} has no HEAD: name a branch, a tag or a commit in spec.git.ref"))
+            }
         };
     };
     if reference.starts_with("refs/") {
@@ -86,7 +91,8 @@ pub(super) fn resolve(listing: &Listing, reference: Option<&str>, url: &str) -> 
             None => not_found(format!("the repository {url} has no ref {reference}: check spec.git.ref")),
         };
     }
-    let found = named(listing, &format!("refs/heads/{reference}")).or_else(|| named(listing, &format!("refs/tags/{reference}")));
+    let found = named(listing, &format!("refs/heads/{reference}"))
+        .or_else(|| named(listing, &format!("refs/tags/{reference}")));
     if let Some(target) = found {
         return Ok(target);
     }
@@ -94,7 +100,9 @@ pub(super) fn resolve(listing: &Listing, reference: Option<&str>, url: &str) -> 
     if is_id {
         return Ok(Target::Commit { id: reference.to_lowercase() });
     }
-    not_found(format!("the repository {url} has no branch or tag {reference}: check spec.git.ref (a commit is named by its full id)"))
+    not_found(format!(
+        "the repository {url} has no branch or tag {reference}: check spec.git.ref (a commit is named by its full id)"
+    ))
 }
 
 fn named(listing: &Listing, name: &str) -> Option<Target> {
@@ -133,8 +141,15 @@ mod tests {
         assert_eq!(meaning(Some("HEAD")).unwrap(), main);
         assert_eq!(meaning(Some("refs/heads/main")).unwrap(), main);
         assert_eq!(meaning(Some("both")).unwrap(), Target::Branch { name: "both".into(), commit: digits("2") });
-        assert_eq!(meaning(Some("v1")).unwrap(), Target::Tag { name: "v1".into(), commit: digits("6") }, "the commit, not the tag object");
-        assert_eq!(meaning(Some("refs/pull/7/head")).unwrap(), Target::Ref { name: "refs/pull/7/head".into(), commit: digits("5") });
+        assert_eq!(
+            meaning(Some("v1")).unwrap(),
+            Target::Tag { name: "v1".into(), commit: digits("6") },
+            "the commit, not the tag object"
+        );
+        assert_eq!(
+            meaning(Some("refs/pull/7/head")).unwrap(),
+            Target::Ref { name: "refs/pull/7/head".into(), commit: digits("5") }
+        );
         assert_eq!(meaning(Some(&digits("A"))).unwrap(), Target::Commit { id: digits("a") });
     }
 

@@ -44,13 +44,20 @@ fn answer(mut stream: TcpStream, repository: &Path, token: &str) -> std::io::Res
     }
     let target = request.split(' ').nth(1).unwrap_or_default().split('?').next().unwrap_or_default();
     let respond = |stream: &mut TcpStream, status: &str, body: &[u8]| {
-        write!(stream, "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\nWWW-Authenticate: Basic realm=\"git\"\r\n\r\n", body.len())?;
+        write!(
+            stream,
+            "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\nWWW-Authenticate: Basic realm=\"git\"\r\n\r\n",
+            body.len()
+        )?;
         stream.write_all(body)
     };
     if !authorized {
         return respond(&mut stream, "401 Unauthorized", b"");
     }
-    let file = target.strip_prefix("/repository.git/").map(PathBuf::from).filter(|path| path.components().all(|part| matches!(part, Component::Normal(_))));
+    let file = target
+        .strip_prefix("/repository.git/")
+        .map(PathBuf::from)
+        .filter(|path| path.components().all(|part| matches!(part, Component::Normal(_))));
     match file.and_then(|file| std::fs::read(repository.join(file)).ok()) {
         Some(body) => respond(&mut stream, "200 OK", &body),
         None => respond(&mut stream, "404 Not Found", b""),

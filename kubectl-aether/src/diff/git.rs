@@ -56,7 +56,8 @@ impl View {
 fn split(words: &[OsString]) -> (&[OsString], &[OsString]) {
     match words.iter().position(|word| word == "--") {
         Some(dashes) => (&words[..dashes], &words[dashes + 1..]),
-        None => words.split_at(words.iter().position(|word| !word.as_encoded_bytes().starts_with(b"-")).unwrap_or(words.len())),
+        None => words
+            .split_at(words.iter().position(|word| !word.as_encoded_bytes().starts_with(b"-")).unwrap_or(words.len())),
     }
 }
 
@@ -89,10 +90,18 @@ pub(crate) struct Repository {
 
 impl Repository {
     pub(crate) async fn create() -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("kubectl-aether-diff-").tempdir().context("cannot make a temporary directory")?;
+        let directory = tempfile::Builder::new()
+            .prefix("kubectl-aether-diff-")
+            .tempdir()
+            .context("cannot make a temporary directory")?;
         let repository = Self { directory };
         // No template: hooks and exclusions of the user have no place here.
-        let output = repository.git().args(["init", "--quiet", "--bare", "--template="]).arg(repository.directory.path()).output().await;
+        let output = repository
+            .git()
+            .args(["init", "--quiet", "--bare", "--template="])
+            .arg(repository.directory.path())
+            .output()
+            .await;
         let output = output.context("cannot run git init")?;
         if !output.status.success() {
             bail!("git init failed: {}", String::from_utf8_lossy(&output.stderr).trim());
@@ -142,10 +151,14 @@ impl Repository {
         read.context("cannot read what git fast-import says").map_err(ImportError::Git)?;
         let status = child.wait().await.context("git fast-import").map_err(ImportError::Git)?;
         if !whole {
-            return Err(ImportError::Stream(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "the stream ended before it was whole")));
+            return Err(ImportError::Stream(std::io::Error::new(
+                std::io::ErrorKind::UnexpectedEof,
+                "the stream ended before it was whole",
+            )));
         }
         if !status.success() {
-            let fatal = said.lines().find(|line| line.starts_with("fatal") || line.starts_with("error")).unwrap_or(said.trim());
+            let fatal =
+                said.lines().find(|line| line.starts_with("fatal") || line.starts_with("error")).unwrap_or(said.trim());
             return Err(ImportError::Git(anyhow!("git fast-import refused the changes: {fatal}")));
         }
         Ok(())
@@ -199,7 +212,9 @@ mod tests {
         let mut out = b"feature done\n".to_vec();
         let mut mark = 0;
         for (name, side) in [("base", base), ("head", head)] {
-            let mut commit = format!("commit refs/heads/{name}\ncommitter Aether <aether@aether.dev> 0 +0000\ndata 0\n").into_bytes();
+            let mut commit =
+                format!("commit refs/heads/{name}\ncommitter Aether <aether@aether.dev> 0 +0000\ndata 0\n")
+                    .into_bytes();
             for (mode, path, content) in side {
                 mark += 1;
                 out.extend(format!("blob\nmark :{mark}\ndata {}\n", content.len()).bytes());
@@ -221,14 +236,21 @@ mod tests {
         let (options, paths) = split(&words);
         let view = View { options: options.to_vec(), paths: paths.to_vec(), no_pager: true };
         // What a developer's own configuration says must not decide a test.
-        let output = repository.diff(&view).env("GIT_CONFIG_GLOBAL", "/dev/null").env("GIT_CONFIG_NOSYSTEM", "1").output().await.unwrap();
+        let output = repository
+            .diff(&view)
+            .env("GIT_CONFIG_GLOBAL", "/dev/null")
+            .env("GIT_CONFIG_NOSYSTEM", "1")
+            .output()
+            .await
+            .unwrap();
         assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
         (String::from_utf8(output.stdout).unwrap(), output.status.code().unwrap())
     }
 
     #[tokio::test]
     async fn an_edit_is_a_unified_diff() {
-        let (text, code) = shown(&[("100644", "src/a.rs", b"one\ntwo\n")], &[("100644", "src/a.rs", b"one\n2\n")], &[]).await;
+        let (text, code) =
+            shown(&[("100644", "src/a.rs", b"one\ntwo\n")], &[("100644", "src/a.rs", b"one\n2\n")], &[]).await;
         assert!(text.contains("--- a/src/a.rs\n+++ b/src/a.rs\n@@ -1,2 +1,2 @@\n one\n-two\n+2\n"), "{text}");
         assert_eq!(code, 0);
         let (_, code) = shown(&[("100644", "a", b"1")], &[("100644", "a", b"2")], &["--exit-code", "--quiet"]).await;
@@ -248,7 +270,12 @@ mod tests {
         let (text, _) = shown(&[("100644", "run", b"x")], &[("100755", "run", b"x")], &[]).await;
         assert!(text.contains("old mode 100644\nnew mode 100755\n"), "{text}");
         let (text, _) = shown(&[("100644", "link", b"was a file\n")], &[("120000", "link", b"target")], &[]).await;
-        assert!(text.contains("deleted file mode 100644") && text.contains("new file mode 120000") && text.contains("+target"), "{text}");
+        assert!(
+            text.contains("deleted file mode 100644")
+                && text.contains("new file mode 120000")
+                && text.contains("+target"),
+            "{text}"
+        );
         let (text, _) = shown(&[("100644", "blob", b"\0\x01")], &[("100644", "blob", b"\0\x02")], &[]).await;
         assert!(text.contains("Binary files a/blob and b/blob differ"), "{text}");
     }
@@ -257,7 +284,11 @@ mod tests {
     async fn deletions_and_odd_names() {
         let (text, _) = shown(&[("100644", "gone", b"x\n")], &[], &["--name-status"]).await;
         assert_eq!(text, "D\tgone\n");
-        let odd = [("100644", r#""caf\351""#, &b"1\n"[..]), ("100644", r#""a\nb \"c\"""#, b"2\n"), ("100644", "with space", b"3\n")];
+        let odd = [
+            ("100644", r#""caf\351""#, &b"1\n"[..]),
+            ("100644", r#""a\nb \"c\"""#, b"2\n"),
+            ("100644", "with space", b"3\n"),
+        ];
         let (text, _) = shown(&[], &odd, &["--name-only"]).await;
         assert_eq!(text, "\"a\\nb \\\"c\\\"\"\n\"caf\\351\"\nwith space\n");
     }

@@ -36,7 +36,9 @@ pub(crate) async fn diff(cluster: &Cluster, args: &cli::Diff) -> Result<u8> {
     require_review_api(cluster).await?;
     let mut signals = Signals::listen()?;
     let repository = match comparison {
-        Comparison::Session { session, against } => of_session(cluster, &session, against.as_deref(), args, &mut signals).await?,
+        Comparison::Session { session, against } => {
+            of_session(cluster, &session, against.as_deref(), args, &mut signals).await?
+        }
         Comparison::Checkpoint { checkpoint, against } => tokio::select! {
             fetched = of_checkpoint(cluster, &checkpoint, against.as_deref(), Deadline::after(args.patience.timeout)) => fetched?,
             signal = signals.next() => return Err(signal.into()),
@@ -61,7 +63,9 @@ impl Comparison {
         Ok(match (&args.session, args.checkpoint.as_slice()) {
             (Some(session), _) => Self::Session { session: session.clone(), against },
             (None, [checkpoint]) => Self::Checkpoint { checkpoint: checkpoint.clone(), against },
-            (None, [old, new]) if against.is_none() => Self::Checkpoint { checkpoint: new.clone(), against: Some(old.clone()) },
+            (None, [old, new]) if against.is_none() => {
+                Self::Checkpoint { checkpoint: new.clone(), against: Some(old.clone()) }
+            }
             _ => bail!("a diff is between two states: say --checkpoint twice, or once with --against"),
         })
     }
@@ -98,20 +102,31 @@ async fn of_session(
         signal = signals.next() => Err(signal.into()),
     };
     if let Err(error) = remove(cluster, &name).await {
-        eprintln!("warning: the checkpoint of this diff stays: {error:#}; `kubectl aether delete checkpoint/{name} -n {}`", cluster.namespace);
+        eprintln!(
+            "warning: the checkpoint of this diff stays: {error:#}; `kubectl aether delete checkpoint/{name} -n {}`",
+            cluster.namespace
+        );
     }
     fetched
 }
 
 async fn remove(cluster: &Cluster, name: &str) -> Result<()> {
     let (api, how) = (cluster.api::<AetherCheckpoint>(), DeleteParams::default());
-    match tokio::time::timeout(CLEANUP_PATIENCE, api.delete(name, &how)).await.context("the API server does not answer")? {
+    match tokio::time::timeout(CLEANUP_PATIENCE, api.delete(name, &how))
+        .await
+        .context("the API server does not answer")?
+    {
         Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
         other => other.map(drop).map_err(|error| explain(error, &format!("delete checkpoint {name}"))),
     }
 }
 
-async fn of_checkpoint(cluster: &Cluster, name: &str, against: Option<&str>, deadline: Deadline) -> Result<git::Repository> {
+async fn of_checkpoint(
+    cluster: &Cluster,
+    name: &str,
+    against: Option<&str>,
+    deadline: Deadline,
+) -> Result<git::Repository> {
     for checkpoint in [Some(name), against].into_iter().flatten() {
         cluster.find::<AetherCheckpoint>(checkpoint).await?;
         reach(cluster, checkpoint, Durability::Durable, deadline).await?;
@@ -126,7 +141,9 @@ async fn of_checkpoint(cluster: &Cluster, name: &str, against: Option<&str>, dea
                 attempt += 1;
                 Progress::new(cluster.quiet).say(&format!("the transfer broke off ({error}); trying again"));
             }
-            Err(git::ImportError::Stream(error)) => bail!("the transfer of the changes broke off {ATTEMPTS} times: {error}"),
+            Err(git::ImportError::Stream(error)) => {
+                bail!("the transfer of the changes broke off {ATTEMPTS} times: {error}")
+            }
             Err(git::ImportError::Git(error)) => return Err(error),
         }
     }
@@ -135,7 +152,11 @@ async fn of_checkpoint(cluster: &Cluster, name: &str, against: Option<&str>, dea
 /// Where the aggregated API has the changes of a checkpoint.
 fn changes_path(namespace: &str, name: &str, against: Option<&str>) -> String {
     let against = against.map(|against| format!("?against={against}")).unwrap_or_default();
-    format!("/apis/{}/{}/namespaces/{namespace}/checkpoints/{name}/changes{against}", names::REVIEW_GROUP, names::VERSION)
+    format!(
+        "/apis/{}/{}/namespaces/{namespace}/checkpoints/{name}/changes{against}",
+        names::REVIEW_GROUP,
+        names::VERSION
+    )
 }
 
 async fn changes(cluster: &Cluster, name: &str, against: Option<&str>) -> Result<impl futures::AsyncBufRead + use<>> {
@@ -158,10 +179,14 @@ async fn require_review_api(cluster: &Cluster) -> Result<()> {
 fn review_error(error: kube::Error, action: &str) -> anyhow::Error {
     let service = format!("{}.{}", names::VERSION, names::REVIEW_GROUP);
     match error {
-        kube::Error::Api(status) if status.code == 404 && status.details.as_ref().is_none_or(|details| details.name.is_empty()) => anyhow!(
-            "cannot {action}: this cluster does not serve {}: diffs need Aether's review server, which its chart installs",
-            names::REVIEW_GROUP
-        ),
+        kube::Error::Api(status)
+            if status.code == 404 && status.details.as_ref().is_none_or(|details| details.name.is_empty()) =>
+        {
+            anyhow!(
+                "cannot {action}: this cluster does not serve {}: diffs need Aether's review server, which its chart installs",
+                names::REVIEW_GROUP
+            )
+        }
         kube::Error::Api(status) if matches!(status.code, 502..=504) => anyhow!(
             "cannot {action}: the review server is not available ({}): see `kubectl get apiservice {service}`",
             status.message.trim()
@@ -192,11 +217,17 @@ mod tests {
 
     #[test]
     fn what_is_compared() {
-        let checkpoint = |name: &str, against: Option<&str>| Comparison::Checkpoint { checkpoint: name.into(), against: against.map(Into::into) };
+        let checkpoint = |name: &str, against: Option<&str>| Comparison::Checkpoint {
+            checkpoint: name.into(),
+            against: against.map(Into::into),
+        };
         assert_eq!(comparison(&["--checkpoint", "a"]).unwrap(), checkpoint("a", None));
         assert_eq!(comparison(&["--checkpoint", "a", "--checkpoint", "b"]).unwrap(), checkpoint("b", Some("a")));
         assert_eq!(comparison(&["--checkpoint", "b", "--against", "a"]).unwrap(), checkpoint("b", Some("a")));
-        assert_eq!(comparison(&["s", "--against", "a"]).unwrap(), Comparison::Session { session: "s".into(), against: Some("a".into()) });
+        assert_eq!(
+            comparison(&["s", "--against", "a"]).unwrap(),
+            Comparison::Session { session: "s".into(), against: Some("a".into()) }
+        );
         assert!(comparison(&["--checkpoint", "a", "--checkpoint", "b", "--against", "c"]).is_err());
         assert!(comparison(&["--checkpoint", "a", "--checkpoint", "b", "--checkpoint", "c"]).is_err());
     }

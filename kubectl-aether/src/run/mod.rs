@@ -120,7 +120,9 @@ async fn started(cluster: &Cluster, name: &str, deadline: Deadline, progress: &P
             Some(pod) => Verdict::Done(Ok(pod)),
             None if command.finished() => Verdict::Done(Err(Box::new(command.clone()))),
             None => {
-                let said = [conditions::COMPLETE, conditions::FAILED].iter().find_map(|type_| conditions::get(&status.conditions, type_));
+                let said = [conditions::COMPLETE, conditions::FAILED]
+                    .iter()
+                    .find_map(|type_| conditions::get(&status.conditions, type_));
                 Verdict::Waiting(said.map_or_else(|| "no pod yet".into(), in_words))
             }
         }
@@ -137,11 +139,12 @@ async fn started(cluster: &Cluster, name: &str, deadline: Deadline, progress: &P
         Some(pod) => begun(pod),
     });
     let silent = Progress::silent();
-    let fails = wait::until(cluster.api(), name, "", deadline, &silent, |command: Option<&AetherCommand>| match command {
-        Some(command) if command.finished() => Verdict::Done(Box::new(command.clone())),
-        Some(_) => Verdict::Waiting(String::new()),
-        None => Verdict::Failed(anyhow!("command {name} was deleted meanwhile")),
-    });
+    let fails =
+        wait::until(cluster.api(), name, "", deadline, &silent, |command: Option<&AetherCommand>| match command {
+            Some(command) if command.finished() => Verdict::Done(Box::new(command.clone())),
+            Some(_) => Verdict::Waiting(String::new()),
+            None => Verdict::Failed(anyhow!("command {name} was deleted meanwhile")),
+        });
     tokio::select! {
         biased;
         pod = begins => Ok(Start::Pod(pod?)),
@@ -175,11 +178,17 @@ fn begun(pod: &Pod) -> Verdict<Box<Pod>> {
         let reason = waiting.reason.clone().unwrap_or_default();
         let text = waiting.message.as_ref().map_or_else(|| reason.clone(), |message| format!("{reason}: {message}"));
         return match reason.as_str() {
-            "InvalidImageName" | "ErrImageNeverPull" => Verdict::Failed(anyhow!("pod {} cannot begin: {text}", pod.name_any())),
+            "InvalidImageName" | "ErrImageNeverPull" => {
+                Verdict::Failed(anyhow!("pod {} cannot begin: {text}", pod.name_any()))
+            }
             _ => Verdict::Waiting(text),
         };
     }
-    let unscheduled = status.conditions.iter().flatten().find(|condition| condition.type_ == "PodScheduled" && condition.status != "True");
+    let unscheduled = status
+        .conditions
+        .iter()
+        .flatten()
+        .find(|condition| condition.type_ == "PodScheduled" && condition.status != "True");
     Verdict::Waiting(match unscheduled.and_then(|condition| condition.message.clone()) {
         Some(message) => message,
         None => status.phase.unwrap_or_default(),
@@ -189,19 +198,23 @@ fn begun(pod: &Pod) -> Verdict<Box<Pod>> {
 /// Waits for the command's end; when its status does not tell in time, the pod does.
 async fn ended(cluster: &Cluster, name: &str, pod: &str, container: &str) -> Result<u8> {
     let (deadline, silent) = (Deadline::after(END_PATIENCE), Progress::silent());
-    let finished = wait::until(cluster.api(), name, "", deadline, &silent, |command: Option<&AetherCommand>| match command {
-        Some(command) if command.finished() => Verdict::Done(Some(command.clone())),
-        Some(_) => Verdict::Waiting(String::new()),
-        None => Verdict::Done(None),
-    });
+    let finished =
+        wait::until(cluster.api(), name, "", deadline, &silent, |command: Option<&AetherCommand>| match command {
+            Some(command) if command.finished() => Verdict::Done(Some(command.clone())),
+            Some(_) => Verdict::Waiting(String::new()),
+            None => Verdict::Done(None),
+        });
     let command = finished.await.ok().flatten();
     let code = match cluster.api::<Pod>().get_opt(pod).await {
-        Ok(Some(pod)) => container_status(&pod, container).and_then(|status| Some(status.state.as_ref()?.terminated.as_ref()?.exit_code)),
+        Ok(Some(pod)) => container_status(&pod, container)
+            .and_then(|status| Some(status.state.as_ref()?.terminated.as_ref()?.exit_code)),
         _ => None,
     };
     match (command, code) {
         (Some(command), code) => {
-            if let Some(checkpoint) = command.status.as_ref().and_then(|status| status.checkpoint.as_ref()).filter(|_| !cluster.quiet) {
+            if let Some(checkpoint) =
+                command.status.as_ref().and_then(|status| status.checkpoint.as_ref()).filter(|_| !cluster.quiet)
+            {
                 eprintln!("checkpoint {checkpoint}");
             }
             outcome(&command, code)
@@ -255,12 +268,18 @@ pub(crate) async fn logs(cluster: &Cluster, args: &Logs) -> Result<()> {
             let said = status.conditions.first().map(in_words).unwrap_or_default();
             bail!("command {name} has no pod yet: {said}; -f waits for it");
         };
-        let found = cluster.api::<Pod>().get_opt(&pod).await.map_err(|error| explain(error, &format!("read pod {pod}")))?;
+        let found =
+            cluster.api::<Pod>().get_opt(&pod).await.map_err(|error| explain(error, &format!("read pod {pod}")))?;
         Box::new(found.ok_or_else(|| anyhow!("pod {pod} of command {name} was deleted, and its output with it"))?)
     };
     let container = container_name(&pod)?;
     if args.tail.is_some() || args.timestamps {
-        let query = LogParams { container: Some(container), tail_lines: args.tail.map(i64::from), timestamps: args.timestamps, ..Default::default() };
+        let query = LogParams {
+            container: Some(container),
+            tail_lines: args.tail.map(i64::from),
+            timestamps: args.timestamps,
+            ..Default::default()
+        };
         let text = cluster.api::<Pod>().logs(&pod.name_any(), &query).await;
         return print(&text.map_err(|error| explain(error, &format!("read the output of command {name}")))?);
     }
@@ -292,12 +311,19 @@ mod tests {
         let unscheduled = pod(serde_json::json!({"phase": "Pending", "conditions": [
             {"type": "PodScheduled", "status": "False", "message": "0/2 nodes are available"}]}));
         assert!(matches!(begun(&unscheduled), Verdict::Waiting(text) if text.contains("0/2 nodes")));
-        let pulling = pod(serde_json::json!({"containerStatuses": container(serde_json::json!({"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}))}));
+        let pulling = pod(
+            serde_json::json!({"containerStatuses": container(serde_json::json!({"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}))}),
+        );
         assert!(matches!(begun(&pulling), Verdict::Waiting(text) if text == "ImagePullBackOff: no such image"));
-        let bad = pod(serde_json::json!({"containerStatuses": container(serde_json::json!({"waiting": {"reason": "InvalidImageName"}}))}));
+        let bad = pod(
+            serde_json::json!({"containerStatuses": container(serde_json::json!({"waiting": {"reason": "InvalidImageName"}}))}),
+        );
         assert!(matches!(begun(&bad), Verdict::Failed(_)));
         for state in [serde_json::json!({"running": {}}), serde_json::json!({"terminated": {"exitCode": 0}})] {
-            assert!(matches!(begun(&pod(serde_json::json!({"containerStatuses": container(state)}))), Verdict::Done(_)));
+            assert!(matches!(
+                begun(&pod(serde_json::json!({"containerStatuses": container(state)}))),
+                Verdict::Done(_)
+            ));
         }
     }
 
@@ -313,7 +339,11 @@ mod tests {
             command
         };
         assert_eq!(outcome(&command(Some(3), None), None).unwrap(), 3);
-        assert_eq!(outcome(&command(Some(124), Some(Wanted::yes(conditions::FAILED, reason::TIMED_OUT, "10m"))), None).unwrap(), 124);
+        assert_eq!(
+            outcome(&command(Some(124), Some(Wanted::yes(conditions::FAILED, reason::TIMED_OUT, "10m"))), None)
+                .unwrap(),
+            124
+        );
         let never = command(None, Some(Wanted::yes(conditions::FAILED, reason::POD_FAILED, "no node fits")));
         assert!(outcome(&never, None).unwrap_err().to_string().contains("no node fits"));
         assert_eq!(outcome(&command(None, None), Some(1)).unwrap(), 1);

@@ -97,13 +97,16 @@ impl Output {
         let Some(pod) = pod else {
             return Err(Failure::Final(anyhow!("pod {} was deleted, and with it the output not shown yet", self.pod)));
         };
-        Ok(container_status(&pod, &self.container).is_some_and(|status| status.state.as_ref().is_some_and(|state| state.terminated.is_some()))
+        Ok(container_status(&pod, &self.container)
+            .is_some_and(|status| status.state.as_ref().is_some_and(|state| state.terminated.is_some()))
             || matches!(pod.status.and_then(|status| status.phase).as_deref(), Some("Succeeded" | "Failed")))
     }
 
     async fn read(&mut self, follow: bool, out: &mut (impl AsyncWrite + Unpin)) -> Result<End, Failure> {
         let query = LogParams { container: Some(self.container.clone()), follow, ..Default::default() };
-        let mut stream = std::pin::pin!(self.pods.log_stream(&self.pod, &query).await.map_err(|error| Failure::of(error, &self.pod))?);
+        let mut stream = std::pin::pin!(
+            self.pods.log_stream(&self.pod, &query).await.map_err(|error| Failure::of(error, &self.pod))?
+        );
         let known = self.head.len();
         let mut position: u64 = 0;
         loop {
@@ -155,7 +158,9 @@ impl Output {
     async fn resume(&mut self, out: &mut (impl AsyncWrite + Unpin)) -> Result<bool> {
         let query = LogParams { container: Some(self.container.clone()), ..Default::default() };
         let read = async {
-            let mut stream = std::pin::pin!(self.pods.log_stream(&self.pod, &query).await.map_err(|error| Failure::of(error, &self.pod))?);
+            let mut stream = std::pin::pin!(
+                self.pods.log_stream(&self.pod, &query).await.map_err(|error| Failure::of(error, &self.pod))?
+            );
             let mut content = Vec::new();
             loop {
                 let data = stream.fill_buf().await.map_err(|error| Failure::Passing(error.into()))?;
@@ -222,7 +227,8 @@ impl Failure {
 
 /// The container that runs the command: the one that is named as default, else the first.
 pub(crate) fn container_name(pod: &Pod) -> Result<String> {
-    let annotated = pod.metadata.annotations.as_ref().and_then(|all| all.get("kubectl.kubernetes.io/default-container"));
+    let annotated =
+        pod.metadata.annotations.as_ref().and_then(|all| all.get("kubectl.kubernetes.io/default-container"));
     let first = pod.spec.as_ref().and_then(|spec| spec.containers.first()).map(|container| &container.name);
     match annotated.or(first) {
         Some(name) => Ok(name.clone()),
@@ -272,7 +278,8 @@ mod tests {
             let mut script = script.lock().unwrap();
             if script.looks.len() > 1 { script.looks.pop_front().unwrap() } else { script.looks[0] }
         };
-        let state = if ended { serde_json::json!({"terminated": {"exitCode": 0}}) } else { serde_json::json!({"running": {}}) };
+        let state =
+            if ended { serde_json::json!({"terminated": {"exitCode": 0}}) } else { serde_json::json!({"running": {}}) };
         axum::Json(serde_json::json!({
             "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {"containers": [{"name": "c"}]},
             "status": {"containerStatuses": [{"name": "c", "state": state, "ready": false, "restartCount": 0, "image": "i", "imageID": "i"}]}
@@ -280,7 +287,10 @@ mod tests {
         .into_response()
     }
 
-    async fn log(State(script): State<Shared>, Query(query): Query<std::collections::HashMap<String, String>>) -> Response {
+    async fn log(
+        State(script): State<Shared>,
+        Query(query): Query<std::collections::HashMap<String, String>>,
+    ) -> Response {
         let next = {
             let mut script = script.lock().unwrap();
             script.follows.push(query.contains_key("follow"));
@@ -302,7 +312,11 @@ mod tests {
 
     /// Follows the scripted log; what was printed, and which reads asked to follow.
     async fn followed(looks: &[bool], logs: &[Log]) -> (Result<()>, String, Vec<bool>) {
-        let script = Arc::new(Mutex::new(Script { looks: looks.iter().copied().collect(), logs: logs.iter().cloned().collect(), follows: vec![] }));
+        let script = Arc::new(Mutex::new(Script {
+            looks: looks.iter().copied().collect(),
+            logs: logs.iter().cloned().collect(),
+            follows: vec![],
+        }));
         let app = Router::new()
             .route("/api/v1/namespaces/demo/pods/p", get(look))
             .route("/api/v1/namespaces/demo/pods/p/log", get(log))
@@ -359,7 +373,8 @@ mod tests {
     async fn a_rotated_log_goes_on_where_it_was() {
         let rotated = "second\nthird\n";
         // One stream went across the rotation; the final read sees the new file only, and again to resume.
-        let (result, text, _) = followed(&[false, true], &[whole("first\nsecond\n"), whole(rotated), whole(rotated)]).await;
+        let (result, text, _) =
+            followed(&[false, true], &[whole("first\nsecond\n"), whole(rotated), whole(rotated)]).await;
         result.unwrap();
         assert_eq!(text, "first\nsecond\nthird\n");
     }

@@ -5,13 +5,13 @@ use std::convert::Infallible;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 
+use axum::Json;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, Query, State};
 use axum::http::{StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::Json;
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -114,7 +114,8 @@ fn listed(query: &HashMap<String, String>, items: Vec<Value>) -> Response {
         return Body::from_stream(stream::pending::<Result<Bytes, Infallible>>()).into_response();
     }
     let name = query.get("fieldSelector").and_then(|selector| selector.strip_prefix("metadata.name="));
-    Json(list(items.into_iter().filter(|item| name.is_none_or(|name| item["metadata"]["name"] == name)).collect())).into_response()
+    Json(list(items.into_iter().filter(|item| name.is_none_or(|name| item["metadata"]["name"] == name)).collect()))
+        .into_response()
 }
 
 fn session_object() -> Value {
@@ -204,7 +205,11 @@ async fn pods(State(shared): Api, Query(query): Query<HashMap<String, String>>) 
 }
 
 async fn pod(State(shared): Api, Path(name): Path<String>) -> Response {
-    if shared.seen.borrow().deleted.is_empty() { Json(pod_object(&shared.behaviour)).into_response() } else { not_found(&name) }
+    if shared.seen.borrow().deleted.is_empty() {
+        Json(pod_object(&shared.behaviour)).into_response()
+    } else {
+        not_found(&name)
+    }
 }
 
 /// The log; one that is followed ends with the command.

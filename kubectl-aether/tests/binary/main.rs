@@ -17,7 +17,11 @@ fn behaviour() -> Behaviour {
 
 fn program(server: &Server, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kubectl-aether"));
-    command.args(args).env("KUBECONFIG", server.kubeconfig.path()).env("GIT_CONFIG_GLOBAL", "/dev/null").env("GIT_CONFIG_NOSYSTEM", "1");
+    command
+        .args(args)
+        .env("KUBECONFIG", server.kubeconfig.path())
+        .env("GIT_CONFIG_GLOBAL", "/dev/null")
+        .env("GIT_CONFIG_NOSYSTEM", "1");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     command
 }
@@ -82,7 +86,8 @@ async fn a_diff_that_waits_too_long_leaves_no_checkpoint() {
 #[tokio::test]
 async fn without_git_nothing_is_asked_of_the_cluster() {
     let server = Server::start(behaviour()).await;
-    let (code, _, err) = told(program(&server, &["diff", "fix-login"]).env("PATH", "/nonexistent").output().await.unwrap());
+    let (code, _, err) =
+        told(program(&server, &["diff", "fix-login"]).env("PATH", "/nonexistent").output().await.unwrap());
     assert_eq!(code, 2);
     assert!(err.contains("no git in PATH"), "{err}");
     assert!(server.seen.borrow().created.is_empty());
@@ -91,7 +96,8 @@ async fn without_git_nothing_is_asked_of_the_cluster() {
 #[tokio::test]
 async fn a_command_shows_its_output_and_exits_with_its_code() {
     let server = Server::start(behaviour()).await;
-    let (code, out, err) = run(&server, &["run", "fix-login", "--rm", "--", "sh", "-c", "echo one; echo two; exit 3"]).await;
+    let (code, out, err) =
+        run(&server, &["run", "fix-login", "--rm", "--", "sh", "-c", "echo one; echo two; exit 3"]).await;
     assert_eq!((code, out.as_str()), (3, "one\ntwo\n"), "{err}");
     let seen = server.seen.borrow().clone();
     assert_eq!(seen.created[0]["spec"]["command"][2], "echo one; echo two; exit 3");
@@ -122,7 +128,12 @@ async fn a_wrong_name_gets_the_right_one() {
 #[tokio::test]
 async fn completion_for_every_shell() {
     let server = Server::start(behaviour()).await;
-    for (shell, part) in [("bash", "complete -F _kubectl__aether"), ("zsh", "#compdef kubectl-aether"), ("fish", "complete -c kubectl-aether"), ("kubectl", "__complete")] {
+    for (shell, part) in [
+        ("bash", "complete -F _kubectl__aether"),
+        ("zsh", "#compdef kubectl-aether"),
+        ("fish", "complete -c kubectl-aether"),
+        ("kubectl", "__complete"),
+    ] {
         let (code, out, _) = run(&server, &["completion", shell]).await;
         assert!(code == 0 && out.contains(part), "{shell}: {out}");
     }

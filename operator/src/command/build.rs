@@ -8,8 +8,9 @@ use aether_api::names::{COMMAND_LABEL, SESSION_LABEL, SESSION_UID_LABEL};
 use aether_api::session::Owner;
 use aether_api::{AetherCommand, AetherCommandSpec, AetherSession};
 use k8s_openapi::api::core::v1::{
-    Affinity, Capabilities, Container, EmptyDirVolumeSource, EnvVar, NodeAffinity, NodeSelectorRequirement, NodeSelectorTerm,
-    PersistentVolumeClaimVolumeSource, Pod, PodSecurityContext, PodSpec, PreferredSchedulingTerm, SeccompProfile, SecurityContext, Volume, VolumeMount,
+    Affinity, Capabilities, Container, EmptyDirVolumeSource, EnvVar, NodeAffinity, NodeSelectorRequirement,
+    NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod, PodSecurityContext, PodSpec, PreferredSchedulingTerm,
+    SeccompProfile, SecurityContext, Volume, VolumeMount,
 };
 use kube::ResourceExt;
 use kube::core::ObjectMeta;
@@ -39,9 +40,12 @@ pub(super) fn violation(spec: &AetherCommandSpec) -> Option<String> {
         return Some("spec.command is empty: say a program and its arguments, such as [\"make\", \"test\"]".into());
     }
     if let Some(directory) = &spec.working_dir
-        && (directory.starts_with('/') || directory.split('/').any(|part| part == "..")) {
-            return Some(format!("spec.workingDir {directory:?} leaves the session: say a directory relative to its root, without .."));
-        }
+        && (directory.starts_with('/') || directory.split('/').any(|part| part == ".."))
+    {
+        return Some(format!(
+            "spec.workingDir {directory:?} leaves the session: say a directory relative to its root, without .."
+        ));
+    }
     if let Some(variable) = spec.env.iter().find(|variable| variable.name.is_empty() || variable.name.contains('=')) {
         return Some(format!("spec.env has a variable named {:?}: a name is not empty and has no =", variable.name));
     }
@@ -88,7 +92,16 @@ pub(super) fn pod(command: &AetherCommand, session: &AetherSession, owner: Owner
         // An image of the user's is pulled as Kubernetes does by default.
         image_pull_policy: spec.image.is_none().then(|| config.image_pull_policy.name().into()),
         command: Some(command_line(spec)),
-        env: Some(spec.env.iter().map(|variable| EnvVar { name: variable.name.clone(), value: Some(literal(&variable.value)), value_from: None }).collect()),
+        env: Some(
+            spec.env
+                .iter()
+                .map(|variable| EnvVar {
+                    name: variable.name.clone(),
+                    value: Some(literal(&variable.value)),
+                    value_from: None,
+                })
+                .collect(),
+        ),
         working_dir: Some(match &spec.working_dir {
             Some(directory) => format!("{WORKSPACE}/{directory}"),
             None => WORKSPACE.into(),
@@ -129,7 +142,10 @@ pub(super) fn pod(command: &AetherCommand, session: &AetherSession, owner: Owner
             volumes: Some(vec![
                 Volume {
                     name: "session".into(),
-                    persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource { claim_name: session.name_any(), read_only: None }),
+                    persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
+                        claim_name: session.name_any(),
+                        read_only: None,
+                    }),
                     ..Volume::default()
                 },
                 Volume { name: "tools".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() },
@@ -150,11 +166,15 @@ fn confined() -> SecurityContext {
 
 /// Prefers the node that holds the session: elsewhere the pod would wait until that node lets go.
 fn near(node: &str) -> Affinity {
-    let on_node = NodeSelectorRequirement { key: "metadata.name".into(), operator: "In".into(), values: Some(vec![node.into()]) };
+    let on_node =
+        NodeSelectorRequirement { key: "metadata.name".into(), operator: "In".into(), values: Some(vec![node.into()]) };
     let preference = NodeSelectorTerm { match_fields: Some(vec![on_node]), match_expressions: None };
     Affinity {
         node_affinity: Some(NodeAffinity {
-            preferred_during_scheduling_ignored_during_execution: Some(vec![PreferredSchedulingTerm { weight: 100, preference }]),
+            preferred_during_scheduling_ignored_during_execution: Some(vec![PreferredSchedulingTerm {
+                weight: 100,
+                preference,
+            }]),
             ..NodeAffinity::default()
         }),
         ..Affinity::default()
@@ -173,7 +193,11 @@ fn command_line(spec: &AetherCommandSpec) -> Vec<String> {
 
 /// A duration in the one form that every reader of durations knows.
 fn seconds(duration: Duration) -> String {
-    if duration.subsec_nanos() == 0 { format!("{}s", duration.as_secs()) } else { format!("{}ms", duration.as_millis().max(1)) }
+    if duration.subsec_nanos() == 0 {
+        format!("{}s", duration.as_secs())
+    } else {
+        format!("{}ms", duration.as_millis().max(1))
+    }
 }
 
 /// Kubernetes replaces `$(NAME)` and `$$` in arguments and values; doubling each `$` gives back what was meant.
@@ -189,7 +213,17 @@ mod tests {
     use clap::Parser;
 
     fn config() -> Config {
-        Config::parse_from(["aether-operator", "--store", "http://s", "--importer-image", "i", "--worker-image", "w:1", "--command-image", "tools:1"])
+        Config::parse_from([
+            "aether-operator",
+            "--store",
+            "http://s",
+            "--importer-image",
+            "i",
+            "--worker-image",
+            "w:1",
+            "--command-image",
+            "tools:1",
+        ])
     }
 
     fn command(spec: AetherCommandSpec) -> AetherCommand {
@@ -200,7 +234,11 @@ mod tests {
     }
 
     fn spec(argv: &[&str]) -> AetherCommandSpec {
-        AetherCommandSpec { session: "fix".into(), command: argv.iter().map(|part| (*part).into()).collect(), ..Default::default() }
+        AetherCommandSpec {
+            session: "fix".into(),
+            command: argv.iter().map(|part| (*part).into()).collect(),
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -210,7 +248,11 @@ mod tests {
             attachment: Some(Attachment { node: Some("n2".into()), epoch: 1, since: None }),
             ..Default::default()
         });
-        let command = command(AetherCommandSpec { timeout: Some(Duration::from_millis(1500).into()), working_dir: Some("src".into()), ..spec(&["make"]) });
+        let command = command(AetherCommandSpec {
+            timeout: Some(Duration::from_millis(1500).into()),
+            working_dir: Some("src".into()),
+            ..spec(&["make"])
+        });
         let pod = pod(&command, &session, Owner { uid: 1001, gid: 100 }, &config());
         assert!(objects::is_owned_by(&pod, &command));
         assert_eq!(pod.annotations().get(DEFAULT_CONTAINER).map(String::as_str), Some(CONTAINER));
@@ -218,13 +260,20 @@ mod tests {
         assert_eq!(spec.automount_service_account_token, Some(false));
         assert_eq!(spec.restart_policy.as_deref(), Some("Never"));
         let security = spec.security_context.unwrap();
-        assert_eq!((security.run_as_user, security.run_as_group, security.fs_group, security.run_as_non_root), (Some(1001), Some(100), None, Some(true)));
+        assert_eq!(
+            (security.run_as_user, security.run_as_group, security.fs_group, security.run_as_non_root),
+            (Some(1001), Some(100), None, Some(true))
+        );
         let runner = &spec.containers[0];
-        assert_eq!(runner.command.as_ref().unwrap(), &["/aether/worker", "--timeout", "1500ms", "--grace", "10s", "--", "make"]);
+        assert_eq!(
+            runner.command.as_ref().unwrap(),
+            &["/aether/worker", "--timeout", "1500ms", "--grace", "10s", "--", "make"]
+        );
         assert_eq!(runner.working_dir.as_deref(), Some("/workspace/src"));
         assert_eq!(runner.image.as_deref(), Some("tools:1"));
         assert_eq!(spec.init_containers.unwrap()[0].args.as_ref().unwrap(), &["install", "/aether"]);
-        let preferred = spec.affinity.unwrap().node_affinity.unwrap().preferred_during_scheduling_ignored_during_execution.unwrap();
+        let preferred =
+            spec.affinity.unwrap().node_affinity.unwrap().preferred_during_scheduling_ignored_during_execution.unwrap();
         assert_eq!(preferred[0].preference.match_fields.as_ref().unwrap()[0].values.as_ref().unwrap(), &["n2"]);
     }
 

@@ -43,7 +43,9 @@ pub async fn reconcile(seen: Arc<AetherCommand>, context: Arc<Context>) -> Resul
     let pods: Api<Pod> = objects::namespaced(&context.client, &namespace);
     let pod = objects::get(&pods, &build::pod_name(&command)).await?;
     let outcome = match (pod, &status.pod_name) {
-        (Some(pod), _) if objects::is_owned_by(&pod, &command) => outcome::outcome(Some(&pod), command.spec.timeout.is_some()),
+        (Some(pod), _) if objects::is_owned_by(&pod, &command) => {
+            outcome::outcome(Some(&pod), command.spec.timeout.is_some())
+        }
         (None, None) => match start(&command, &commands, &pods, &context).await? {
             Start::Started(named) => {
                 command = *named;
@@ -51,10 +53,16 @@ pub async fn reconcile(seen: Arc<AetherCommand>, context: Arc<Context>) -> Resul
             }
             Start::Refused => return Ok(Action::requeue(REFUSED)),
             Start::Wait(why, message) => return wait(&commands, &command, why, message).await,
-            Start::Never(wanted) if wanted.reason == reason::SESSION_NOT_FOUND && objects::age(&command) < GRACE => return Ok(Action::requeue(POLL)),
-            Start::Never(condition) => Outcome::Ended(Ended { exit_code: None, started: None, finished: None, condition }),
+            Start::Never(wanted) if wanted.reason == reason::SESSION_NOT_FOUND && objects::age(&command) < GRACE => {
+                return Ok(Action::requeue(POLL));
+            }
+            Start::Never(condition) => {
+                Outcome::Ended(Ended { exit_code: None, started: None, finished: None, condition })
+            }
         },
-        (Some(pod), None) => Outcome::Ended(Ended { exit_code: None, started: None, finished: None, condition: taken(&pod) }),
+        (Some(pod), None) => {
+            Outcome::Ended(Ended { exit_code: None, started: None, finished: None, condition: taken(&pod) })
+        }
         (_, Some(_)) => outcome::outcome(None, false),
     };
     let ended = matches!(outcome, Outcome::Ended(_));
@@ -66,9 +74,10 @@ pub async fn reconcile(seen: Arc<AetherCommand>, context: Arc<Context>) -> Resul
     };
     let wanted = next_status(&command, outcome, checkpoint);
     if objects::write_status(&commands, &command, &wanted).await?.is_some()
-        && let Some(failed) = conditions::get(&wanted.conditions, FAILED).filter(|_| ended) {
-            context.warn(&command, &Wanted::yes(FAILED, failed.reason.clone(), failed.message.clone())).await;
-        }
+        && let Some(failed) = conditions::get(&wanted.conditions, FAILED).filter(|_| ended)
+    {
+        context.warn(&command, &Wanted::yes(FAILED, failed.reason.clone(), failed.message.clone())).await;
+    }
     match ended {
         true => schedule::collect(&commands, &command, wanted.finished, command.spec.ttl_seconds_after_finished).await,
         // Events of the pod tell of everything else.
@@ -78,7 +87,10 @@ pub async fn reconcile(seen: Arc<AetherCommand>, context: Arc<Context>) -> Resul
 
 /// The condition of a command whose pod's name is somebody else's.
 fn taken(pod: &Pod) -> Wanted {
-    let message = format!("a pod named {} exists and is not the command's: delete it, or give the command another name", pod.name_any());
+    let message = format!(
+        "a pod named {} exists and is not the command's: delete it, or give the command another name",
+        pod.name_any()
+    );
     Wanted::yes(FAILED, reason::NAME_TAKEN, message)
 }
 
@@ -97,7 +109,12 @@ enum Start {
 }
 
 /// Names the pod and makes it, if the session is ready for it.
-async fn start(command: &AetherCommand, commands: &Api<AetherCommand>, pods: &Api<Pod>, context: &Context) -> Result<Start> {
+async fn start(
+    command: &AetherCommand,
+    commands: &Api<AetherCommand>,
+    pods: &Api<Pod>,
+    context: &Context,
+) -> Result<Start> {
     let never = |why: &str, message: String| Ok(Start::Never(Wanted::yes(FAILED, why, message)));
     if let Some(violation) = build::violation(&command.spec) {
         return never(reason::INVALID, violation);
@@ -111,16 +128,23 @@ async fn start(command: &AetherCommand, commands: &Api<AetherCommand>, pods: &Ap
         return never(reason::SESSION_NOT_FOUND, format!("AetherSession {name} is being deleted"));
     }
     if session.spec.claim == ClaimPolicy::None {
-        return never(reason::INVALID, format!("AetherSession {name} has no claim (spec.claim is None), so no other pod can mount it: fork it and run there"));
+        return never(
+            reason::INVALID,
+            format!(
+                "AetherSession {name} has no claim (spec.claim is None), so no other pod can mount it: fork it and run there"
+            ),
+        );
     }
     let about = session.status.clone().unwrap_or_default();
     if !conditions::is_true(&about.conditions, conditions::READY) {
-        let why = conditions::get(&about.conditions, conditions::READY).map_or("its claim is not bound yet", |ready| &ready.message);
+        let why = conditions::get(&about.conditions, conditions::READY)
+            .map_or("its claim is not bound yet", |ready| &ready.message);
         return Ok(Start::Wait(reason::SESSION_NOT_READY, format!("AetherSession {name} is not ready: {why}")));
     }
     let (uid, gid) = DEFAULT_OWNER;
     let owner = about.base.map_or(Owner { uid, gid }, |base| base.owner);
-    let refused = conditions::get(&command.status.clone().unwrap_or_default().conditions, COMPLETE).is_some_and(|last| last.reason == reason::POD_FAILED);
+    let refused = conditions::get(&command.status.clone().unwrap_or_default().conditions, COMPLETE)
+        .is_some_and(|last| last.reason == reason::POD_FAILED);
     if refused && !context.refused.due(&command.uid().unwrap_or_default()) {
         return Ok(Start::Refused);
     }
@@ -145,7 +169,11 @@ async fn start(command: &AetherCommand, commands: &Api<AetherCommand>, pods: &Ap
         Err(error) if error.is_refused() && !error.is_terminating_namespace() => {
             status.pod_name = None;
             let message = format!("its pod cannot be made: {error}");
-            conditions::set(&mut status.conditions, Wanted::no(COMPLETE, reason::POD_FAILED, message), command.meta().generation);
+            conditions::set(
+                &mut status.conditions,
+                Wanted::no(COMPLETE, reason::POD_FAILED, message),
+                command.meta().generation,
+            );
             objects::write_status(commands, &named, &status).await?;
             Ok(Start::Refused)
         }
@@ -183,7 +211,11 @@ fn next_status(command: &AetherCommand, outcome: Outcome, checkpoint: Option<Str
             status.pod_name = Some(build::pod_name(command));
             status.phase = Some("Running".into());
             status.started = started;
-            conditions::set(&mut status.conditions, Wanted::no(COMPLETE, reason::IN_PROGRESS, "the command runs"), generation);
+            conditions::set(
+                &mut status.conditions,
+                Wanted::no(COMPLETE, reason::IN_PROGRESS, "the command runs"),
+                generation,
+            );
         }
         Outcome::Ended(ended) => {
             let complete = ended.condition.type_ == COMPLETE;
@@ -196,7 +228,11 @@ fn next_status(command: &AetherCommand, outcome: Outcome, checkpoint: Option<Str
             status.finished = Some(ended.finished.unwrap_or_else(objects::now));
             status.checkpoint = checkpoint;
             if !complete {
-                conditions::set(&mut status.conditions, Wanted::no(COMPLETE, ended.condition.reason.clone(), ended.condition.message.clone()), generation);
+                conditions::set(
+                    &mut status.conditions,
+                    Wanted::no(COMPLETE, ended.condition.reason.clone(), ended.condition.message.clone()),
+                    generation,
+                );
             }
             conditions::set(&mut status.conditions, ended.condition, generation);
         }
@@ -206,19 +242,25 @@ fn next_status(command: &AetherCommand, outcome: Outcome, checkpoint: Option<Str
 
 /// Takes the checkpoint that the command asks for; its name, unless one of that name is somebody else's.
 async fn take_checkpoint(command: &AetherCommand, context: &Context) -> Result<Option<String>> {
-    let checkpoints: Api<AetherCheckpoint> = objects::namespaced(&context.client, &command.namespace().unwrap_or_default());
+    let checkpoints: Api<AetherCheckpoint> =
+        objects::namespaced(&context.client, &command.namespace().unwrap_or_default());
     let name = command.name_any();
     let label = objects::label_value(&name);
     let wanted = AetherCheckpoint {
         metadata: ObjectMeta {
             name: Some(name.clone()),
             namespace: command.namespace(),
-            labels: Some(BTreeMap::from([(ORIGIN_LABEL.into(), ORIGIN_COMMAND.into()), (COMMAND_LABEL.into(), label.clone())])),
+            labels: Some(BTreeMap::from([
+                (ORIGIN_LABEL.into(), ORIGIN_COMMAND.into()),
+                (COMMAND_LABEL.into(), label.clone()),
+            ])),
             ..ObjectMeta::default()
         },
         spec: AetherCheckpointSpec {
             session: command.spec.session.clone(),
-            message: Some(format!("after AetherCommand {name}: {}", command.spec.command.join(" ")).chars().take(1000).collect()),
+            message: Some(
+                format!("after AetherCommand {name}: {}", command.spec.command.join(" ")).chars().take(1000).collect(),
+            ),
             ..AetherCheckpointSpec::default()
         },
         status: None,
@@ -227,7 +269,9 @@ async fn take_checkpoint(command: &AetherCommand, context: &Context) -> Result<O
         return Ok(Some(name));
     }
     let there = objects::get(&checkpoints, &name).await?;
-    if there.is_some_and(|there| there.labels().get(COMMAND_LABEL) == Some(&label) && there.spec.session == command.spec.session) {
+    if there.is_some_and(|there| {
+        there.labels().get(COMMAND_LABEL) == Some(&label) && there.spec.session == command.spec.session
+    }) {
         return Ok(Some(name));
     }
     let message = format!("AetherCheckpoint {name} exists already and is not of this command, so none was taken");

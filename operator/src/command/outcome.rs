@@ -36,27 +36,47 @@ pub(super) struct Ended {
 
 /// Reads the pod. `None` for a pod that was there and is gone.
 pub(super) fn outcome(pod: Option<&Pod>, has_timeout: bool) -> Outcome {
-    let Some(pod) = pod else { return Outcome::Ended(lost("its pod was deleted before the command ended, or never made; it is not run again, because it may have run: make another AetherCommand".into())) };
+    let Some(pod) = pod else {
+        return Outcome::Ended(lost("its pod was deleted before the command ended, or never made; it is not run again, because it may have run: make another AetherCommand".into()));
+    };
     if let Some(end) = pod::terminated(pod, CONTAINER) {
         let condition = match end.exit_code {
             0 => Wanted::yes(COMPLETE, reason::DONE, "the command ended with exit code 0"),
             TIMED_OUT if has_timeout => Wanted::yes(FAILED, reason::TIMED_OUT, "the command ran into its time limit"),
             // What Kubernetes says of a program that could not be started at all.
-            code if end.reason.as_deref() == Some("ContainerCannotRun") || end.reason.as_deref() == Some("StartError") => {
+            code if end.reason.as_deref() == Some("ContainerCannotRun")
+                || end.reason.as_deref() == Some("StartError") =>
+            {
                 let message = end.message.as_deref().unwrap_or("no details");
-                Wanted::yes(FAILED, reason::POD_FAILED, format!("the container could not be started (exit code {code}): {message}"))
+                Wanted::yes(
+                    FAILED,
+                    reason::POD_FAILED,
+                    format!("the container could not be started (exit code {code}): {message}"),
+                )
             }
-            code if end.reason.as_deref() == Some("OOMKilled") => {
-                Wanted::yes(FAILED, reason::EXITED, format!("the command was killed for want of memory (exit code {code}): raise spec.resources.limits.memory"))
-            }
+            code if end.reason.as_deref() == Some("OOMKilled") => Wanted::yes(
+                FAILED,
+                reason::EXITED,
+                format!(
+                    "the command was killed for want of memory (exit code {code}): raise spec.resources.limits.memory"
+                ),
+            ),
             code => Wanted::yes(FAILED, reason::EXITED, format!("the command ended with exit code {code}")),
         };
-        let ended = Ended { exit_code: Some(end.exit_code), started: end.started_at.clone(), finished: end.finished_at.clone(), condition };
+        let ended = Ended {
+            exit_code: Some(end.exit_code),
+            started: end.started_at.clone(),
+            finished: end.finished_at.clone(),
+            condition,
+        };
         return Outcome::Ended(ended);
     }
     if let Some(end) = pod::terminated(pod, INSTALLER).filter(|end| end.exit_code != 0) {
         let message = end.message.as_deref().unwrap_or("no details");
-        return Outcome::Ended(lost(format!("container {INSTALLER} ended with exit code {}: {message}", end.exit_code)));
+        return Outcome::Ended(lost(format!(
+            "container {INSTALLER} ended with exit code {}: {message}",
+            end.exit_code
+        )));
     }
     if let Some(why) = pod::is_lost(pod) {
         return Outcome::Ended(lost(why));
@@ -70,7 +90,12 @@ pub(super) fn outcome(pod: Option<&Pod>, has_timeout: bool) -> Outcome {
 }
 
 fn lost(message: String) -> Ended {
-    Ended { exit_code: None, started: None, finished: None, condition: Wanted::yes(FAILED, reason::POD_FAILED, message) }
+    Ended {
+        exit_code: None,
+        started: None,
+        finished: None,
+        condition: Wanted::yes(FAILED, reason::POD_FAILED, message),
+    }
 }
 
 #[cfg(test)]
@@ -101,13 +126,18 @@ mod tests {
         let failed = ended(exit(3, "Error"), false);
         assert_eq!((failed.exit_code, failed.condition.reason.as_str()), (Some(3), reason::EXITED));
         assert_eq!(ended(exit(124, "Error"), true).condition.reason, reason::TIMED_OUT);
-        assert_eq!(ended(exit(124, "Error"), false).condition.reason, reason::EXITED, "without a limit 124 is the command's own");
+        assert_eq!(
+            ended(exit(124, "Error"), false).condition.reason,
+            reason::EXITED,
+            "without a limit 124 is the command's own"
+        );
         assert!(ended(exit(137, "OOMKilled"), false).condition.message.contains("memory"));
     }
 
     #[test]
     fn a_pod_that_was_killed_or_deleted_is_not_the_commands_fault() {
-        let evicted = ended(json!({"phase": "Failed", "reason": "Evicted", "message": "the node was low on memory"}), false);
+        let evicted =
+            ended(json!({"phase": "Failed", "reason": "Evicted", "message": "the node was low on memory"}), false);
         assert_eq!((evicted.exit_code, evicted.condition.reason.as_str()), (None, reason::POD_FAILED));
         assert!(evicted.condition.message.contains("low on memory"));
         assert!(matches!(outcome(None, false), Outcome::Ended(ended) if ended.condition.reason == reason::POD_FAILED));
@@ -117,9 +147,13 @@ mod tests {
     fn what_keeps_it_from_starting_is_told() {
         let waiting = json!({"phase": "Pending", "containerStatuses": [{"name": "command", "image": "nosuch:1", "imageID": "", "ready": false, "restartCount": 0,
             "state": {"waiting": {"reason": "ImagePullBackOff", "message": "not found"}}}]});
-        assert!(matches!(outcome(Some(&pod(waiting)), false), Outcome::Pending(Some(message)) if message.contains("nosuch:1")));
+        assert!(
+            matches!(outcome(Some(&pod(waiting)), false), Outcome::Pending(Some(message)) if message.contains("nosuch:1"))
+        );
         let unschedulable = json!({"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/2 nodes"}]});
-        assert!(matches!(outcome(Some(&pod(unschedulable)), false), Outcome::Pending(Some(message)) if message.contains("0/2 nodes")));
+        assert!(
+            matches!(outcome(Some(&pod(unschedulable)), false), Outcome::Pending(Some(message)) if message.contains("0/2 nodes"))
+        );
         let usual = json!({"phase": "Pending", "containerStatuses": [{"name": "command", "image": "x", "imageID": "", "ready": false, "restartCount": 0,
             "state": {"waiting": {"reason": "PodInitializing"}}}]});
         assert!(matches!(outcome(Some(&pod(usual)), false), Outcome::Pending(None)));

@@ -104,11 +104,17 @@ fn from_source(session: &AetherSession, source: Option<&AetherSource>) -> std::r
     let namespace = reference.namespace.unwrap_or_else(|| own.clone());
     let name = format!("{namespace}/{}", reference.name);
     let Some(source) = source else {
-        return Err(Waiting::openly(reason::SOURCE_NOT_FOUND, format!("AetherSource {name} does not exist: create it, or name another")));
+        return Err(Waiting::openly(
+            reason::SOURCE_NOT_FOUND,
+            format!("AetherSource {name} does not exist: create it, or name another"),
+        ));
     };
-    let allowed = namespace == own || source.spec.allowed_namespaces.iter().any(|allowed| *allowed == own || allowed == "*");
+    let allowed =
+        namespace == own || source.spec.allowed_namespaces.iter().any(|allowed| *allowed == own || allowed == "*");
     if !allowed {
-        let message = format!("AetherSource {name} does not allow namespace {own}: its owner can add it to spec.allowedNamespaces");
+        let message = format!(
+            "AetherSource {name} does not allow namespace {own}: its owner can add it to spec.allowedNamespaces"
+        );
         return Err(Waiting::fatally(reason::NAMESPACE_NOT_ALLOWED, message));
     }
     let revisions = source.status.as_ref().map_or(&[][..], |status| &status.revisions);
@@ -136,22 +142,42 @@ fn from_source(session: &AetherSession, source: Option<&AetherSource>) -> std::r
     Ok(Start { base: Some(base), forked_from: None, notice: None })
 }
 
-fn from_checkpoint(session: &AetherSession, checkpoint: Option<&AetherCheckpoint>) -> std::result::Result<Start, Waiting> {
+fn from_checkpoint(
+    session: &AetherSession,
+    checkpoint: Option<&AetherCheckpoint>,
+) -> std::result::Result<Start, Waiting> {
     let name = session.spec.checkpoint.as_deref().unwrap_or_default();
     let Some(checkpoint) = checkpoint else {
-        return Err(Waiting::openly(reason::CHECKPOINT_NOT_FOUND, format!("AetherCheckpoint {name} does not exist in this namespace")));
+        return Err(Waiting::openly(
+            reason::CHECKPOINT_NOT_FOUND,
+            format!("AetherCheckpoint {name} does not exist in this namespace"),
+        ));
     };
     let status = checkpoint.status.clone().unwrap_or_default();
     if let Some(failed) = conditions::get(&status.conditions, FAILED).filter(|failed| failed.status == "True") {
-        return Err(Waiting::fatally(reason::CHECKPOINT_NOT_READY, format!("AetherCheckpoint {name} failed: {}", failed.message)));
+        return Err(Waiting::fatally(
+            reason::CHECKPOINT_NOT_READY,
+            format!("AetherCheckpoint {name} failed: {}", failed.message),
+        ));
     }
     let (Some(root), Some(Durability::Durable)) = (&status.root, status.durability) else {
-        return Err(Waiting::openly(reason::CHECKPOINT_NOT_READY, format!("AetherCheckpoint {name} is not in the store yet")));
+        return Err(Waiting::openly(
+            reason::CHECKPOINT_NOT_READY,
+            format!("AetherCheckpoint {name} is not in the store yet"),
+        ));
     };
-    Ok(Start { base: Some(continued(session, status.base.as_ref(), Some(root.clone()))), forked_from: None, notice: None })
+    Ok(Start {
+        base: Some(continued(session, status.base.as_ref(), Some(root.clone()))),
+        forked_from: None,
+        notice: None,
+    })
 }
 
-fn from_parent(session: &AetherSession, parent: Option<&AetherSession>, lost: Option<&str>) -> std::result::Result<Start, Waiting> {
+fn from_parent(
+    session: &AetherSession,
+    parent: Option<&AetherSession>,
+    lost: Option<&str>,
+) -> std::result::Result<Start, Waiting> {
     let name = session.spec.session.as_deref().unwrap_or_default();
     let lineage = parent.and_then(|parent| parent.status.as_ref()?.base.as_ref());
     if session.status.as_ref().is_some_and(|status| status.forked_from.is_some()) {
@@ -159,14 +185,19 @@ fn from_parent(session: &AetherSession, parent: Option<&AetherSession>, lost: Op
         return Ok(Start { base: Some(continued(session, lineage, None)), forked_from: None, notice: None });
     }
     let Some(parent) = parent else {
-        return Err(Waiting::openly(reason::SESSION_NOT_FOUND, format!("AetherSession {name} does not exist in this namespace")));
+        return Err(Waiting::openly(
+            reason::SESSION_NOT_FOUND,
+            format!("AetherSession {name} does not exist in this namespace"),
+        ));
     };
     if let Some(node) = parent.holder().filter(|_| lost.is_none()) {
-        let message = format!("node {node}, which holds AetherSession {name}, has not caught the moment of the fork yet");
+        let message =
+            format!("node {node}, which holds AetherSession {name}, has not caught the moment of the fork yet");
         return Err(Waiting::quietly(reason::WAITING_FOR_NODE, message));
     }
     let status = parent.status.as_ref();
-    let unsaved = status.and_then(|status| status.head.as_ref()).is_some_and(|head| head.durability == Durability::Local);
+    let unsaved =
+        status.and_then(|status| status.head.as_ref()).is_some_and(|head| head.durability == Durability::Local);
     let Some(root) = parent.head_root().filter(|_| !unsaved) else {
         let message = match lost {
             Some(why) => format!("{}; it has no tree in the store yet", nodes::way_out(why, name)),
@@ -186,7 +217,9 @@ fn from_parent(session: &AetherSession, parent: Option<&AetherSession>, lost: Op
         frozen_microseconds: None,
         durable: true,
     };
-    let notice = lost.map(|why| format!("starts from the newest tree of AetherSession {name} that was saved, because its node is lost ({why})"));
+    let notice = lost.map(|why| {
+        format!("starts from the newest tree of AetherSession {name} that was saved, because its node is lost ({why})")
+    });
     Ok(Start { base: Some(continued(session, lineage, Some(root.into()))), forked_from: Some(forked_from), notice })
 }
 
@@ -210,13 +243,27 @@ mod tests {
     use aether_api::{AetherCheckpointStatus, AetherSessionSpec, AetherSourceSpec, AetherSourceStatus};
 
     fn revision(name: &str, root: &str) -> Revision {
-        Revision { name: name.into(), root: root.into(), files: 1, bytes: 1, commit: None, time: objects::now(), milliseconds: 1 }
+        Revision {
+            name: name.into(),
+            root: root.into(),
+            files: 1,
+            bytes: 1,
+            commit: None,
+            time: objects::now(),
+            milliseconds: 1,
+        }
     }
 
     fn source(allowed: &[&str]) -> AetherSource {
-        let spec = AetherSourceSpec { allowed_namespaces: allowed.iter().map(|name| (*name).into()).collect(), ..Default::default() };
+        let spec = AetherSourceSpec {
+            allowed_namespaces: allowed.iter().map(|name| (*name).into()).collect(),
+            ..Default::default()
+        };
         let mut source = AetherSource::new("linux", spec);
-        source.status = Some(AetherSourceStatus { revisions: vec![revision("r2", "b/2"), revision("r1", "a/1")], ..Default::default() });
+        source.status = Some(AetherSourceStatus {
+            revisions: vec![revision("r2", "b/2"), revision("r1", "a/1")],
+            ..Default::default()
+        });
         source
     }
 
@@ -227,7 +274,11 @@ mod tests {
     }
 
     fn of_source(revision: Option<&str>) -> AetherSession {
-        let source = SourceReference { namespace: Some("platform".into()), name: "linux".into(), revision: revision.map(Into::into) };
+        let source = SourceReference {
+            namespace: Some("platform".into()),
+            name: "linux".into(),
+            revision: revision.map(Into::into),
+        };
         session(AetherSessionSpec { source: Some(source), ..Default::default() })
     }
 
@@ -250,7 +301,10 @@ mod tests {
 
     #[test]
     fn a_source_is_for_the_namespaces_that_it_lists() {
-        assert_eq!(reason_of(resolve(&of_source(None), &Origin::Source(Some(source(&["other"]))))), reason::NAMESPACE_NOT_ALLOWED);
+        assert_eq!(
+            reason_of(resolve(&of_source(None), &Origin::Source(Some(source(&["other"]))))),
+            reason::NAMESPACE_NOT_ALLOWED
+        );
         assert!(resolve(&of_source(None), &Origin::Source(Some(source(&["*"])))).is_ok());
         assert_eq!(reason_of(resolve(&of_source(None), &Origin::Source(None))), reason::SOURCE_NOT_FOUND);
         let mut own = of_source(None);
@@ -266,9 +320,17 @@ mod tests {
         let session = session(AetherSessionSpec { checkpoint: Some("before".into()), ..Default::default() });
         let mut checkpoint = AetherCheckpoint::new("before", Default::default());
         let lineage = resolve(&of_source(None), &Origin::Source(Some(source(&["*"])))).unwrap().base;
-        let status = AetherCheckpointStatus { root: Some("c/3".into()), base: lineage, durability: Some(Durability::Local), ..Default::default() };
+        let status = AetherCheckpointStatus {
+            root: Some("c/3".into()),
+            base: lineage,
+            durability: Some(Durability::Local),
+            ..Default::default()
+        };
         checkpoint.status = Some(status);
-        assert_eq!(reason_of(resolve(&session, &Origin::Checkpoint(Some(checkpoint.clone())))), reason::CHECKPOINT_NOT_READY);
+        assert_eq!(
+            reason_of(resolve(&session, &Origin::Checkpoint(Some(checkpoint.clone())))),
+            reason::CHECKPOINT_NOT_READY
+        );
         checkpoint.status.as_mut().unwrap().durability = Some(Durability::Durable);
         let base = resolve(&session, &Origin::Checkpoint(Some(checkpoint))).unwrap().base.unwrap();
         assert_eq!((base.root.as_deref(), base.revision_root.as_deref()), (Some("c/3"), Some("b/2")));
@@ -277,22 +339,34 @@ mod tests {
     #[test]
     fn a_fork_takes_the_head_of_a_parent_that_nobody_holds() {
         let mut parent = of_source(None);
-        let base = Base { owner: Owner { uid: 7, gid: 8 }, ..resolve(&parent, &Origin::Source(Some(source(&["*"])))).unwrap().base.unwrap() };
+        let base = Base {
+            owner: Owner { uid: 7, gid: 8 },
+            ..resolve(&parent, &Origin::Source(Some(source(&["*"])))).unwrap().base.unwrap()
+        };
         let head = Head { root: "d/4".into(), durability: Durability::Durable, time: objects::now() };
         parent.status = Some(AetherSessionStatus { base: Some(base), head: Some(head), ..Default::default() });
         parent.metadata.uid = Some("p-1".into());
         let fork = session(AetherSessionSpec { session: Some("fix".into()), ..Default::default() });
         let start = resolve(&fork, &Origin::Parent(Some(parent.clone()), None)).unwrap();
         let base = start.base.unwrap();
-        assert_eq!((base.root.as_deref(), base.revision_root.as_deref(), base.owner.uid), (Some("d/4"), Some("b/2"), 7));
+        assert_eq!(
+            (base.root.as_deref(), base.revision_root.as_deref(), base.owner.uid),
+            (Some("d/4"), Some("b/2"), 7)
+        );
         assert!(start.forked_from.is_some_and(|from| from.durable && from.uid == "p-1"));
 
-        parent.status.as_mut().unwrap().attachment = Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
+        parent.status.as_mut().unwrap().attachment =
+            Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
         let waiting = resolve(&fork, &Origin::Parent(Some(parent.clone()), None)).unwrap_err();
         assert_eq!((waiting.reason, waiting.quiet), (reason::WAITING_FOR_NODE, true));
 
-        let saved = resolve(&fork, &Origin::Parent(Some(parent.clone()), Some("node n1 does not exist any more".into()))).unwrap();
-        assert!(saved.notice.is_some_and(|notice| notice.contains("n1")), "people are told that it is not the present moment");
+        let saved =
+            resolve(&fork, &Origin::Parent(Some(parent.clone()), Some("node n1 does not exist any more".into())))
+                .unwrap();
+        assert!(
+            saved.notice.is_some_and(|notice| notice.contains("n1")),
+            "people are told that it is not the present moment"
+        );
         assert_eq!(saved.base.unwrap().root.as_deref(), Some("d/4"));
 
         let mut caught = fork;
@@ -308,6 +382,10 @@ mod tests {
         };
         caught.status = Some(AetherSessionStatus { forked_from: Some(from), ..Default::default() });
         let base = resolve(&caught, &Origin::Parent(Some(parent), None)).unwrap().base.unwrap();
-        assert_eq!((base.root, base.revision_root.as_deref()), (None, Some("b/2")), "the root follows when the node has digested it");
+        assert_eq!(
+            (base.root, base.revision_root.as_deref()),
+            (None, Some("b/2")),
+            "the root follows when the node has digested it"
+        );
     }
 }

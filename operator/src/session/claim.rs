@@ -10,8 +10,8 @@ use aether_api::conditions::reason;
 use aether_api::names;
 use aether_api::session::ClaimPolicy;
 use k8s_openapi::api::core::v1::{
-    CSIPersistentVolumeSource, ObjectReference, PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimSpec, PersistentVolumeSpec,
-    VolumeResourceRequirements,
+    CSIPersistentVolumeSource, ObjectReference, PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimSpec,
+    PersistentVolumeSpec, VolumeResourceRequirements,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
@@ -36,20 +36,31 @@ pub(super) enum Step {
 }
 
 /// Decides on the next step from what there is.
-pub(super) fn next(session: &AetherSession, claim: Option<&PersistentVolumeClaim>, volume: Option<&PersistentVolume>) -> Step {
+pub(super) fn next(
+    session: &AetherSession,
+    claim: Option<&PersistentVolumeClaim>,
+    volume: Option<&PersistentVolume>,
+) -> Step {
     let name = session.name_any();
     let Some(claim) = claim else {
         return match session.spec.claim {
-            ClaimPolicy::Existing => Step::Wait(Waiting::quietly(reason::WAITING_FOR_CLAIM, format!("claim {name}, which asked for the session, is gone"))),
+            ClaimPolicy::Existing => Step::Wait(Waiting::quietly(
+                reason::WAITING_FOR_CLAIM,
+                format!("claim {name}, which asked for the session, is gone"),
+            )),
             ClaimPolicy::Create | ClaimPolicy::None => Step::CreateClaim,
         };
     };
     if !belongs_to(claim, session) {
-        let message = format!("a claim named {name} exists and is not the session's: delete that claim, or make a session of another name");
+        let message = format!(
+            "a claim named {name} exists and is not the session's: delete that claim, or make a session of another name"
+        );
         return Step::Wait(Waiting::fatally(reason::NAME_TAKEN, message));
     }
     if claim.meta().deletion_timestamp.is_some() {
-        let message = format!("claim {name} is being deleted and goes when no pod uses it any more; then there will be a new one");
+        let message = format!(
+            "claim {name} is being deleted and goes when no pod uses it any more; then there will be a new one"
+        );
         return Step::Wait(Waiting::quietly(reason::WAITING_FOR_CLAIM, message));
     }
     let Some(volume) = volume else { return Step::CreateVolume(Box::new(self::volume(session, claim))) };
@@ -67,10 +78,14 @@ pub(super) fn next(session: &AetherSession, claim: Option<&PersistentVolumeClaim
     match (phase, bound_to) {
         ("Bound", bound_to) if bound_to == volume_name => Step::Bound,
         ("Bound", other) => {
-            let message = format!("claim {name} is bound to volume {other}, which is not the session's: delete the claim");
+            let message =
+                format!("claim {name} is bound to volume {other}, which is not the session's: delete the claim");
             Step::Wait(Waiting::fatally(reason::NAME_TAKEN, message))
         }
-        _ => Step::Wait(Waiting::quietly(reason::WAITING_FOR_CLAIM, format!("claim {name} waits for Kubernetes to bind it to volume {volume_name}"))),
+        _ => Step::Wait(Waiting::quietly(
+            reason::WAITING_FOR_CLAIM,
+            format!("claim {name} waits for Kubernetes to bind it to volume {volume_name}"),
+        )),
     }
 }
 
@@ -225,7 +240,10 @@ mod tests {
         claim.spec = Some(PersistentVolumeClaimSpec {
             access_modes: Some(vec!["ReadWriteMany".into()]),
             storage_class_name: Some("aether".into()),
-            resources: Some(VolumeResourceRequirements { requests: Some(BTreeMap::from([("storage".into(), Quantity("7Gi".into()))])), ..Default::default() }),
+            resources: Some(VolumeResourceRequirements {
+                requests: Some(BTreeMap::from([("storage".into(), Quantity("7Gi".into()))])),
+                ..Default::default()
+            }),
             ..Default::default()
         });
         let mut session = session();
@@ -238,6 +256,10 @@ mod tests {
         assert_eq!(spec.capacity.unwrap()["storage"].0, "7Gi");
         assert_eq!(spec.access_modes.unwrap(), ["ReadWriteMany"]);
         assert_eq!(spec.claim_ref.unwrap().uid.as_deref(), Some("c-9"));
-        assert_eq!(waits_for(next(&session, None, None)), reason::WAITING_FOR_CLAIM, "it never makes that claim itself");
+        assert_eq!(
+            waits_for(next(&session, None, None)),
+            reason::WAITING_FOR_CLAIM,
+            "it never makes that claim itself"
+        );
     }
 }

@@ -23,7 +23,11 @@ const POLL: Duration = Duration::from_secs(2);
 /// How long claim and volume may take to go before it is worth a write.
 const QUIET: Duration = Duration::from_secs(5);
 
-pub(super) async fn finalize(sessions: &Api<AetherSession>, session: &AetherSession, context: &Context) -> Result<Action> {
+pub(super) async fn finalize(
+    sessions: &Api<AetherSession>,
+    session: &AetherSession,
+    context: &Context,
+) -> Result<Action> {
     if !session.finalizers().iter().any(|finalizer| finalizer == SESSION_FINALIZER) {
         return Ok(Action::await_change());
     }
@@ -34,17 +38,28 @@ pub(super) async fn finalize(sessions: &Api<AetherSession>, session: &AetherSess
                 tell_why(sessions, session, message).await?;
                 return Ok(Action::requeue(POLL));
             }
-            Some(why) => tracing::warn!(session = session.name_any(), namespace = session.namespace(), why, "the session's node is lost; the session goes without it"),
+            Some(why) => tracing::warn!(
+                session = session.name_any(),
+                namespace = session.namespace(),
+                why,
+                "the session's node is lost; the session goes without it"
+            ),
         }
     }
     if !delete_volume_and_claim(session, &context.client).await? {
         if session.meta().deletion_timestamp.as_ref().is_some_and(|begun| objects::since(begun) > QUIET) {
-            tell_why(sessions, session, format!("claim {} is still there: it goes when no pod uses it any more", session.name_any())).await?;
+            tell_why(
+                sessions,
+                session,
+                format!("claim {} is still there: it goes when no pod uses it any more", session.name_any()),
+            )
+            .await?;
         }
         return Ok(Action::requeue(POLL));
     }
     delete_checkpoints(session, &context.client).await?;
-    let finalizers: Vec<String> = session.finalizers().iter().filter(|finalizer| *finalizer != SESSION_FINALIZER).cloned().collect();
+    let finalizers: Vec<String> =
+        session.finalizers().iter().filter(|finalizer| *finalizer != SESSION_FINALIZER).cloned().collect();
     match objects::write_finalizers(sessions, session, &finalizers).await {
         Err(error) if !error.is_not_found() => Err(error),
         _ => Ok(Action::await_change()),
@@ -87,7 +102,10 @@ pub async fn delete_checkpoints(session: &AetherSession, client: &Client) -> Res
     for checkpoint in objects::list(&checkpoints, "").await? {
         let uid = checkpoint.status.as_ref().and_then(|status| status.session_uid.clone());
         let of_session = checkpoint.spec.session == session.name_any() && (uid.is_none() || uid == session.uid());
-        if of_session && checkpoint.spec.deletion_policy == DeletionPolicy::WithSession && checkpoint.meta().deletion_timestamp.is_none() {
+        if of_session
+            && checkpoint.spec.deletion_policy == DeletionPolicy::WithSession
+            && checkpoint.meta().deletion_timestamp.is_none()
+        {
             objects::delete(&checkpoints, &checkpoint).await?;
         }
     }

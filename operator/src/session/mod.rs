@@ -51,11 +51,12 @@ pub async fn reconcile(seen: Arc<AetherSession>, context: Arc<Context>) -> Resul
         return finalize::finalize(&sessions, &session, &context).await;
     }
     if let Some(expired) = expiry(&session)
-        && expired.is_zero() {
-            context.tell(&session, EventType::Normal, "Expired", "deleted: its timeToLive is over").await;
-            objects::delete(&sessions, &session).await?;
-            return Ok(Action::await_change());
-        }
+        && expired.is_zero()
+    {
+        context.tell(&session, EventType::Normal, "Expired", "deleted: its timeToLive is over").await;
+        objects::delete(&sessions, &session).await?;
+        return Ok(Action::await_change());
+    }
     let again = apply(&sessions, session.clone(), &context).await?;
     Ok(schedule::action(match expiry(&session) {
         Some(left) => schedule::sooner(again, left),
@@ -86,9 +87,10 @@ async fn apply(sessions: &Api<AetherSession>, session: AetherSession, context: &
         Err(waiting) => return wait(sessions, &session, context, waiting, objects::age(&session)).await,
     };
     if session.spec.claim != ClaimPolicy::None
-        && let Some((waiting, since)) = ensure_claim(&session, context).await? {
-            return wait(sessions, &session, context, waiting, since).await;
-        }
+        && let Some((waiting, since)) = ensure_claim(&session, context).await?
+    {
+        return wait(sessions, &session, context, waiting, since).await;
+    }
     let notice = start.notice.clone();
     let mut status = start.stamp(session.status.clone().unwrap_or_default());
     status.claim_name = (session.spec.claim != ClaimPolicy::None).then(|| session.name_any());
@@ -168,7 +170,13 @@ fn waited_for(claim: &PersistentVolumeClaim) -> Duration {
 }
 
 /// Writes down what the session waits for, unless that is short by nature and has only begun.
-async fn wait(sessions: &Api<AetherSession>, session: &AetherSession, context: &Context, waiting: Waiting, since: Duration) -> Result<Again> {
+async fn wait(
+    sessions: &Api<AetherSession>,
+    session: &AetherSession,
+    context: &Context,
+    waiting: Waiting,
+    since: Duration,
+) -> Result<Again> {
     if waiting.quiet && since < QUIET {
         return Ok(Some(POLL.min(QUIET - since)));
     }
@@ -178,7 +186,13 @@ async fn wait(sessions: &Api<AetherSession>, session: &AetherSession, context: &
 }
 
 /// Writes a `Ready` condition that does not hold, and an event when it is news.
-async fn report(sessions: &Api<AetherSession>, session: &AetherSession, context: &Context, phase: &str, wanted: Wanted) -> Result<()> {
+async fn report(
+    sessions: &Api<AetherSession>,
+    session: &AetherSession,
+    context: &Context,
+    phase: &str,
+    wanted: Wanted,
+) -> Result<()> {
     let mut status = session.status.clone().unwrap_or_default();
     status.phase = Some(phase.into());
     status.observed_generation = session.meta().generation;
@@ -204,6 +218,8 @@ fn pins_of(session: &AetherSession) -> Vec<Pin> {
     let base = session.status.as_ref().and_then(|status| status.base.as_ref()?.revision_root.as_deref());
     [("", session.head_root()), ("base", base)]
         .into_iter()
-        .filter_map(|(name, tree)| Some(Pin { owner: owner.clone(), kind: pins::SESSION_HEAD, name: name.into(), tree: tree?.into() }))
+        .filter_map(|(name, tree)| {
+            Some(Pin { owner: owner.clone(), kind: pins::SESSION_HEAD, name: name.into(), tree: tree?.into() })
+        })
         .collect()
 }

@@ -8,7 +8,11 @@ pub(super) fn violation(spec: &AetherSessionSpec) -> Option<String> {
     match starts.into_iter().filter(|said| *said).count() {
         0 => return Some("spec says not what to start from: say exactly one of source, checkpoint and session".into()),
         1 => {}
-        _ => return Some("spec says more than one thing to start from: say exactly one of source, checkpoint and session".into()),
+        _ => {
+            return Some(
+                "spec says more than one thing to start from: say exactly one of source, checkpoint and session".into(),
+            );
+        }
     }
     if spec.source.as_ref().is_some_and(|source| source.name.is_empty()) {
         return Some("spec.source.name is empty: name an AetherSource".into());
@@ -42,7 +46,9 @@ mod tests {
         assert_eq!(violation(&spec), None);
         spec.checkpoint = Some("before".into());
         assert!(violation(&spec).unwrap().contains("more than one"));
-        assert!(violation(&AetherSessionSpec::default()).unwrap().contains("exactly one of source, checkpoint and session"));
+        assert!(
+            violation(&AetherSessionSpec::default()).unwrap().contains("exactly one of source, checkpoint and session")
+        );
         let empty = AetherSessionSpec { session: Some(String::new()), ..Default::default() };
         assert!(violation(&empty).unwrap().contains("empty name"));
     }

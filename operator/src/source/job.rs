@@ -6,8 +6,8 @@ use aether_api::AetherSource;
 use aether_api::names::SOURCE_LABEL;
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{
-    Capabilities, Container, EmptyDirVolumeSource, EnvVar, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec,
-    SeccompProfile, SecretVolumeSource, SecurityContext, Volume, VolumeMount,
+    Capabilities, Container, EmptyDirVolumeSource, EnvVar, PersistentVolumeClaimVolumeSource, PodSecurityContext,
+    PodSpec, PodTemplateSpec, SeccompProfile, SecretVolumeSource, SecurityContext, Volume, VolumeMount,
 };
 use kube::ResourceExt;
 use kube::core::ObjectMeta;
@@ -36,7 +36,8 @@ pub(super) fn name(source: &AetherSource, origin: &str, previous: &str) -> Strin
 /// The Job that imports the source, unless its ref still means the commit that is known.
 pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str>, config: &Config) -> Job {
     let mut arguments: Vec<String> = Vec::new();
-    let mut volumes = vec![Volume { name: "work".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() }];
+    let mut volumes =
+        vec![Volume { name: "work".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() }];
     let mut mounts = vec![VolumeMount { name: "work".into(), mount_path: "/tmp".into(), ..VolumeMount::default() }];
     let mut user = UNPRIVILEGED;
     let mut capabilities = None;
@@ -55,17 +56,38 @@ pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str
         }
         if let Some(secret) = &git.secret_ref {
             arguments.extend(["--secret-dir".into(), SECRET_DIRECTORY.into()]);
-            arguments.extend(["--secret-name".into(), format!("{}/{}", source.namespace().unwrap_or_default(), secret.name)]);
-            let files = SecretVolumeSource { secret_name: Some(secret.name.clone()), default_mode: Some(0o440), ..SecretVolumeSource::default() };
+            arguments.extend([
+                "--secret-name".into(),
+                format!("{}/{}", source.namespace().unwrap_or_default(), secret.name),
+            ]);
+            let files = SecretVolumeSource {
+                secret_name: Some(secret.name.clone()),
+                default_mode: Some(0o440),
+                ..SecretVolumeSource::default()
+            };
             volumes.push(Volume { name: "secret".into(), secret: Some(files), ..Volume::default() });
-            mounts.push(VolumeMount { name: "secret".into(), mount_path: SECRET_DIRECTORY.into(), read_only: Some(true), ..VolumeMount::default() });
+            mounts.push(VolumeMount {
+                name: "secret".into(),
+                mount_path: SECRET_DIRECTORY.into(),
+                read_only: Some(true),
+                ..VolumeMount::default()
+            });
         }
     } else if let Some(claim) = &source.spec.claim {
         let path = claim.path.as_deref().filter(|path| !path.is_empty());
-        arguments.extend(["claim".into(), "--path".into(), path.map_or(CLAIM_DIRECTORY.into(), |path| format!("{CLAIM_DIRECTORY}/{path}"))]);
+        arguments.extend([
+            "claim".into(),
+            "--path".into(),
+            path.map_or(CLAIM_DIRECTORY.into(), |path| format!("{CLAIM_DIRECTORY}/{path}")),
+        ]);
         let volume = PersistentVolumeClaimVolumeSource { claim_name: claim.claim_name.clone(), read_only: Some(true) };
         volumes.push(Volume { name: "claim".into(), persistent_volume_claim: Some(volume), ..Volume::default() });
-        mounts.push(VolumeMount { name: "claim".into(), mount_path: CLAIM_DIRECTORY.into(), read_only: Some(true), ..VolumeMount::default() });
+        mounts.push(VolumeMount {
+            name: "claim".into(),
+            mount_path: CLAIM_DIRECTORY.into(),
+            read_only: Some(true),
+            ..VolumeMount::default()
+        });
         // Files of any owner and mode are to be read. DAC_READ_SEARCH would say no more than that, but the `baseline`
         // policy of Pod Security allows only this one; the mount is read-only.
         user = 0;
@@ -123,7 +145,10 @@ pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str
             backoff_limit: Some(0),
             active_deadline_seconds: Some(DEADLINE),
             ttl_seconds_after_finished: Some(KEPT),
-            template: PodTemplateSpec { metadata: Some(ObjectMeta { labels: Some(labels), ..ObjectMeta::default() }), spec: Some(pod) },
+            template: PodTemplateSpec {
+                metadata: Some(ObjectMeta { labels: Some(labels), ..ObjectMeta::default() }),
+                spec: Some(pod),
+            },
             ..JobSpec::default()
         }),
         status: None,
@@ -138,7 +163,17 @@ mod tests {
     use clap::Parser;
 
     fn config() -> Config {
-        Config::parse_from(["aether-operator", "--store", "http://s", "--importer-image", "i:1", "--worker-image", "w", "--command-image", "t"])
+        Config::parse_from([
+            "aether-operator",
+            "--store",
+            "http://s",
+            "--importer-image",
+            "i:1",
+            "--worker-image",
+            "w",
+            "--command-image",
+            "t",
+        ])
     }
 
     fn source(spec: AetherSourceSpec) -> AetherSource {
@@ -165,21 +200,33 @@ mod tests {
         let source = source(AetherSourceSpec { git: Some(git), ..Default::default() });
         let job = job(&source, "linux-import-1".into(), Some("c0ffee"), &config());
         let arguments = container(&job).args.clone().unwrap().join(" ");
-        assert_eq!(arguments, "git --url https://example.org/linux --ref v6 --depth 3 --submodules --unless-commit c0ffee --secret-dir /var/run/aether/secret --secret-name platform/key --store http://s");
+        assert_eq!(
+            arguments,
+            "git --url https://example.org/linux --ref v6 --depth 3 --submodules --unless-commit c0ffee --secret-dir /var/run/aether/secret --secret-name platform/key --store http://s"
+        );
         let pod = job.spec.unwrap().template.spec.unwrap();
         assert_eq!(pod.automount_service_account_token, Some(false));
         assert_eq!(pod.security_context.unwrap().run_as_non_root, Some(true));
-        assert!(pod.volumes.unwrap().iter().any(|volume| volume.secret.as_ref().is_some_and(|secret| secret.secret_name.as_deref() == Some("key"))));
+        assert!(
+            pod.volumes.unwrap().iter().any(|volume| volume
+                .secret
+                .as_ref()
+                .is_some_and(|secret| secret.secret_name.as_deref() == Some("key")))
+        );
     }
 
     #[test]
     fn a_claim_is_mounted_read_only_and_read_in_full() {
         let claim = ClaimSource { claim_name: "data".into(), path: Some("tree".into()) };
-        let job = job(&source(AetherSourceSpec { claim: Some(claim), ..Default::default() }), "n".into(), None, &config());
+        let job =
+            job(&source(AetherSourceSpec { claim: Some(claim), ..Default::default() }), "n".into(), None, &config());
         assert_eq!(container(&job).args.as_ref().unwrap()[..3], ["claim", "--path", "/source/tree"]);
         let mount = container(&job).volume_mounts.as_ref().unwrap().iter().find(|mount| mount.name == "claim").unwrap();
         assert_eq!(mount.read_only, Some(true));
-        assert_eq!(container(&job).security_context.as_ref().unwrap().capabilities.as_ref().unwrap().add.as_ref().unwrap(), &["DAC_OVERRIDE"]);
+        assert_eq!(
+            container(&job).security_context.as_ref().unwrap().capabilities.as_ref().unwrap().add.as_ref().unwrap(),
+            &["DAC_OVERRIDE"]
+        );
     }
 
     #[test]

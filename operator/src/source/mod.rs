@@ -97,7 +97,14 @@ async fn dereference(source: &AetherSource, client: &Client) -> Result<Named> {
     let mut named = Named { secret_version: None, missing: None };
     if let Some((git, name)) = source.spec.git.as_ref().and_then(|git| Some((git, &git.secret_ref.as_ref()?.name))) {
         match objects::get::<Secret>(&objects::namespaced(client, &namespace), name).await? {
-            None => named.missing = Some((reason::SECRET_NOT_FOUND, format!("Secret {name} does not exist in namespace {namespace}: create it, or leave spec.git.secretRef out"))),
+            None => {
+                named.missing = Some((
+                    reason::SECRET_NOT_FOUND,
+                    format!(
+                        "Secret {name} does not exist in namespace {namespace}: create it, or leave spec.git.secretRef out"
+                    ),
+                ))
+            }
             Some(secret) => {
                 named.missing = validate::secret_violation(git, name, &secret);
                 named.secret_version = secret.resource_version();
@@ -107,14 +114,25 @@ async fn dereference(source: &AetherSource, client: &Client) -> Result<Named> {
     if let Some(claim) = &source.spec.claim {
         let name = &claim.claim_name;
         if objects::get::<PersistentVolumeClaim>(&objects::namespaced(client, &namespace), name).await?.is_none() {
-            named.missing = Some((reason::CLAIM_NOT_FOUND, format!("PersistentVolumeClaim {name} does not exist in namespace {namespace}: create it, or name another")));
+            named.missing = Some((
+                reason::CLAIM_NOT_FOUND,
+                format!(
+                    "PersistentVolumeClaim {name} does not exist in namespace {namespace}: create it, or name another"
+                ),
+            ));
         }
     }
     Ok(named)
 }
 
 /// Starts an import; the Job of the one before is removed.
-async fn start(source: &AetherSource, status: &mut AetherSourceStatus, secret_version: Option<String>, failures: u32, context: &Context) -> Result<()> {
+async fn start(
+    source: &AetherSource,
+    status: &mut AetherSourceStatus,
+    secret_version: Option<String>,
+    failures: u32,
+    context: &Context,
+) -> Result<()> {
     let jobs: Api<Job> = objects::namespaced(&context.client, &source.namespace().unwrap_or_default());
     let origin = plan::origin(source);
     let previous = status.import.as_ref().map(|import| import.job.clone()).unwrap_or_default();
@@ -122,9 +140,10 @@ async fn start(source: &AetherSource, status: &mut AetherSourceStatus, secret_ve
     let known = known_commit(status, &origin);
     objects::create(&jobs, &job::job(source, name.clone(), known.as_deref(), &context.config)).await?;
     if !previous.is_empty()
-        && let Some(old) = objects::get(&jobs, &previous).await? {
-            objects::delete(&jobs, &old).await?;
-        }
+        && let Some(old) = objects::get(&jobs, &previous).await?
+    {
+        objects::delete(&jobs, &old).await?;
+    }
     status.import = Some(Import {
         job: name.clone(),
         generation: source.meta().generation.unwrap_or_default(),
@@ -169,9 +188,11 @@ async fn follow(source: &AetherSource, status: &mut AetherSourceStatus, context:
         Outcome::Running => {
             // Our own status write wakes us at once, so the pace is kept here.
             if let Some(pod) = pod.filter(|_| context.progress.due(&source.uid().unwrap_or_default())) {
-                let parameters = LogParams { container: Some(job::CONTAINER.into()), tail_lines: Some(5), ..LogParams::default() };
+                let parameters =
+                    LogParams { container: Some(job::CONTAINER.into()), tail_lines: Some(5), ..LogParams::default() };
                 // Progress is for people: a log that cannot be read now is read next time.
-                let progress = pods.logs(&pod.name_any(), &parameters).await.ok().and_then(|log| outcome::progress(&log));
+                let progress =
+                    pods.logs(&pod.name_any(), &parameters).await.ok().and_then(|log| outcome::progress(&log));
                 if let Some(progress) = progress {
                     import.phase = progress.phase;
                     import.files = progress.files;
@@ -217,7 +238,14 @@ fn add_revision(status: &mut AetherSourceStatus, imported: Imported) -> String {
         return format!("nothing changed since revision {}", newest.name);
     }
     let number = |name: &str| name.strip_prefix('r')?.parse::<u64>().ok();
-    let last = status.revisions.iter().map(|revision| revision.name.as_str()).chain(status.latest.as_deref()).filter_map(number).max().unwrap_or(0);
+    let last = status
+        .revisions
+        .iter()
+        .map(|revision| revision.name.as_str())
+        .chain(status.latest.as_deref())
+        .filter_map(number)
+        .max()
+        .unwrap_or(0);
     let name = format!("r{}", last + 1);
     let revision = Revision {
         name: name.clone(),
@@ -237,12 +265,21 @@ fn resting(status: &AetherSourceStatus) -> Wanted {
     let failed = status.import.as_ref().is_some_and(|import| import.phase == plan::FAILED_PHASE);
     let last = conditions::get(&status.conditions, IMPORTING);
     match last {
-        Some(last) if failed && status.phase.as_deref() != Some(INVALID_PHASE) => {
-            Wanted { type_: IMPORTING, status: last.status == "True", reason: last.reason.clone(), message: last.message.clone() }
+        Some(last) if failed && status.phase.as_deref() != Some(INVALID_PHASE) => Wanted {
+            type_: IMPORTING,
+            status: last.status == "True",
+            reason: last.reason.clone(),
+            message: last.message.clone(),
+        },
+        Some(last) if !failed && last.reason == reason::DONE => {
+            Wanted::no(IMPORTING, reason::DONE, last.message.clone())
         }
-        Some(last) if !failed && last.reason == reason::DONE => Wanted::no(IMPORTING, reason::DONE, last.message.clone()),
         _ if failed => Wanted::no(IMPORTING, reason::IMPORT_FAILED, "the last import failed; it is tried again"),
-        _ => Wanted::no(IMPORTING, reason::DONE, format!("nothing to import since revision {}", status.latest.as_deref().unwrap_or("none"))),
+        _ => Wanted::no(
+            IMPORTING,
+            reason::DONE,
+            format!("nothing to import since revision {}", status.latest.as_deref().unwrap_or("none")),
+        ),
     }
 }
 
@@ -277,13 +314,19 @@ fn ready(newest: Option<&Revision>, importing: &Wanted) -> Wanted {
 }
 
 async fn tell_news(source: &AetherSource, before: &AetherSourceStatus, now: &AetherSourceStatus, context: &Context) {
-    if now.latest.is_some() && now.latest != before.latest
-        && let Some(newest) = now.revisions.first() {
-            let message = format!("revision {}: {} files, {} bytes in {} ms", newest.name, newest.files, newest.bytes, newest.milliseconds);
-            context.tell(source, EventType::Normal, "RevisionImported", &message).await;
-        }
+    if now.latest.is_some()
+        && now.latest != before.latest
+        && let Some(newest) = now.revisions.first()
+    {
+        let message = format!(
+            "revision {}: {} files, {} bytes in {} ms",
+            newest.name, newest.files, newest.bytes, newest.milliseconds
+        );
+        context.tell(source, EventType::Normal, "RevisionImported", &message).await;
+    }
     let Some(importing) = conditions::get(&now.conditions, IMPORTING) else { return };
-    let known = conditions::get(&before.conditions, IMPORTING).is_some_and(|old| old.reason == importing.reason && old.message == importing.message);
+    let known = conditions::get(&before.conditions, IMPORTING)
+        .is_some_and(|old| old.reason == importing.reason && old.message == importing.message);
     let usual = [reason::IN_PROGRESS, reason::DONE].contains(&importing.reason.as_str());
     if importing.status == "False" && !known && !usual {
         context.warn(source, &Wanted::no(IMPORTING, importing.reason.clone(), importing.message.clone())).await;
@@ -294,11 +337,21 @@ async fn tell_news(source: &AetherSource, before: &AetherSourceStatus, now: &Aet
 async fn keep(source: &AetherSource, before: &AetherSourceStatus, context: &Context) -> bool {
     let owner = source.uid().unwrap_or_default();
     let revisions = source.status.as_ref().map_or(&[][..], |status| &status.revisions);
-    let pins = revisions.iter().map(|revision| Pin { owner: owner.clone(), kind: pins::SOURCE_REVISION, name: revision.name.clone(), tree: revision.root.clone() });
+    let pins = revisions.iter().map(|revision| Pin {
+        owner: owner.clone(),
+        kind: pins::SOURCE_REVISION,
+        name: revision.name.clone(),
+        tree: revision.root.clone(),
+    });
     let kept = context.pins.keep(pins.collect()).await;
     for old in before.revisions.iter().filter(|old| revisions.iter().all(|revision| revision.name != old.name)) {
         if let Err(status) = context.pins.forget_one(&owner, pins::SOURCE_REVISION, &old.name).await {
-            tracing::warn!(source = source.name_any(), revision = old.name, said = status.message(), "the store still keeps an old revision; it goes with the source");
+            tracing::warn!(
+                source = source.name_any(),
+                revision = old.name,
+                said = status.message(),
+                "the store still keeps an old revision; it goes with the source"
+            );
         }
     }
     kept
@@ -360,7 +413,10 @@ mod tests {
         let source = AetherSource::new("s", Default::default());
         let mut status = AetherSourceStatus::default();
         describe(&mut status, &source, Wanted::no(IMPORTING, reason::REF_NOT_FOUND, "no branch x"));
-        assert_eq!((status.phase.as_deref(), conditions::get(&status.conditions, READY).unwrap().reason.as_str()), (Some("Failed"), reason::REF_NOT_FOUND));
+        assert_eq!(
+            (status.phase.as_deref(), conditions::get(&status.conditions, READY).unwrap().reason.as_str()),
+            (Some("Failed"), reason::REF_NOT_FOUND)
+        );
         add_revision(&mut status, imported("a/1"));
         describe(&mut status, &source, Wanted::no(IMPORTING, reason::AUTHENTICATION_FAILED, "denied"));
         assert!(conditions::is_true(&status.conditions, READY));

@@ -83,7 +83,10 @@ pub(super) fn outcome(job: Option<&Job>, pod: Option<&Pod>) -> Outcome {
     }
     let Some(job) = job else { return failed("its Job was deleted before the import ended".into()) };
     let conditions = job.status.as_ref().and_then(|status| status.conditions.as_ref());
-    let ended = conditions.and_then(|all| all.iter().find(|condition| ["Failed", "Complete"].contains(&condition.type_.as_str()) && condition.status == "True"));
+    let ended = conditions.and_then(|all| {
+        all.iter()
+            .find(|condition| ["Failed", "Complete"].contains(&condition.type_.as_str()) && condition.status == "True")
+    });
     if let Some(ended) = ended {
         if let Some(why) = pod.and_then(pod::is_lost) {
             return failed(why);
@@ -141,14 +144,21 @@ mod tests {
         let words = r#"{"ok":true,"files":0,"bytes":0,"commit":"c","milliseconds":4,"unchanged":true}"#;
         assert_eq!(outcome(None, Some(&ended(0, words))), Outcome::Unchanged);
         let words = r#"{"ok":false,"reason":"RefNotFound","message":"no branch x"}"#;
-        assert_eq!(outcome(None, Some(&ended(1, words))), Outcome::Failed { reason: "RefNotFound".into(), message: "no branch x".into() });
+        assert_eq!(
+            outcome(None, Some(&ended(1, words))),
+            Outcome::Failed { reason: "RefNotFound".into(), message: "no branch x".into() }
+        );
         let words = r#"{"ok":false,"reason":"made up","message":"m"}"#;
-        assert!(matches!(outcome(None, Some(&ended(1, words))), Outcome::Failed { reason, .. } if reason == reason::IMPORT_FAILED));
+        assert!(
+            matches!(outcome(None, Some(&ended(1, words))), Outcome::Failed { reason, .. } if reason == reason::IMPORT_FAILED)
+        );
     }
 
     #[test]
     fn an_end_without_a_result_shows_what_was_said_last() {
-        assert!(matches!(outcome(None, Some(&ended(137, "out of memory"))), Outcome::Failed { message, .. } if message.contains("137") && message.contains("out of memory")));
+        assert!(
+            matches!(outcome(None, Some(&ended(137, "out of memory"))), Outcome::Failed { message, .. } if message.contains("137") && message.contains("out of memory"))
+        );
         let job: Job = serde_json::from_value(json!({"metadata": {}, "status": {"conditions": [{"type": "Failed", "status": "True", "reason": "DeadlineExceeded", "message": "too long"}]}})).unwrap();
         assert!(matches!(outcome(Some(&job), None), Outcome::Failed { message, .. } if message.contains("too long")));
         assert!(matches!(outcome(None, None), Outcome::Failed { message, .. } if message.contains("deleted")));

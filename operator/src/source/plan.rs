@@ -37,7 +37,9 @@ pub(super) fn origin(source: &AetherSource) -> String {
 
 /// Decides from what is known. `secret` is the resource version of the Secret, if one is named and exists.
 pub(super) fn plan(source: &AetherSource, secret: Option<&str>) -> Plan {
-    let Some(import) = source.status.as_ref().and_then(|status| status.import.as_ref()) else { return Plan::Start { failures: 0 } };
+    let Some(import) = source.status.as_ref().and_then(|status| status.import.as_ref()) else {
+        return Plan::Start { failures: 0 };
+    };
     if import.origin != origin(source) {
         return Plan::Start { failures: 0 };
     }
@@ -74,7 +76,10 @@ mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
     fn source(phase: &str, finished_ago: Option<i64>, failures: u32) -> AetherSource {
-        let mut source = AetherSource::new("s", AetherSourceSpec { empty: Some(EmptySource {}), revisions_to_keep: 1, ..Default::default() });
+        let mut source = AetherSource::new(
+            "s",
+            AetherSourceSpec { empty: Some(EmptySource {}), revisions_to_keep: 1, ..Default::default() },
+        );
         let import = Import {
             job: "j".into(),
             generation: 1,
@@ -86,7 +91,8 @@ mod tests {
             files: 0,
             bytes: 0,
             started: objects::now(),
-            finished: finished_ago.map(|seconds| Time(jiff::Timestamp::now() - jiff::SignedDuration::from_secs(seconds))),
+            finished: finished_ago
+                .map(|seconds| Time(jiff::Timestamp::now() - jiff::SignedDuration::from_secs(seconds))),
         };
         source.status = Some(AetherSourceStatus { import: Some(import), ..Default::default() });
         source
@@ -98,7 +104,11 @@ mod tests {
         assert_eq!(plan(&fresh, Some("7")), Plan::Start { failures: 0 });
         assert_eq!(plan(&source("Cloning", None, 0), Some("7")), Plan::Follow);
         assert_eq!(plan(&source(DONE_PHASE, Some(5), 0), Some("7")), Plan::Rest(None));
-        assert_eq!(plan(&source(DONE_PHASE, Some(5), 0), Some("8")), Plan::Rest(None), "a Secret that works may change");
+        assert_eq!(
+            plan(&source(DONE_PHASE, Some(5), 0), Some("8")),
+            Plan::Rest(None),
+            "a Secret that works may change"
+        );
     }
 
     #[test]
@@ -117,7 +127,9 @@ mod tests {
 
     #[test]
     fn a_failed_one_is_tried_again_ever_more_slowly_or_when_the_secret_changes() {
-        assert!(matches!(plan(&source(FAILED_PHASE, Some(5), 1), Some("7")), Plan::Rest(Some(left)) if left <= FIRST_PAUSE));
+        assert!(
+            matches!(plan(&source(FAILED_PHASE, Some(5), 1), Some("7")), Plan::Rest(Some(left)) if left <= FIRST_PAUSE)
+        );
         assert_eq!(plan(&source(FAILED_PHASE, Some(5), 1), Some("8")), Plan::Start { failures: 1 });
         assert_eq!(plan(&source(FAILED_PHASE, Some(16), 1), Some("7")), Plan::Start { failures: 1 });
         assert!(matches!(plan(&source(FAILED_PHASE, Some(16), 2), Some("7")), Plan::Rest(Some(_))));

@@ -17,25 +17,30 @@ pub(super) fn violation(spec: &AetherSourceSpec) -> Option<String> {
         return Some("say exactly one of spec.git, spec.claim and spec.empty".into());
     }
     if let Some(git) = &spec.git
-        && let Some(violation) = git_violation(git) {
-            return Some(violation);
-        }
+        && let Some(violation) = git_violation(git)
+    {
+        return Some(violation);
+    }
     if let Some(claim) = &spec.claim {
         if claim.claim_name.is_empty() {
             return Some("spec.claim.claimName is empty: name a PersistentVolumeClaim".into());
         }
         if let Some(path) = &claim.path
-            && (path.starts_with('/') || path.split('/').any(|part| part == "..")) {
-                return Some(format!("spec.claim.path {path:?} leaves the volume: say a directory relative to its root, without .."));
-            }
+            && (path.starts_with('/') || path.split('/').any(|part| part == ".."))
+        {
+            return Some(format!(
+                "spec.claim.path {path:?} leaves the volume: say a directory relative to its root, without .."
+            ));
+        }
     }
     if spec.revisions_to_keep < 1 {
         return Some("spec.revisionsToKeep is 0: keep at least one revision".into());
     }
     if let Some(refresh) = spec.refresh
-        && (refresh.is_negative() || Duration::from(refresh) < MINIMUM_REFRESH) {
-            return Some(format!("spec.refresh is under {} s: say a duration such as 15m", MINIMUM_REFRESH.as_secs()));
-        }
+        && (refresh.is_negative() || Duration::from(refresh) < MINIMUM_REFRESH)
+    {
+        return Some(format!("spec.refresh is under {} s: say a duration such as 15m", MINIMUM_REFRESH.as_secs()));
+    }
     None
 }
 
@@ -45,13 +50,19 @@ fn git_violation(git: &GitSource) -> Option<String> {
     if let Some(violation) = credentials_violation(url) {
         return Some(violation);
     }
-    if !(schemes.iter().any(|scheme| url.starts_with(scheme)) || is_scp_like(url)) || url.contains(char::is_whitespace) {
-        return Some(format!("spec.git.url {url:?} is not a repository's URL: say https://, ssh://, file:// or user@host:path"));
+    if !(schemes.iter().any(|scheme| url.starts_with(scheme)) || is_scp_like(url)) || url.contains(char::is_whitespace)
+    {
+        return Some(format!(
+            "spec.git.url {url:?} is not a repository's URL: say https://, ssh://, file:// or user@host:path"
+        ));
     }
     if let Some(reference) = &git.reference
-        && (reference.is_empty() || reference.starts_with('-') || reference.contains(|c: char| c.is_whitespace() || c.is_control() || "~^:?*[\\".contains(c))) {
-            return Some(format!("spec.git.ref {reference:?} is not a branch, tag, ref or commit id"));
-        }
+        && (reference.is_empty()
+            || reference.starts_with('-')
+            || reference.contains(|c: char| c.is_whitespace() || c.is_control() || "~^:?*[\\".contains(c)))
+    {
+        return Some(format!("spec.git.ref {reference:?} is not a branch, tag, ref or commit id"));
+    }
     if git.depth == Some(0) {
         return Some("spec.git.depth is 0: leave it out for all of the history".into());
     }
@@ -76,7 +87,12 @@ fn credentials_violation(url: &str) -> Option<String> {
 /// Whether the URL has the form `user@host:path`.
 fn is_scp_like(url: &str) -> bool {
     let Some((host, path)) = url.split_once(':') else { return false };
-    !path.is_empty() && !path.starts_with("//") && !host.is_empty() && !host.contains('/') && !host.starts_with('-') && host.contains('@')
+    !path.is_empty()
+        && !path.starts_with("//")
+        && !host.is_empty()
+        && !host.contains('/')
+        && !host.starts_with('-')
+        && host.contains('@')
 }
 
 /// Whether the repository is reached through ssh.
@@ -86,12 +102,15 @@ fn is_ssh(git: &GitSource) -> bool {
 
 /// What the Secret lacks for this repository: a reason and a message.
 pub(super) fn secret_violation(git: &GitSource, name: &str, secret: &Secret) -> Option<(&'static str, String)> {
-    let has = |key: &str| secret.data.as_ref().is_some_and(|data| data.get(key).is_some_and(|value| !value.0.is_empty()));
+    let has =
+        |key: &str| secret.data.as_ref().is_some_and(|data| data.get(key).is_some_and(|value| !value.0.is_empty()));
     let message = if is_ssh(git) {
         if !has("ssh-privatekey") {
             format!("Secret {name} lacks the key ssh-privatekey, which {} needs", git.url)
         } else if !has("known_hosts") {
-            format!("Secret {name} lacks the key known_hosts, without which no host can be trusted: add the output of ssh-keyscan HOST")
+            format!(
+                "Secret {name} lacks the key known_hosts, without which no host can be trusted: add the output of ssh-keyscan HOST"
+            )
         } else {
             return None;
         }
@@ -110,18 +129,34 @@ mod tests {
     use k8s_openapi::ByteString;
 
     fn git(url: &str) -> AetherSourceSpec {
-        AetherSourceSpec { git: Some(GitSource { url: url.into(), ..Default::default() }), revisions_to_keep: 1, ..Default::default() }
+        AetherSourceSpec {
+            git: Some(GitSource { url: url.into(), ..Default::default() }),
+            revisions_to_keep: 1,
+            ..Default::default()
+        }
     }
 
     #[test]
     fn urls_that_git_knows_are_taken() {
-        for good in ["https://example.org/a.git", "ssh://git@example.org/a", "git@example.org:team/a.git", "file:///srv/a", "http://10.0.0.1:8080/a"] {
+        for good in [
+            "https://example.org/a.git",
+            "ssh://git@example.org/a",
+            "git@example.org:team/a.git",
+            "file:///srv/a",
+            "http://10.0.0.1:8080/a",
+        ] {
             assert_eq!(violation(&git(good)), None, "{good}");
         }
         for bad in ["", "example.org/a", "--upload-pack=x:y", "ext::sh -c x", "a b@c:d", "host:path"] {
             assert!(violation(&git(bad)).is_some(), "{bad}");
         }
-        for told in ["https://me:secret@example.org/a", "https://secret@example.org/a", "HTTPS://me:secret@h/a", "ssh://git:secret@example.org/a", "ftp://me:secret@h"] {
+        for told in [
+            "https://me:secret@example.org/a",
+            "https://secret@example.org/a",
+            "HTTPS://me:secret@h/a",
+            "ssh://git:secret@example.org/a",
+            "ftp://me:secret@h",
+        ] {
             let message = violation(&git(told)).unwrap();
             assert!(message.contains("secretRef") && !message.contains("secret@"), "{message}");
         }
@@ -135,7 +170,11 @@ mod tests {
         let mut two = git("file:///a");
         two.empty = Some(EmptySource {});
         assert!(violation(&two).unwrap().contains("exactly one"));
-        let claim = AetherSourceSpec { claim: Some(ClaimSource { claim_name: "data".into(), path: Some("../x".into()) }), revisions_to_keep: 1, ..Default::default() };
+        let claim = AetherSourceSpec {
+            claim: Some(ClaimSource { claim_name: "data".into(), path: Some("../x".into()) }),
+            revisions_to_keep: 1,
+            ..Default::default()
+        };
         assert!(violation(&claim).unwrap().contains("spec.claim.path"));
         let mut none_kept = git("file:///a");
         none_kept.revisions_to_keep = 0;
@@ -150,7 +189,10 @@ mod tests {
 
     #[test]
     fn a_secret_must_fit_its_url() {
-        let secret = |keys: &[&str]| Secret { data: Some(keys.iter().map(|key| ((*key).into(), ByteString(b"x".to_vec()))).collect()), ..Default::default() };
+        let secret = |keys: &[&str]| Secret {
+            data: Some(keys.iter().map(|key| ((*key).into(), ByteString(b"x".to_vec()))).collect()),
+            ..Default::default()
+        };
         let ssh = git("git@example.org:a").git.unwrap();
         let https = git("https://example.org/a").git.unwrap();
         assert!(secret_violation(&ssh, "key", &secret(&["password"])).unwrap().1.contains("ssh-privatekey"));

@@ -25,28 +25,55 @@ pub struct Operator {
 impl Operator {
     pub fn new() -> Self {
         let api = ApiServer::new();
-        let arguments = ["aether-operator", "--store", "http://store", "--importer-image", "importer:1", "--worker-image", "worker:1", "--command-image", "tools:1"];
+        let arguments = [
+            "aether-operator",
+            "--store",
+            "http://store",
+            "--importer-image",
+            "importer:1",
+            "--worker-image",
+            "worker:1",
+            "--command-image",
+            "tools:1",
+        ];
         let context = Arc::new(Context::new(api.client(), Config::parse_from(arguments), Pins::nowhere()));
         Self { api, context }
     }
 
     pub async fn session(&self, name: &str) {
         let seen = self.api.get::<AetherSession>(NAMESPACE, name).expect("the session exists");
-        aether_operator::session::reconcile(Arc::new(seen), self.context.clone()).await.expect("the reconcile succeeds");
+        aether_operator::session::reconcile(Arc::new(seen), self.context.clone())
+            .await
+            .expect("the reconcile succeeds");
     }
 
     /// A source with one revision, in the agents' own namespace.
     pub fn put_source(&self, name: &str) {
-        let mut source = AetherSource::new(name, AetherSourceSpec { empty: Some(EmptySource {}), revisions_to_keep: 3, ..Default::default() });
+        let mut source = AetherSource::new(
+            name,
+            AetherSourceSpec { empty: Some(EmptySource {}), revisions_to_keep: 3, ..Default::default() },
+        );
         source.metadata.namespace = Some(NAMESPACE.into());
-        let revision = Revision { name: "r1".into(), root: "aa/1".into(), files: 1, bytes: 1, commit: None, time: now(), milliseconds: 1 };
-        source.status = Some(AetherSourceStatus { latest: Some("r1".into()), revisions: vec![revision], ..Default::default() });
+        let revision = Revision {
+            name: "r1".into(),
+            root: "aa/1".into(),
+            files: 1,
+            bytes: 1,
+            commit: None,
+            time: now(),
+            milliseconds: 1,
+        };
+        source.status =
+            Some(AetherSourceStatus { latest: Some("r1".into()), revisions: vec![revision], ..Default::default() });
         self.api.put(&source);
     }
 
     pub fn put_session(&self, name: &str, source: &str) {
         let source = SourceReference { name: source.into(), ..Default::default() };
-        self.put_session_of(name, AetherSessionSpec { source: Some(source), claim: ClaimPolicy::Create, ..Default::default() });
+        self.put_session_of(
+            name,
+            AetherSessionSpec { source: Some(source), claim: ClaimPolicy::Create, ..Default::default() },
+        );
     }
 
     pub fn put_session_of(&self, name: &str, spec: AetherSessionSpec) {
@@ -91,7 +118,8 @@ impl Operator {
     /// What a node does when it has uploaded what its session is now.
     pub fn set_head(&self, session: &str, root: &str) {
         self.api.change::<AetherSession>(NAMESPACE, session, |session| {
-            session.status.get_or_insert_default().head = Some(Head { root: root.into(), durability: Durability::Durable, time: now() });
+            session.status.get_or_insert_default().head =
+                Some(Head { root: root.into(), durability: Durability::Durable, time: now() });
         });
     }
 
@@ -101,7 +129,8 @@ impl Operator {
         K: kube::Resource<DynamicType = ()> + serde::Serialize + serde::de::DeserializeOwned,
     {
         self.api.change::<K>(NAMESPACE, name, |object| {
-            object.meta_mut().creation_timestamp = Some(Time(jiff::Timestamp::now() - jiff::SignedDuration::from_hours(1)));
+            object.meta_mut().creation_timestamp =
+                Some(Time(jiff::Timestamp::now() - jiff::SignedDuration::from_hours(1)));
         });
     }
 }

@@ -43,7 +43,8 @@ fn below(store: &MemoryStore, entries: Vec<(&[u8], Node)>) -> Node {
 fn trust() -> Trust {
     let key = rcgen::KeyPair::generate().unwrap();
     let pem = rcgen::CertificateParams::new(vec![]).unwrap().self_signed(&key).unwrap().pem();
-    let data = [("requestheader-client-ca-file", pem), ("requestheader-username-headers", r#"["X-Remote-User"]"#.into())];
+    let data =
+        [("requestheader-client-ca-file", pem), ("requestheader-username-headers", r#"["X-Remote-User"]"#.into())];
     let data = data.map(|(key, value)| (key.to_owned(), value)).into();
     Trust::of(&ConfigMap { data: Some(data), ..Default::default() }).unwrap()
 }
@@ -160,7 +161,10 @@ async fn git_sees_what_changed_and_nothing_else() {
     let reviews = reviews.lock().unwrap();
     assert_eq!(reviews.len(), 1);
     let asked = &reviews[0]["resourceAttributes"];
-    assert_eq!((&asked["verb"], &asked["group"], &asked["resource"]), (&"get".into(), &"aether.dev".into(), &"aethercheckpoints".into()));
+    assert_eq!(
+        (&asked["verb"], &asked["group"], &asked["resource"]),
+        (&"get".into(), &"aether.dev".into(), &"aethercheckpoints".into())
+    );
     assert_eq!((&asked["namespace"], &asked["name"]), (&"demo".into(), &"k".into()));
 }
 
@@ -177,14 +181,27 @@ async fn no_change_is_two_empty_commits() {
 async fn against_another_checkpoint_and_with_git() {
     let store = MemoryStore::new();
     let one = directory(&store, vec![(b"a", file(&store, "1", 0o644)), (b".git", below(&store, vec![]))]);
-    let two = directory(&store, vec![(b"a", file(&store, "2", 0o644)), (b".git", below(&store, vec![(b"HEAD", file(&store, "x", 0o644))]))]);
-    let checkpoints = vec![cluster::checkpoint("one", one, one), cluster::checkpoint("two", two, two), cluster::checkpoint("hidden", one, one)];
+    let two = directory(
+        &store,
+        vec![(b"a", file(&store, "2", 0o644)), (b".git", below(&store, vec![(b"HEAD", file(&store, "x", 0o644))]))],
+    );
+    let checkpoints = vec![
+        cluster::checkpoint("one", one, one),
+        cluster::checkpoint("two", two, two),
+        cluster::checkpoint("hidden", one, one),
+    ];
     let (service, reviews) = cluster::service(&store, checkpoints);
     let folder = imported(get(service.clone(), "ada", "two/changes?against=one").await).await;
     assert_eq!(git(folder.path(), &["diff", "--name-only", "base", "head"]), "a\n");
     assert_eq!(reviews.lock().unwrap().len(), 2, "both checkpoints are read, so both are asked for");
 
-    let body = get(service.clone(), "ada", "two/changes?against=one&git=true").await.into_body().collect().await.unwrap().to_bytes();
+    let body = get(service.clone(), "ada", "two/changes?against=one&git=true")
+        .await
+        .into_body()
+        .collect()
+        .await
+        .unwrap()
+        .to_bytes();
     assert!(String::from_utf8_lossy(&body).contains(" .git/HEAD\n"));
 
     let (code, body) = status(get(service.clone(), "ada", "two/changes?against=hidden").await).await;

@@ -18,7 +18,8 @@ pub(crate) type Reviews = Arc<Mutex<Vec<Value>>>;
 
 /// A durable checkpoint of a session that started at `base`.
 pub(crate) fn checkpoint(name: &str, base: Blob, root: Blob) -> AetherCheckpoint {
-    let mut checkpoint = AetherCheckpoint::new(name, AetherCheckpointSpec { session: "s".into(), ..Default::default() });
+    let mut checkpoint =
+        AetherCheckpoint::new(name, AetherCheckpointSpec { session: "s".into(), ..Default::default() });
     checkpoint.metadata.namespace = Some("demo".into());
     checkpoint.status = Some(AetherCheckpointStatus {
         root: Some(root.to_string()),
@@ -38,8 +39,9 @@ pub(crate) fn checkpoint(name: &str, base: Blob, root: Blob) -> AetherCheckpoint
 
 /// A service over `store` in a cluster with these checkpoints, where user `ada` may read all but the one named `hidden`.
 pub(crate) fn service(store: &MemoryStore, checkpoints: Vec<AetherCheckpoint>) -> (Service, Reviews) {
-    let checkpoints: Arc<BTreeMap<String, AetherCheckpoint>> =
-        Arc::new(checkpoints.into_iter().map(|checkpoint| (checkpoint.metadata.name.clone().unwrap(), checkpoint)).collect());
+    let checkpoints: Arc<BTreeMap<String, AetherCheckpoint>> = Arc::new(
+        checkpoints.into_iter().map(|checkpoint| (checkpoint.metadata.name.clone().unwrap(), checkpoint)).collect(),
+    );
     let reviews = Reviews::default();
     let seen = reviews.clone();
     let answer = tower::service_fn(move |request: Request<Body>| {
@@ -50,14 +52,20 @@ pub(crate) fn service(store: &MemoryStore, checkpoints: Vec<AetherCheckpoint>) -
                 let body = request.into_body().collect().await.unwrap().to_bytes();
                 let mut review: Value = serde_json::from_slice(&body).unwrap();
                 seen.lock().unwrap().push(review["spec"].clone());
-                let allowed = review["spec"]["user"] == "ada" && review["spec"]["resourceAttributes"]["name"] != "hidden";
+                let allowed =
+                    review["spec"]["user"] == "ada" && review["spec"]["resourceAttributes"]["name"] != "hidden";
                 review["status"] = json!({"allowed": allowed});
                 (201, review)
             } else {
-                let name = path.strip_prefix("/apis/aether.dev/v1alpha1/namespaces/demo/aethercheckpoints/").unwrap_or_default();
+                let name = path
+                    .strip_prefix("/apis/aether.dev/v1alpha1/namespaces/demo/aethercheckpoints/")
+                    .unwrap_or_default();
                 match checkpoints.get(name) {
                     Some(checkpoint) => (200, serde_json::to_value(checkpoint).unwrap()),
-                    None => (404, json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404, "message": "not found", "reason": "NotFound"})),
+                    None => (
+                        404,
+                        json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404, "message": "not found", "reason": "NotFound"}),
+                    ),
                 }
             };
             let body = Body::from(serde_json::to_vec(&body).unwrap());

@@ -76,7 +76,8 @@ struct Server {
 impl Server {
     async fn start(trust: Trust) -> Self {
         let names = [NAME.to_owned()];
-        let certificate = Certificate::read(&Certificate::issue(None, &names, Timestamp::now()).unwrap(), &names).unwrap();
+        let certificate =
+            Certificate::read(&Certificate::issue(None, &names, Timestamp::now()).unwrap(), &names).unwrap();
         let (settings, served) = watch::channel(Some(Settings::new(&certificate, trust).unwrap()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -117,7 +118,11 @@ struct Connection {
 }
 
 impl Connection {
-    async fn get(&mut self, path: &str, user: Option<&str>) -> Result<(u16, serde_json::Value), Box<dyn std::error::Error>> {
+    async fn get(
+        &mut self,
+        path: &str,
+        user: Option<&str>,
+    ) -> Result<(u16, serde_json::Value), Box<dyn std::error::Error>> {
         let mut request = Request::get(path).header("host", NAME);
         if let Some(user) = user {
             request = request.header("X-Remote-User", user).header("X-Remote-Group", "system:masters");
