@@ -41,11 +41,11 @@ async fn main() -> ExitCode {
     if let Err(error) = &played {
         eprintln!("\nthe demo failed: {error:#}");
     }
-    if !arguments.keep {
-        if let Err(error) = Cluster::down().await {
-            eprintln!("the cluster could not be removed: {error:#}");
-            return ExitCode::FAILURE;
-        }
+    if !arguments.keep
+        && let Err(error) = Cluster::down().await
+    {
+        eprintln!("the cluster could not be removed: {error:#}");
+        return ExitCode::FAILURE;
     }
     match played {
         Ok(report) => {
