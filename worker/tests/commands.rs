@@ -95,7 +95,9 @@ fn a_file_without_execute_permission_is_named() {
 
 #[test]
 fn output_and_input_pass_through() {
-    let mut child = Command::new(WORKER)
+    let mut child = Command::new("env")
+        // A background job of a shell begins with INT ignored, and a shell cannot trap what it began ignoring.
+        .args(["--default-signal", WORKER])
         .args(["--timeout", "30s", "--", "cat"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
