@@ -36,7 +36,9 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
 
 /// Starts `script` under the worker and returns when it has printed its first line.
 fn started(options: &[&str], script: &str) -> (Child, BufReader<impl Read>, String) {
-    let mut child = Command::new(WORKER)
+    let mut child = Command::new("env")
+        // A background job of a shell begins with INT ignored, and a shell cannot trap what it began ignoring.
+        .args(["--default-signal", WORKER])
         .arg("run")
         .args(options)
         .args(["--", "sh", "-c", script])
@@ -95,9 +97,7 @@ fn a_file_without_execute_permission_is_named() {
 
 #[test]
 fn output_and_input_pass_through() {
-    let mut child = Command::new("env")
-        // A background job of a shell begins with INT ignored, and a shell cannot trap what it began ignoring.
-        .args(["--default-signal", WORKER])
+    let mut child = Command::new(WORKER)
         .args(["--timeout", "30s", "--", "cat"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
