@@ -42,7 +42,7 @@ test: prepare ## Everything: check, real mounts, the real two-node cluster. Need
 	e2e/run-tests.sh all
 
 .PHONY: demo
-demo: build ## The whole story on a two-node cluster. KEEP=1 leaves it up, CLUSTER=current uses yours.
+demo: build ## The whole story on a two-node cluster. KEEP=1 leaves it up, STEPS=a,b plays only some.
 	$(CARGO_TARGET_DIR)/debug/aether-demo
 
 .PHONY: cluster-up
