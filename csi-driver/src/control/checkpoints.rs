@@ -140,17 +140,23 @@ async fn bring_to_store(checkpoint: Arc<AetherCheckpoint>, driver: &Arc<Driver>)
     Ok(())
 }
 
+/// Says that a checkpoint is lost, unless it is durable: the object at hand may be older than our own last write, which
+/// is followed by the end of its snapshot.
 async fn give_up(checkpoint: &Arc<AetherCheckpoint>, driver: &Driver, message: String) -> Result<()> {
     let api = driver.cluster.checkpoints.api(&checkpoint.namespace().unwrap_or_default());
     let generation = checkpoint.metadata.generation;
-    update_status(&api, checkpoint.clone(), names::DRIVER_MANAGER, |checkpoint| {
-        let mut all = checkpoint.status.as_ref()?.conditions.clone();
+    let newest = update_status(&api, checkpoint.clone(), names::DRIVER_MANAGER, |checkpoint| {
+        let status = checkpoint.status.as_ref().filter(|status| status.durability == Some(Durability::Local))?;
+        let mut all = status.conditions.clone();
         conditions::set(&mut all, Wanted::yes(FAILED, reason::NODE_FAILED, message.clone()), generation);
         conditions::set(&mut all, Wanted::no(READY, reason::NODE_FAILED, message.clone()), generation);
         conditions::set(&mut all, Wanted::no(DURABLE, reason::NODE_FAILED, message.clone()), generation);
         Some(json!({"conditions": all}))
     })
     .await?;
+    if newest.status.as_ref().is_some_and(|status| status.durability == Some(Durability::Durable)) {
+        return Ok(());
+    }
     driver.events.on(&**checkpoint, EventType::Warning, "CheckpointLost", message.clone()).await;
     Err(Failure::NotFound(format!("checkpoint {}: {message}", full_name(&**checkpoint))))
 }
