@@ -12,7 +12,7 @@ use crate::wait::{self, Deadline, Verdict, in_words};
 
 pub(crate) async fn restore(cluster: &Cluster, args: &Restore) -> Result<()> {
     let session = cluster.session(&args.session).await?;
-    crate::sessions::require_bound(&session)?;
+    crate::sessions::refuse_hopeless(&session)?;
     let checkpoint: AetherCheckpoint = cluster.find(&args.checkpoint).await?;
     let failed = checkpoint.status.as_ref().and_then(|status| conditions::get(&status.conditions, conditions::FAILED));
     if let Some(failed) = failed.filter(|failed| failed.status == "True") {

@@ -78,7 +78,7 @@ async fn of_session(
     args: &cli::Diff,
     signals: &mut Signals,
 ) -> Result<git::Repository> {
-    crate::sessions::require_bound(&cluster.session(session).await?)?;
+    crate::sessions::refuse_hopeless(&cluster.session(session).await?)?;
     // Named here, so that it can be deleted also when the answer to its creation never came.
     let name = temporary_name(session);
     let fetch = async {

@@ -26,7 +26,7 @@ const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Runs the command; the result is its exit code.
 pub(crate) async fn run(cluster: &Cluster, args: &Run) -> Result<u8> {
-    crate::sessions::require_bound(&cluster.session(&args.session).await?)?;
+    crate::sessions::refuse_hopeless(&cluster.session(&args.session).await?)?;
     let mut signals = Signals::listen()?;
     let mut wanted = AetherCommand::new("", spec(args));
     wanted.metadata.name = None;
