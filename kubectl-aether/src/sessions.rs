@@ -270,7 +270,9 @@ mod tests {
         let failed = with("Failed", Wanted::no(conditions::READY, reason::INVALID, "bad"));
         assert!(matches!(bound("a", Some(&failed)), Verdict::Failed(_)));
         assert!(matches!(bound("a", None), Verdict::Failed(_)));
-        assert!(refuse_hopeless(&waiting).is_ok());
+        assert!(
+            refuse_hopeless(&waiting).is_ok() && refuse_hopeless(&stuck).is_err() && refuse_hopeless(&failed).is_err()
+        );
     }
 
     #[test]
