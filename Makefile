@@ -33,7 +33,7 @@ generate: prepare ## Write crds/, the chart's copy and docs/reference.md from cr
 	$(CARGO) run --quiet --locked -p aether-api --bin aether-generate
 
 .PHONY: check
-check: prepare ## The quick half: format, lints, generated files, unit and property tests without mounts. Needs no root.
+check: prepare ## The quick half: format, lints, generated files, unit and property tests without mounts. Needs root only to install packages.
 	e2e/run-tests.sh checks
 	e2e/run-tests.sh unit
 
