@@ -9,6 +9,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
@@ -198,9 +199,25 @@ pub fn unmount_lazy(target: &Path) -> Result<()> {
     unmount_with(target, UnmountFlags::DETACH)
 }
 
+/// How long [`unmount`] waits for users that are about to let go.
+const PASSING_USE: Duration = Duration::from_millis(500);
+
 /// Unmounts `target`; fails with EBUSY while it is used. Nothing mounted there is success.
+///
+/// A use that passes by itself is waited out: a child of this process holds its files between fork and exec, and who
+/// reads a link in `/proc/PID/fd` holds the mount for that moment.
 pub fn unmount(target: &Path) -> Result<()> {
-    unmount_with(target, UnmountFlags::empty())
+    let began = Instant::now();
+    loop {
+        match unmount_with(target, UnmountFlags::empty()) {
+            Err(Error::Io { source, .. })
+                if source.kind() == std::io::ErrorKind::ResourceBusy && began.elapsed() < PASSING_USE =>
+            {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            other => return other,
+        }
+    }
 }
 
 /// Unmounts, lazily, everything at and below `directory` in this namespace.

@@ -9,12 +9,11 @@ use aether_cas::tree::{Attributes, Directories, Owner, walk};
 use aether_cas::{Blob, MemoryStore, StoreError};
 use aether_engine::error::Result;
 use aether_engine::image;
-use aether_engine::mount::{Overlay, mount_erofs};
+use aether_engine::mount::{Overlay, mount_erofs, unmount};
 use aether_engine::scan::{self, Scanned, Sink};
 use aether_engine::upper::{self, Interpretation, NoCache, Upper};
 use bytes::Bytes;
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
-use rustix::mount::{UnmountFlags, unmount};
 
 /// Whose files need no mention; some operations give files to others.
 pub(crate) const OWNER: Owner = Owner { uid: 0, gid: 0 };
@@ -81,7 +80,7 @@ impl Session {
     }
 
     fn unmount(&self) {
-        unmount(self.merged(), UnmountFlags::empty()).expect("unmount the overlay");
+        unmount(&self.merged()).expect("unmount the overlay");
     }
 
     /// As a pod that ends and another that begins.
@@ -124,7 +123,7 @@ impl Session {
     /// Unmounts and removes all of it.
     pub(crate) fn end(self) {
         self.unmount();
-        unmount(self.home.join("image"), UnmountFlags::empty()).expect("unmount the image");
+        unmount(&self.home.join("image")).expect("unmount the image");
         fs::remove_dir_all(&self.home).expect("remove the session");
     }
 }
