@@ -41,8 +41,19 @@ check: prepare ## The quick half: format, lints, generated files, unit and prope
 test: prepare ## Everything: check, real mounts, the real two-node cluster. Needs root.
 	e2e/run-tests.sh all
 
+.PHONY: bench
+bench: build ## Measure beside copy, git, overlays, XFS, btrfs, FUSE and JuiceFS. BENCH=case for some. Needs root.
+	AETHER_BENCH_REPOSITORY=$$(e2e/third-party/kubernetes-repository.sh) \
+	AETHER_BENCH_PEERS=$$(e2e/third-party/bench-peers.sh) $(CARGO_TARGET_DIR)/debug/aether-bench
+
+.PHONY: bench-density
+bench-density: build ## Mount 10,000 sessions on this machine and measure what each costs. Needs root.
+	@e2e/third-party/packages.sh
+	AETHER_BENCH_REPOSITORY=$$(e2e/third-party/kubernetes-repository.sh) \
+	$(CARGO_TARGET_DIR)/debug/aether-bench --density
+
 .PHONY: demo
-demo: build ## The whole story on a two-node cluster. KEEP=1 leaves it up, STEPS=a,b plays only some.
+demo: build ## The whole story on a two-node cluster. KEEP=1 leaves it up, STEPS=a,b plays only some; CLUSTER=current plays on yours.
 	$(CARGO_TARGET_DIR)/debug/aether-demo
 
 .PHONY: cluster-up

@@ -22,7 +22,8 @@ use serde_json::json;
 
 use crate::{
     control_plane::{self, SERVER},
-    images, kernel, network,
+    images::{self, Image},
+    kernel, network,
     node::Node,
     options::Options,
     paths::Paths,
@@ -182,8 +183,8 @@ impl Cluster {
         Ok(())
     }
 
-    /// Makes images of what `make build` has built, and loads them into every node.
-    pub async fn load_images(&self) -> Result<()> {
+    /// Makes images of what `make build` has built, and loads them into every node; gives all of them.
+    pub async fn load_images(&self) -> Result<Vec<Image>> {
         let progress = Progress(Instant::now());
         let mut all = images::product(&self.paths).await?;
         all.push(images::tools(&self.paths).await?);
@@ -196,7 +197,7 @@ impl Cluster {
                 if loaded.is_empty() { "has all images".into() } else { format!("loaded {}", loaded.join(", ")) }
             ));
         }
-        Ok(())
+        Ok(all)
     }
 
     /// Loads the image of agents' pods alone; enough for tests of the cluster itself.

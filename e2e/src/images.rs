@@ -36,6 +36,8 @@ const COMPONENTS: [(&str, &[&str]); 5] = [
     ("importer", &["aether-importer"]),
     ("review", &["aether-review"]),
 ];
+/// Parts that run as pods of the chart, and so must be rolled when their image is another one.
+const RUNNING: [&str; 4] = ["operator", "driver", "store", "review"];
 /// Copied into any image, so it is linked statically; `make build` names the target for it.
 const STATIC_WORKER: &str = "x86_64-unknown-linux-gnu/debug/aether-worker";
 
@@ -96,6 +98,12 @@ pub async fn product(paths: &Paths) -> Result<Vec<Image>> {
     let layer = layer(paths, "worker", &[(&worker, "worker")])?;
     images.push(image(&format!("{REGISTRY}/worker:{TAG}"), vec![layer], json!({"Entrypoint": ["/worker"]}))?);
     Ok(images)
+}
+
+/// The digests of the images of parts that run as pods of the chart, by part.
+pub fn running(images: &[Image]) -> Vec<(&'static str, &str)> {
+    let digest = |part: &str| images.iter().find(|image| image.name == format!("{REGISTRY}/{part}:{TAG}"));
+    RUNNING.into_iter().filter_map(|part| Some((part, digest(part)?.digest.as_str()))).collect()
 }
 
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

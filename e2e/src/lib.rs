@@ -19,6 +19,7 @@ pub mod paths;
 pub mod pki;
 pub mod process;
 pub mod product;
+pub mod site;
 pub mod story;
 pub mod testing;
 pub mod third_party;

@@ -37,7 +37,7 @@ enum Command {
     Status,
     /// Print shell lines that make kubectl and helm use the cluster.
     Env,
-    /// Load images of what `make build` has built into all nodes.
+    /// Load images of what `make build` has built into all nodes. Running parts go on as they are; `up --install` loads and rolls.
     LoadImages {
         /// Load only the image of agents' pods.
         #[arg(long)]
@@ -138,7 +138,7 @@ async fn run(command: Command) -> Result<()> {
         Command::Env => println!("{}", Cluster::connect().await?.environment()),
         Command::LoadImages { tools_only } => {
             let cluster = Cluster::connect().await?;
-            if tools_only { cluster.load_tools().await? } else { cluster.load_images().await? }
+            if tools_only { cluster.load_tools().await? } else { cluster.load_images().await.map(drop)? }
         }
         Command::User { name, group } => {
             println!("{}", Cluster::connect().await?.kubeconfig_for(&name, group.as_deref())?.display());

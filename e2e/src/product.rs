@@ -10,9 +10,9 @@ use crate::cluster::Cluster;
 use crate::git_server::{self, Credentials};
 use crate::network::HOST;
 use crate::process::Processes;
-use crate::testing::SYSTEM_NAMESPACE;
+use crate::site::SYSTEM_NAMESPACE;
 use crate::tools::Tools;
-use crate::{manifests, third_party, wait};
+use crate::{images, manifests, third_party, wait};
 
 /// Where the git server answers to everybody.
 const GIT_PORT: u16 = 8418;
@@ -24,7 +24,7 @@ const STORE_ADDRESS: &str = "10.96.0.80";
 /// Loads the images of Aether, serves the demo's repository, and installs or upgrades the chart.
 pub async fn provide(cluster: &Cluster) -> Result<()> {
     let (loaded, repository) = tokio::join!(cluster.load_images(), third_party::kubernetes_repository());
-    loaded?;
+    let images = loaded?;
     repository?;
     let processes = Processes::new(cluster.paths.processes(), cluster.paths.logs());
     if processes.get("git-server").is_none() {
@@ -32,43 +32,48 @@ pub async fn provide(cluster: &Cluster) -> Result<()> {
         let harness = std::env::current_exe()?.with_file_name("aether-cluster");
         processes.start("git-server", &[harness.display().to_string(), "git-server".into()])?;
     }
-    install(cluster).await
+    install(cluster, &images::running(&images)).await
 }
 
-/// Installs or upgrades the chart, and waits until every part is ready.
-async fn install(cluster: &Cluster) -> Result<()> {
+/// Installs or upgrades the chart, and waits until every part is ready. The tag of the images stays the same, so it is their
+/// digests that tell Kubernetes which pods to roll.
+async fn install(cluster: &Cluster, digests: &[(&str, &str)]) -> Result<()> {
     let tools = Tools::new(cluster, SYSTEM_NAMESPACE)?;
     let top = top();
     // This API server knows no CEL: the rules are left out of the schemas, and the operator checks them too.
     let definitions = manifests::definitions_without_rules(&top.join("crds"))?;
     tools.apply(&definitions).await.context("the custom resource definitions")?;
-    tools
-        .helm(&[
-            "upgrade",
-            "--install",
-            "aether",
-            &top.join("charts/aether").display().to_string(),
-            "--create-namespace",
-            "--skip-crds",
-            "--wait",
-            // The server-side apply of this old API server refuses what it would default itself.
-            "--server-side=false",
-            "--timeout",
-            "300s",
-            "--set",
-            "images.tag=dev",
-            "--set",
-            "images.pullPolicy=IfNotPresent",
-            "--set",
-            &format!("store.clusterIP={STORE_ADDRESS}"),
-            "--set",
-            "store.persistence.hostPath=/var/lib/aether-store",
-            "--set-string",
-            "store.nodeSelector.kubernetes\\.io/hostname=node-1",
-            "--set",
-            "driver.pool.size=8Gi",
-        ])
-        .await?;
+    let digests: Vec<String> =
+        digests.iter().map(|(part, digest)| format!("{part}.podAnnotations.aether\\.dev/image={digest}")).collect();
+    let chart = top.join("charts/aether").display().to_string();
+    let address = format!("store.clusterIP={STORE_ADDRESS}");
+    let mut args = vec![
+        "upgrade",
+        "--install",
+        "aether",
+        &chart,
+        "--create-namespace",
+        "--skip-crds",
+        "--wait",
+        // The server-side apply of this old API server refuses what it would default itself.
+        "--server-side=false",
+        "--timeout",
+        "300s",
+        "--set",
+        "images.tag=dev",
+        "--set",
+        "images.pullPolicy=IfNotPresent",
+        "--set",
+        &address,
+        "--set",
+        "store.persistence.hostPath=/var/lib/aether-store",
+        "--set-string",
+        "store.nodeSelector.kubernetes\\.io/hostname=node-1",
+        "--set",
+        "driver.pool.size=8Gi",
+    ];
+    args.extend(digests.iter().flat_map(|set| ["--set-string", set.as_str()]));
+    tools.helm(&args).await?;
     let apis = ["get", "--raw", "/apis/review.aether.dev/v1alpha1"];
     wait::until("the aggregated API answers", Duration::from_secs(60), async || tools.kubectl(&apis).await.map(Some))
         .await?;

@@ -15,7 +15,7 @@
 //! # }
 //! ```
 
-use std::{fmt::Debug, fs::File, panic::AssertUnwindSafe, path::Path, time::Duration};
+use std::{fs::File, panic::AssertUnwindSafe, path::Path, time::Duration};
 
 use anyhow::{Context, Result};
 use futures::FutureExt;
@@ -24,21 +24,25 @@ use kube::{
     Api, Client, Resource,
     api::{DeleteParams, PostParams},
 };
-use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
 
-use crate::{cluster::Cluster, options::Options, paths::Paths, tools::Tools, wait};
+use crate::{
+    cluster::Cluster,
+    options::Options,
+    paths::Paths,
+    site::Site,
+    tools::Tools,
+    wait::{self, Watched},
+};
 
 /// Long enough for anything that works, on a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(90);
-/// Where the product runs.
-pub const SYSTEM_NAMESPACE: &str = "aether-system";
 
 /// A running test.
 #[derive(Clone)]
 pub struct Test {
-    /// The cluster.
-    pub cluster: Cluster,
+    /// The cluster, and what is on it.
+    pub site: Site,
     /// A client with all rights.
     pub client: Client,
     /// The test's own namespace.
@@ -71,7 +75,7 @@ pub async fn alone_with_namespace(
 async fn run(harness: &Path, name: &str, body: impl AsyncFnOnce(&Test) -> Result<()>) -> Result<()> {
     let cluster = Cluster::up(&Options::default(), harness).await?;
     cluster.load_tools().await?;
-    let test = Test::begin(cluster, name).await?;
+    let test = Test::begin(Site::harness(cluster)?, name).await?;
     let result = AssertUnwindSafe(body(&test)).catch_unwind().await;
     if !matches!(result, Ok(Ok(()))) {
         eprintln!("{}", test.dump().await);
@@ -100,16 +104,24 @@ async fn turn(alone: bool) -> Result<File> {
 
 impl Test {
     /// Makes a namespace whose name begins like this.
-    pub async fn begin(cluster: Cluster, name: &str) -> Result<Self> {
-        let api = Api::<core::Namespace>::all(cluster.client.clone());
-        let object = serde_json::from_value(json!({"metadata": {"generateName": format!("{name}-")}}))?;
+    pub async fn begin(site: Site, name: &str) -> Result<Self> {
+        let api = Api::<core::Namespace>::all(site.client.clone());
+        let object =
+            serde_json::from_value(json!({"metadata": {"generateName": format!("{name}-"), "labels": site.labels}}))?;
         let namespace =
             api.create(&PostParams::default(), &object).await?.metadata.name.context("a namespace has a name")?;
-        let test =
-            Self { client: cluster.client.clone(), tools: Tools::new(&cluster, &namespace)?, namespace, cluster };
-        // Pods are refused until the controller-manager has made it.
-        test.until::<core::ServiceAccount>("default", "has its token", |account| account.secrets.is_some()).await?;
+        let tools = site.tools.in_namespace(&namespace);
+        let test = Self { client: site.client.clone(), tools, namespace, site };
+        // Pods are refused until the controller-manager has made it; before Kubernetes 1.24, also until it has its token.
+        let version = test.client.apiserver_version().await?;
+        let old = version.minor.trim_end_matches('+').parse::<u32>().is_ok_and(|minor| minor < 24);
+        test.until::<core::ServiceAccount>("default", "is there", |account| !old || account.secrets.is_some()).await?;
         Ok(test)
+    }
+
+    /// The harness's cluster; an error on another.
+    pub fn cluster(&self) -> Result<&Cluster> {
+        self.site.cluster()
     }
 
     /// Deletes the namespace, unless the test has.
@@ -132,13 +144,7 @@ impl Test {
     /// Watches an object of the test's namespace until it is as wished, for [`LIMIT`].
     pub async fn until<K>(&self, name: &str, what: &str, wished: impl Fn(&K) -> bool) -> Result<K>
     where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
-            + Clone
-            + Debug
-            + DeserializeOwned
-            + Serialize
-            + Send
-            + 'static,
+        K: Watched + Resource<Scope = NamespaceResourceScope>,
     {
         wait::object(&self.api::<K>(), name, what, LIMIT, wished).await
     }
@@ -146,13 +152,7 @@ impl Test {
     /// Watches until an object of the test's namespace is gone, for [`LIMIT`].
     pub async fn until_gone<K>(&self, name: &str) -> Result<()>
     where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
-            + Clone
-            + Debug
-            + DeserializeOwned
-            + Serialize
-            + Send
-            + 'static,
+        K: Watched + Resource<Scope = NamespaceResourceScope>,
     {
         wait::gone(&self.api::<K>(), name, LIMIT).await
     }
@@ -184,8 +184,8 @@ impl Test {
         section(&self.tools, &["get", "pods,persistentvolumeclaims,jobs", "--output=wide"]).await;
         section(&self.tools, &["get", "aether", "--output=yaml"]).await;
         section(&self.tools, &["get", "events", "--sort-by=.lastTimestamp"]).await;
-        let system = Tools::new(&self.cluster, SYSTEM_NAMESPACE);
-        for (tools, lines) in [Ok(self.tools.clone()), system].into_iter().flatten().zip(["--tail=40", "--tail=80"]) {
+        let system = self.tools.in_namespace(&self.site.system_namespace);
+        for (tools, lines) in [(self.tools.clone(), "--tail=40"), (system, "--tail=80")] {
             let pods = tools.kubectl(&["get", "pods", "--output=name"]).await.unwrap_or_default();
             for pod in pods.lines() {
                 section(&tools, &["logs", pod, "--all-containers", "--prefix", lines]).await;

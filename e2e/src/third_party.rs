@@ -19,8 +19,8 @@ impl Programs {
     /// Builds and fetches what is missing. A fresh machine takes some minutes, a prepared one none.
     pub async fn provide() -> Result<Self> {
         script("packages.sh").await?;
-        let (kubernetes, kubectl_helm) = tokio::try_join!(script("kubernetes.sh"), script("kubectl-helm.sh"))?;
-        Ok(Self { kubernetes: kubernetes.into(), kubectl_helm: kubectl_helm.into() })
+        let (kubernetes, kubectl_helm) = tokio::try_join!(script("kubernetes.sh"), kubectl_helm())?;
+        Ok(Self { kubernetes: kubernetes.into(), kubectl_helm })
     }
 
     /// A server program of Kubernetes, or `pause`.
@@ -28,20 +28,15 @@ impl Programs {
         self.kubernetes.join(program).display().to_string()
     }
 
-    /// kubectl.
-    pub fn kubectl(&self) -> PathBuf {
-        self.kubectl_helm.join("kubectl")
-    }
-
-    /// Helm.
-    pub fn helm(&self) -> PathBuf {
-        self.kubectl_helm.join("helm")
-    }
-
     /// The folder of kubectl and helm, for PATH.
     pub fn bin(&self) -> &Path {
         &self.kubectl_helm
     }
+}
+
+/// The folder of kubectl and helm.
+pub async fn kubectl_helm() -> Result<PathBuf> {
+    script("kubectl-helm.sh").await.map(PathBuf::from)
 }
 
 /// The root file system that images share: a tar.

@@ -1,6 +1,9 @@
 //! kubectl and helm as a person would use them: with a kubeconfig, a namespace, and our plugin on the PATH.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result};
 use tokio::process::Command;
@@ -14,36 +17,45 @@ use crate::{
 /// kubectl and helm for one user and one namespace.
 #[derive(Debug, Clone)]
 pub struct Tools {
-    kubectl: PathBuf,
-    helm: PathBuf,
-    kubeconfig: PathBuf,
+    /// The folder of kubectl and helm.
+    programs: PathBuf,
+    /// What the environment says when absent.
+    kubeconfig: Option<PathBuf>,
     namespace: String,
     path: OsString,
 }
 
 impl Tools {
-    /// With the rights of the administrator.
+    /// For the harness's cluster, with the rights of the administrator.
     pub fn new(cluster: &Cluster, namespace: &str) -> Result<Self> {
-        Self::with_kubeconfig(cluster, namespace, cluster.kubeconfig())
+        Self::with(cluster.programs.bin(), Some(cluster.kubeconfig()), namespace)
     }
 
-    /// With the rights of another user; see [`Cluster::kubeconfig_for`].
-    pub fn with_kubeconfig(cluster: &Cluster, namespace: &str, kubeconfig: PathBuf) -> Result<Self> {
+    /// For the cluster of the current kubeconfig, with the programs of this folder.
+    pub fn current(programs: &Path, namespace: &str) -> Result<Self> {
+        Self::with(programs, None, namespace)
+    }
+
+    fn with(programs: &Path, kubeconfig: Option<PathBuf>, namespace: &str) -> Result<Self> {
         // The plugin `kubectl-aether` is found on the PATH: cargo's own folder has it.
-        let mut path = vec![cluster.programs.bin().to_owned(), target_folder().join("debug")];
+        let mut path = vec![programs.to_owned(), target_folder().join("debug")];
         path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
         Ok(Self {
-            kubectl: cluster.programs.kubectl(),
-            helm: cluster.programs.helm(),
+            programs: programs.to_owned(),
             kubeconfig,
             namespace: namespace.to_owned(),
             path: std::env::join_paths(path).context("PATH cannot be extended")?,
         })
     }
 
+    /// The same for another namespace.
+    pub fn in_namespace(&self, namespace: &str) -> Self {
+        Self { namespace: namespace.to_owned(), ..self.clone() }
+    }
+
     /// A kubectl command line, to be run by the caller.
     pub fn kubectl_command(&self, args: &[&str]) -> Command {
-        self.prepare(&self.kubectl, args)
+        self.prepare("kubectl", &["--namespace", &self.namespace], args)
     }
 
     /// Runs kubectl; a failing exit code is an error with what it said.
@@ -58,9 +70,7 @@ impl Tools {
 
     /// A `kubectl aether` command line, to be run by the caller. kubectl wants no flag before a plugin's name.
     pub fn aether_command(&self, args: &[&str]) -> Command {
-        let mut command = command(&self.kubectl, ["aether", "--namespace", &self.namespace].iter().chain(args));
-        command.env("KUBECONFIG", &self.kubeconfig).env("PATH", &self.path);
-        command
+        self.prepare("kubectl", &["aether", "--namespace", &self.namespace], args)
     }
 
     /// Applies YAML.
@@ -83,12 +93,15 @@ impl Tools {
 
     /// Runs helm.
     pub async fn helm(&self, args: &[&str]) -> Result<String> {
-        Ok(expect_success(&mut self.prepare(&self.helm, args)).await?.stdout)
+        Ok(expect_success(&mut self.prepare("helm", &["--namespace", &self.namespace], args)).await?.stdout)
     }
 
-    fn prepare(&self, program: &PathBuf, args: &[&str]) -> Command {
-        let mut command = command(program, ["--namespace", &self.namespace].iter().chain(args));
-        command.env("KUBECONFIG", &self.kubeconfig).env("PATH", &self.path);
+    fn prepare(&self, program: &str, first: &[&str], args: &[&str]) -> Command {
+        let mut command = command(self.programs.join(program), first.iter().chain(args));
+        command.env("PATH", &self.path);
+        if let Some(kubeconfig) = &self.kubeconfig {
+            command.env("KUBECONFIG", kubeconfig);
+        }
         command
     }
 }

@@ -13,6 +13,11 @@ use kube::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
+/// A kind of object that can be watched, and shown when a wait fails.
+pub trait Watched: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Serialize + Send + 'static {}
+
+impl<K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Serialize + Send + 'static> Watched for K {}
+
 /// Asks until there is an answer. A failed question is asked again; the last failure is told at the time-out.
 pub async fn until<T>(what: &str, limit: Duration, mut ask: impl AsyncFnMut() -> Result<Option<T>>) -> Result<T> {
     let begun = Instant::now();
@@ -35,7 +40,7 @@ pub async fn until<T>(what: &str, limit: Duration, mut ask: impl AsyncFnMut() ->
 /// Watches an object until it is as wished, and gives it. It may not exist yet.
 pub async fn object<K>(api: &Api<K>, name: &str, what: &str, limit: Duration, wished: impl Fn(&K) -> bool) -> Result<K>
 where
-    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Serialize + Send + 'static,
+    K: Watched,
 {
     let mut last: Option<K> = None;
     let watch = watcher::watch_object(api.clone(), name).default_backoff();
@@ -67,7 +72,7 @@ where
 /// Watches until an object is gone.
 pub async fn gone<K>(api: &Api<K>, name: &str, limit: Duration) -> Result<()>
 where
-    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Serialize + Send + 'static,
+    K: Watched,
 {
     let mut last: Option<K> = None;
     let watch = watcher::watch_object(api.clone(), name).default_backoff();

@@ -1,25 +1,28 @@
-//! `make demo`: brings the cluster up, installs Aether and plays the story, one line of result and time for each step.
+//! `make demo`: brings the cluster up, installs Aether and plays the story, one line of result and time for each step; or plays
+//! what it can of it on the cluster of the current kubeconfig, and says what it left out and why.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use aether_e2e::cluster::Cluster;
 use aether_e2e::options::Options;
 use aether_e2e::product;
+use aether_e2e::site::Site;
+use aether_e2e::site::current::{Current, Install};
 use aether_e2e::story::{MORE_STEPS, STEPS, Step, Story};
 use aether_e2e::testing::Test;
 use anyhow::{Context, Result, bail};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use serde_json::json;
 
 /// Plays the story of the README on a real Kubernetes.
 #[derive(Parser)]
 #[command(
-    after_help = "Examples:\n  make demo\n  make demo KEEP=1        leave the cluster up afterwards\n  make demo STEPS=import,session,fork"
+    after_help = "Examples:\n  make demo\n  make demo KEEP=1        leave the cluster up afterwards\n  make demo STEPS=import,session,fork\n  make demo CLUSTER=current\n  make demo CLUSTER=current REGISTRY=registry.example.org TAG=0.1.0 VALUES=my-values.yaml"
 )]
 struct Arguments {
-    /// Leave the cluster up, and print how to use it.
+    /// Leave everything as it is afterwards, and print how to use it.
     #[arg(long, env = "KEEP", value_parser = clap::builder::BoolishValueParser::new(), default_value = "false")]
     keep: bool,
     /// Play only these steps.
@@ -28,53 +31,111 @@ struct Arguments {
     /// Where the report is written; `demo/report.json` below the build folder when absent.
     #[arg(long)]
     report: Option<PathBuf>,
+    /// Which cluster to play on.
+    #[arg(long, env = "CLUSTER", value_enum, default_value = "own")]
+    cluster: Which,
+    /// On the current cluster: where to install Aether's images from when it is not installed.
+    #[arg(long, env = "REGISTRY", requires = "tag")]
+    registry: Option<String>,
+    /// The tag of those images.
+    #[arg(long, env = "TAG", requires = "registry")]
+    tag: Option<String>,
+    /// A file of further values of the chart for that.
+    #[arg(long, env = "VALUES")]
+    values: Option<PathBuf>,
+    /// On the current cluster: kill parts of Aether, as the story does, also when others use it.
+    #[arg(long, env = "DISRUPT", value_parser = clap::builder::BoolishValueParser::new(), default_value = "false")]
+    disrupt: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Which {
+    /// A two-node Kubernetes that the demo starts and ends.
+    Own,
+    /// The one of the current context of KUBECONFIG.
+    Current,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    // A person who presses Ctrl-C wants the machine back as it was.
-    let played = tokio::select! {
-        played = demo(&arguments) => played,
-        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
-    };
-    if let Err(error) = &played {
-        eprintln!("\nthe demo failed: {error:#}");
-    }
-    if !arguments.keep
-        && let Err(error) = Cluster::down().await
-    {
-        eprintln!("the cluster could not be removed: {error:#}");
-        return ExitCode::FAILURE;
-    }
-    match played {
+    match run(&arguments).await {
         Ok(report) => {
             println!("{}", report.display());
             ExitCode::SUCCESS
         }
-        Err(_) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("\nthe demo failed: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
 
-async fn demo(arguments: &Arguments) -> Result<PathBuf> {
-    let chosen = chosen(&arguments.steps)?;
+/// Plays, and leaves the machine or the cluster as it was: also after a failure, and when a person presses Ctrl-C.
+async fn run(arguments: &Arguments) -> Result<PathBuf> {
+    let steps = chosen(&arguments.steps)?;
     let report = report_path(arguments.report.clone())?;
+    let current = match arguments.cluster {
+        Which::Own => None,
+        Which::Current => Some(Current::connect().await?),
+    };
+    let played = tokio::select! {
+        played = demo(arguments, current.as_ref(), &steps, &report) => played,
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+    };
+    if !arguments.keep {
+        let cleaned = match &current {
+            Some(current) => current.clean().await.context("the demo's namespaces could not be removed"),
+            None => Cluster::down().await.context("the cluster could not be removed"),
+        };
+        if let Err(error) = cleaned {
+            if let Err(error) = &played {
+                eprintln!("\nthe demo failed: {error:#}");
+            }
+            return Err(error);
+        }
+    }
+    played.map(|()| report)
+}
+
+async fn demo(arguments: &Arguments, current: Option<&Current>, steps: &[&Step], report: &Path) -> Result<()> {
     let begun = Instant::now();
-    println!("Starting a two-node Kubernetes on this machine, and Aether on it");
-    let cluster = Cluster::up(&Options::default(), &harness()?).await?;
-    product::provide(&cluster).await?;
+    let site = match current {
+        Some(current) => {
+            let Arguments { registry, tag, values, disrupt, .. } = arguments;
+            let install = Install { registry: registry.clone(), tag: tag.clone(), values: values.clone() };
+            current.prepare(&install, *disrupt).await?
+        }
+        None => {
+            println!("Starting a two-node Kubernetes on this machine, and Aether on it");
+            let cluster = Cluster::up(&Options::default(), &harness()?).await?;
+            product::provide(&cluster).await?;
+            Site::harness(cluster)?
+        }
+    };
     println!("      ready after {:.0} s\n", begun.elapsed().as_secs_f64());
 
-    let test = Test::begin(cluster.clone(), "demo").await?;
+    let test = Test::begin(site, "demo").await?;
     let story = Story::new(&test);
     let mut rows = Vec::new();
-    let mut failed = Vec::new();
-    for step in chosen {
+    let (mut failed, mut skipped) = (Vec::new(), 0);
+    for step in steps {
         println!("==> {}", step.title);
+        if let Some(why) = story.skips(step).await? {
+            println!("    SKIPPED: {why}");
+            rows.push(json!({"name": step.name, "skipped": why}));
+            skipped += 1;
+            continue;
+        }
         let begun = Instant::now();
         let result = (step.play)(&story).await;
         let milliseconds = u64::try_from(begun.elapsed().as_millis())?;
-        rows.push(json!({"name": step.name, "ok": result.is_ok(), "ms": milliseconds}));
+        let mut row = json!({"name": step.name, "ok": result.is_ok(), "ms": milliseconds});
+        let left_out = story.take_left_out();
+        if !left_out.is_empty() {
+            row["left_out"] = json!(left_out);
+        }
+        rows.push(row);
         match result {
             Ok(line) => println!("    {line}  [{:.1} s]", milliseconds as f64 / 1000.0),
             Err(error) => {
@@ -87,25 +148,43 @@ async fn demo(arguments: &Arguments) -> Result<PathBuf> {
         }
     }
     let ok = failed.is_empty();
-    write(&report, &serde_json::to_string_pretty(&json!({"ok": ok, "steps": rows, "figures": story.figures()}))?)?;
+    write(report, &serde_json::to_string_pretty(&json!({"ok": ok, "steps": rows, "figures": story.figures()}))?)?;
+    if skipped > 0 {
+        println!("\n{skipped} of {} steps were skipped; why is said above and in the report", steps.len());
+    }
     if !ok {
         bail!("these steps failed: {}; the report is {}", failed.join(", "), report.display());
     }
-    test.end().await?;
     if arguments.keep {
-        println!("\nThe cluster stays up. To use it:\n\n{}\n\nThen try:\n", cluster.environment());
-        for line in [
-            "kubectl get aether -A",
-            "kubectl apply -f docs/samples/session.yaml -f docs/samples/pod.yaml",
-            "kubectl aether get",
-            "kubectl aether fork fix-flaky-test second-attempt",
-            "kubectl aether diff fix-flaky-test",
-        ] {
-            println!("  {line}");
-        }
-        println!("\n`make cluster-down` ends it.");
+        keep(&test);
+    } else {
+        test.end().await?;
     }
-    Ok(report)
+    Ok(())
+}
+
+/// Says how to go on with what stays.
+fn keep(test: &Test) {
+    match test.cluster() {
+        Ok(cluster) => println!("\nThe cluster stays up. To use it:\n\n{}\n\nThen try:\n", cluster.environment()),
+        Err(_) => println!("\nThe namespaces of the demo stay. Try:\n"),
+    }
+    for line in [
+        "kubectl get aether -A".to_owned(),
+        format!("kubectl -n {} aether get", test.namespace),
+        format!(
+            "kubectl -n {} aether create mine --source {}/kubernetes",
+            test.namespace, test.site.platform_namespace
+        ),
+        format!("kubectl -n {} aether fork mine second-attempt", test.namespace),
+        format!("kubectl -n {} aether run mine -- git log --oneline", test.namespace),
+    ] {
+        println!("  {line}");
+    }
+    match test.cluster() {
+        Ok(_) => println!("\n`make cluster-down` ends it."),
+        Err(_) => println!("\n`kubectl delete namespace {} {}` ends it.", test.namespace, test.site.platform_namespace),
+    }
 }
 
 fn chosen(names: &[String]) -> Result<Vec<&'static Step>> {
@@ -136,7 +215,7 @@ fn report_path(chosen: Option<PathBuf>) -> Result<PathBuf> {
     Ok(std::path::absolute(target.join("demo/report.json"))?)
 }
 
-fn write(path: &std::path::Path, text: &str) -> Result<()> {
+fn write(path: &Path, text: &str) -> Result<()> {
     std::fs::create_dir_all(path.parent().context("a report lies in a folder")?)?;
     std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }

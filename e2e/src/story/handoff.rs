@@ -1,6 +1,6 @@
 //! One writer at a time: a handoff between nodes, and takeover from a lost one.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use aether_api::{AetherCheckpoint, AetherSession, names, session::Durability};
 use anyhow::{Context, Result, ensure};
@@ -14,8 +14,9 @@ pub(super) async fn hand_over(story: &Story) -> Result<String> {
     story.agent("baton", "first").await?;
     story.exec("first", "echo 'from node 1' >baton; mkdir -p deep/er; echo x >deep/er/file; rm SUPPORT.md").await?;
 
-    story.create_pod("second", "baton", Some("node-2"), false).await?;
-    let event = story.until_event("second", "node-1", limit(30)).await?;
+    let second = story.second_node()?;
+    story.create_pod("second", "baton", Some(second), false).await?;
+    let event = story.until_event("second", story.first_node(), limit(30)).await?;
     say(&event);
     ensure!(event.contains("baton"), "the event does not name the session: {event}");
 
@@ -24,7 +25,7 @@ pub(super) async fn hand_over(story: &Story) -> Result<String> {
     // queue behind the waiting writer.
     let mut reader: serde_json::Value = serde_yaml::from_str(&story.sample("pod.yaml")?)?;
     reader["metadata"]["name"] = "reader".into();
-    reader["spec"]["nodeSelector"] = serde_json::json!({"kubernetes.io/hostname": "node-2"});
+    reader["spec"]["affinity"] = super::on(second);
     reader["spec"]["volumes"][0] = serde_json::json!({"name": "workspace", "csi": {"driver": names::CSI_DRIVER, "readOnly": true, "volumeAttributes": {"session": "baton"}}});
     story.apply(&reader.to_string()).await?;
     story.until_pod_ready("reader", limit(60)).await?;
@@ -53,72 +54,60 @@ pub(super) async fn hand_over(story: &Story) -> Result<String> {
 
 /// The network of a node is cut under a running pod; what was durable goes on elsewhere, what was not comes back.
 pub(super) async fn lose_a_node(story: &Story) -> Result<String> {
-    story.source().await?;
-    story.session("lost").await?;
-    story.pod("doomed", "lost", Some("node-2")).await?;
-    story.exec("doomed", "echo saved >saved").await?;
-    story.aether(&["checkpoint", "lost", "--name", "lost-1", "--wait", "durable"]).await?;
-    story.exec("doomed", "echo unsaved >unsaved").await?;
+    let node = story.site().cluster()?.node(story.second_node()?)?;
+    story.session_on_second_node("echo unsaved >unsaved").await?;
     let epoch = attachment_epoch(story).await?;
-
-    let node = story.cluster.node("node-2")?;
     node.network().cut().await?;
-    let begun = Instant::now();
-    let result = take_over(story).await;
-    let took = begun.elapsed();
+    let taken = timed_take_over(story).await;
     node.network().heal().await?;
-    result?;
+    let line = recovered(story, epoch, taken?, "cut").await?;
+    let still = story.exec("heir", "ls; echo goes on >after").await?;
+    ensure!(!still.contains("unsaved"), "the old node's changes were merged");
+    Ok(line)
+}
+
+/// All processes of a node end at once; it comes back with its disk.
+pub(super) async fn kill_a_node(story: &Story) -> Result<String> {
+    let (cluster, name) = (story.site().cluster()?, story.second_node()?);
+    story.session_on_second_node("echo unsaved >unsaved; sync unsaved").await?;
+    let epoch = attachment_epoch(story).await?;
+    cluster.node(name)?.kill().await?;
+    let taken = timed_take_over(story).await;
+    cluster.start_node(name).await?;
+    recovered(story, epoch, taken?, "kill").await
+}
+
+async fn attachment_epoch(story: &Story) -> Result<i64> {
+    let session: AetherSession = story.get("lost").await?;
+    let attachment = session.status.and_then(|status| status.attachment).context("the session is not attached")?;
+    ensure!(attachment.node.as_deref() == Some(story.second_node()?), "held by {:?}", attachment.node);
+    Ok(attachment.epoch)
+}
+
+/// Waits for what the old node had unsaved, in a checkpoint of its own.
+async fn recovered(story: &Story, epoch: i64, taken: Duration, since: &str) -> Result<String> {
     let recovered = names::recovered_checkpoint_name("lost", epoch);
     let checkpoint: AetherCheckpoint = story
-        .until(&recovered, "is durable", limit(120), |checkpoint: &AetherCheckpoint| {
+        .until(&recovered, "is durable", limit(180), |checkpoint: &AetherCheckpoint| {
             checkpoint.status.as_ref().is_some_and(|status| status.durability == Some(Durability::Durable))
         })
         .await?;
     ensure!(checkpoint.status.and_then(|status| status.root).is_some(), "{recovered} has no tree");
     let diff = story.aether(&["diff", "--checkpoint", &recovered, "--name-only", "--color=never"]).await?.stdout;
     ensure!(diff.contains("unsaved"), "{recovered} lacks what was unsaved: {}", super::head(&diff));
-    let still = story.exec("heir", "ls; echo goes on >after").await?;
-    ensure!(!still.contains("unsaved"), "the old node's changes were merged");
-    Ok(format!("taken over {:.1} s after the cut, the unsaved rest is {recovered}", took.as_secs_f64()))
+    Ok(format!("taken over {:.1} s after the {since}, the unsaved rest is {recovered}", taken.as_secs_f64()))
 }
 
-/// All processes of a node end at once; it comes back with its disk.
-pub(super) async fn kill_a_node(story: &Story) -> Result<String> {
-    story.source().await?;
-    story.session("lost").await?;
-    story.pod("doomed", "lost", Some("node-2")).await?;
-    story.exec("doomed", "echo saved >saved").await?;
-    story.aether(&["checkpoint", "lost", "--name", "lost-1", "--wait", "durable"]).await?;
-    story.exec("doomed", "echo unsaved >unsaved; sync unsaved").await?;
-    let epoch = attachment_epoch(story).await?;
-    story.cluster.node("node-2")?.kill().await?;
+async fn timed_take_over(story: &Story) -> Result<Duration> {
     let begun = Instant::now();
-    let result = take_over(story).await;
-    let took = begun.elapsed();
-    story.cluster.start_node("node-2").await?;
-    result?;
-    let recovered = names::recovered_checkpoint_name("lost", epoch);
-    story
-        .until(&recovered, "is durable", limit(180), |checkpoint: &AetherCheckpoint| {
-            checkpoint.status.as_ref().is_some_and(|status| status.durability == Some(Durability::Durable))
-        })
-        .await?;
-    let diff = story.aether(&["diff", "--checkpoint", &recovered, "--name-only", "--color=never"]).await?.stdout;
-    ensure!(diff.contains("unsaved"), "{recovered} lacks what was unsaved: {}", super::head(&diff));
-    Ok(format!("taken over {:.1} s after the kill, the unsaved rest is {recovered}", took.as_secs_f64()))
-}
-
-async fn attachment_epoch(story: &Story) -> Result<i64> {
-    let session: AetherSession = story.get("lost").await?;
-    let attachment = session.status.and_then(|status| status.attachment).context("the session is not attached")?;
-    ensure!(attachment.node.as_deref() == Some("node-2"), "held by {:?}", attachment.node);
-    Ok(attachment.epoch)
+    take_over(story).await?;
+    Ok(begun.elapsed())
 }
 
 async fn take_over(story: &Story) -> Result<()> {
     // As a person would who knows that the node is gone: the pod object is removed without its kubelet.
     story.kubectl(&["delete", "pod", "doomed", "--force", "--grace-period=0", "--wait=false"]).await?;
-    story.create_pod("heir", "lost", Some("node-1"), false).await?;
+    story.create_pod("heir", "lost", Some(story.first_node()), false).await?;
     story.until_pod_ready("heir", limit(120)).await?;
     let seen = story.exec("heir", "cat saved; ls unsaved 2>&1 || true").await?;
     ensure!(seen.contains("saved") && seen.contains("No such file"), "not the last durable tree: {seen}");
@@ -126,9 +115,19 @@ async fn take_over(story: &Story) -> Result<()> {
 }
 
 impl Story {
+    /// A pod on the second node with a checkpointed session and changes that are not.
+    async fn session_on_second_node(&self, unsaved: &str) -> Result<()> {
+        self.source().await?;
+        self.session("lost").await?;
+        self.pod("doomed", "lost", Some(self.second_node()?)).await?;
+        self.exec("doomed", "echo saved >saved").await?;
+        self.aether(&["checkpoint", "lost", "--name", "lost-1", "--wait", "durable"]).await?;
+        self.exec("doomed", unsaved).await.map(drop)
+    }
+
     /// Waits for an event on a pod whose message contains `text`, and returns the message.
-    pub async fn until_event(&self, pod: &str, text: &str, limit: std::time::Duration) -> Result<String> {
-        let events: Api<Event> = Api::namespaced(self.cluster.client.clone(), &self.namespace);
+    pub async fn until_event(&self, pod: &str, text: &str, limit: Duration) -> Result<String> {
+        let events: Api<Event> = self.api();
         let selector = ListParams::default().fields(&format!("involvedObject.name={pod}"));
         self.poll(&format!("pod {pod} has an event that says {text:?}"), limit, async || {
             let list = events.list(&selector).await?;

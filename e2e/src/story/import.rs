@@ -3,12 +3,12 @@
 use aether_api::{AetherSource, conditions};
 use anyhow::{Context, Result, ensure};
 
-use super::{PLATFORM_NAMESPACE, Story, limit};
+use super::{Story, limit};
 
 /// The Kubernetes source tree, from a git server, into the store.
 pub(super) async fn import_a_repository(story: &Story) -> Result<String> {
     story.source().await?;
-    let source: AetherSource = story.get_in(PLATFORM_NAMESPACE, "kubernetes").await?;
+    let source: AetherSource = story.get_in(&story.site().platform_namespace, "kubernetes").await?;
     let status = source.status.context("a Ready source has a status")?;
     let revision = status.revisions.first().context("a Ready source has a revision")?;
     let (_, tracked) = story.tracked().await?;
@@ -28,8 +28,7 @@ pub(super) async fn import_a_repository(story: &Story) -> Result<String> {
 
 /// A wrong URL, ref, Secret and password each end in a condition that says which.
 pub(super) async fn wrong_sources(story: &Story) -> Result<String> {
-    let git = story.git_url();
-    let locked = story.locked_git_url();
+    let (git, locked) = (&story.site().git_url, &story.site().locked_git_url);
     story
         .kubectl(&[
             "create",

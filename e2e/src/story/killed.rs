@@ -1,9 +1,10 @@
 //! `kill -9` of our own parts under a pod that writes.
 
 use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt;
 
 use super::{Story, limit};
-use crate::testing::SYSTEM_NAMESPACE;
 
 /// A driver, an operator and a store node that are killed are not noticed by a running pod, and come back.
 pub(super) async fn kill_our_parts(story: &Story) -> Result<String> {
@@ -16,9 +17,11 @@ pub(super) async fn kill_our_parts(story: &Story) -> Result<String> {
             "#,
         )
         .await?;
-    for part in ["aether-csi-driver", "aether-operator", "aether-store-node"] {
+    for (part, program) in
+        [("driver", "aether-csi-driver"), ("operator", "aether-operator"), ("store", "aether-store-node")]
+    {
         let (rounds, restarts) = (rounds(story).await?, story.restarts().await?);
-        story.kill_part(part).await?;
+        story.kill_part(part, program).await?;
         story
             .poll(&format!("the writer goes on after {part} was killed"), limit(30), async || {
                 ensure!(self::rounds(story).await? > rounds + 20, "it stands still");
@@ -35,7 +38,7 @@ pub(super) async fn kill_our_parts(story: &Story) -> Result<String> {
     }
     // Back and serving: a checkpoint needs all three.
     story.aether(&["checkpoint", "steady", "--name", "steady-1", "--wait", "durable"]).await?;
-    story.pod("another", "steady", Some("node-1")).await?;
+    story.pod("another", "steady", Some(story.first_node())).await?;
     let end =
         story.exec("looper", "touch /tmp/end; wc -l </tmp/rounds; cat /tmp/errors 2>/dev/null || echo none").await?;
     ensure!(end.trim().ends_with("none"), "the pod saw errors: {end}");
@@ -50,20 +53,27 @@ async fn rounds(story: &Story) -> Result<i64> {
 }
 
 impl Story {
-    /// `kill -9` of a program of ours on node 1, from the driver's pod, which shares the node's process ids.
-    pub async fn kill_part(&self, program: &str) -> Result<()> {
+    /// `kill -9` of a part's program, from the driver's pod on its node, which shares the node's process ids. The driver that is
+    /// killed is that of the first node.
+    pub async fn kill_part(&self, part: &str, program: &str) -> Result<()> {
+        let node_of = |pod: &Pod| pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
+        let node = match part {
+            "driver" => self.first_node().to_owned(),
+            _ => self.parts(Some(part)).await?.iter().find_map(node_of).with_context(|| format!("no {part} runs"))?,
+        };
+        let drivers = self.parts(Some("driver")).await?;
+        let driver = drivers.iter().find(|pod| node_of(pod).as_ref() == Some(&node));
+        let driver =
+            driver.with_context(|| format!("no driver on {node}, from which {part} could be killed"))?.name_any();
         // The kernel keeps 15 characters of a program's name.
         let short: String = program.chars().take(15).collect();
-        for driver in self.driver_pods().await? {
-            let script = format!(
-                "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = '{short}' ] && echo ${{p#/proc/}}; done; true"
-            );
-            let pids = self.kubectl(&["-n", SYSTEM_NAMESPACE, "exec", &driver, "--", "sh", "-c", &script]).await?;
-            let Some(pid) = pids.lines().next() else { continue };
-            // The exec may end with the driver's own container.
-            let _ = self.kubectl(&["-n", SYSTEM_NAMESPACE, "exec", &driver, "--", "kill", "-9", pid]).await;
-            return Ok(());
-        }
-        anyhow::bail!("{program} runs on no node")
+        let script = format!(
+            "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = '{short}' ] && echo ${{p#/proc/}}; done; true"
+        );
+        let pids = self.system_kubectl(&["exec", &driver, "--", "sh", "-c", &script]).await?;
+        let pid = pids.lines().next().with_context(|| format!("{program} does not run on {node}"))?;
+        // The exec may end with the driver's own container.
+        let _ = self.system_kubectl(&["exec", &driver, "--", "kill", "-9", pid]).await;
+        Ok(())
     }
 }

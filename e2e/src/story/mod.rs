@@ -4,6 +4,7 @@
 //! A step says what it needs (`source`, `session`, `pod`), finds it there or makes it, and returns one line of result.
 
 mod checkpoint;
+mod claim_source;
 mod command;
 mod deletion;
 mod fork;
@@ -16,10 +17,9 @@ mod session;
 mod volumes;
 
 use std::collections::BTreeMap;
-use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use aether_api::{AetherSource, conditions};
@@ -30,19 +30,26 @@ use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::api::{Api, ListParams};
 use kube::{Resource, ResourceExt};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::cluster::Cluster;
 use crate::command::{self as program, Output};
-use crate::testing::{SYSTEM_NAMESPACE, Test, pod_ready};
-use crate::tools::Tools;
-use crate::{product, third_party, wait};
+use crate::site::Site;
+use crate::testing::{Test, pod_ready};
+use crate::wait::Watched;
+use crate::{third_party, wait};
 
-/// Where the shared source lives, as a platform team would have it.
-pub const PLATFORM_NAMESPACE: &str = "platform";
-/// The image of agents' pods.
-pub const TOOLS_IMAGE: &str = "aether/tools:dev";
+/// What a step cannot do without.
+pub enum Needs {
+    /// Any cluster.
+    Nothing,
+    /// A second node.
+    TwoNodes,
+    /// The harness's own cluster, for this.
+    Harness(&'static str),
+    /// A cluster where nobody else uses Aether.
+    Quiet,
+}
+
 /// One step of the story.
 pub struct Step {
     /// Its name in the report and as a test.
@@ -51,41 +58,44 @@ pub struct Step {
     pub title: &'static str,
     /// Whether nothing else may run beside it: it kills parts or nodes that others need, or its figures suffer.
     pub alone: bool,
+    /// Where it cannot be played.
+    pub needs: Needs,
     /// Plays it; one line of result.
     pub play: for<'a> fn(&'a Story) -> LocalBoxFuture<'a, Result<String>>,
 }
 
 macro_rules! steps {
-    ($($name:literal $title:literal $alone:literal $play:path;)*) => {
-        &[$(Step { name: $name, title: $title, alone: $alone, play: |story| Box::pin($play(story)) }),*]
+    ($($name:literal $title:literal $alone:literal $needs:expr, $play:path;)*) => {
+        &[$(Step { name: $name, title: $title, alone: $alone, needs: $needs, play: |story| Box::pin($play(story)) }),*]
     };
 }
 
 /// The steps in the order of the story.
 pub const STEPS: &[Step] = steps! {
-    "import" "An AetherSource imports the Kubernetes source tree" true import::import_a_repository;
-    "wrong-sources" "A wrong source says what is wrong" false import::wrong_sources;
-    "session" "A session, in a pod that runs as uid 1000" false session::work_in_a_session;
-    "checkpoint" "A checkpoint while edits go on, and its diff" false checkpoint::checkpoint_and_diff;
-    "fork" "A fork of a live session with unsaved changes" false fork::fork_a_live_session;
-    "fifty-forks" "Fifty forks at once" true fork::fifty_forks;
-    "command" "Commands in worker pods" false command::run_commands;
-    "handoff" "Handoff from node 1 to node 2" false handoff::hand_over;
-    "lost-node" "A node is lost, and comes back" true handoff::lose_a_node;
-    "restore" "Restore under a running process" false restore::restore_in_place;
-    "volumes" "Inline volumes and claims of class aether" false volumes::inline_and_class;
-    "killed" "kill -9 of driver, operator and store under a writer" true killed::kill_our_parts;
-    "bind" "From apply to a bound claim" true measure::bind;
-    "pod-start" "What a session adds to the start of a pod" true measure::pod_start;
-    "storage" "What twenty edited files store" false measure::storage;
-    "fifty-inline" "Fifty inline volumes at once" true volumes::fifty_inline;
-    "deletion" "The end, in any order" true deletion::leave_nothing;
+    "import" "An AetherSource imports the Kubernetes source tree" true Needs::Nothing, import::import_a_repository;
+    "wrong-sources" "A wrong source says what is wrong" false Needs::Nothing, import::wrong_sources;
+    "session" "A session, in a pod that runs as uid 1000" false Needs::Nothing, session::work_in_a_session;
+    "checkpoint" "A checkpoint while edits go on, and its diff" false Needs::Nothing, checkpoint::checkpoint_and_diff;
+    "fork" "A fork of a live session with unsaved changes" false Needs::Nothing, fork::fork_a_live_session;
+    "fifty-forks" "Fifty forks at once" true Needs::Nothing, fork::fifty_forks;
+    "command" "Commands in worker pods" false Needs::Nothing, command::run_commands;
+    "handoff" "Handoff from node 1 to node 2" false Needs::TwoNodes, handoff::hand_over;
+    "lost-node" "A node is lost, and comes back" true Needs::Harness("it cuts off the network of a node"), handoff::lose_a_node;
+    "restore" "Restore under a running process" false Needs::Nothing, restore::restore_in_place;
+    "volumes" "Inline volumes and claims of class aether" false Needs::Nothing, volumes::inline_and_class;
+    "killed" "kill -9 of driver, operator and store under a writer" true Needs::Quiet, killed::kill_our_parts;
+    "bind" "From apply to a bound claim" true Needs::Nothing, measure::bind;
+    "pod-start" "What a session adds to the start of a pod" true Needs::Nothing, measure::pod_start;
+    "storage" "What twenty edited files store" false Needs::Nothing, measure::storage;
+    "fifty-inline" "Fifty inline volumes at once" true Needs::Nothing, volumes::fifty_inline;
+    "deletion" "The end, in any order" true Needs::Nothing, deletion::leave_nothing;
 };
 
 /// Steps that only tests play: longer ones, and variants of what the story shows.
 pub const MORE_STEPS: &[Step] = steps! {
-    "killed-node" "All processes of a node end at once" true handoff::kill_a_node;
-    "torn-copies" "A hundred copies of a busy session" false torn_copies;
+    "killed-node" "All processes of a node end at once" true Needs::Harness("it ends all processes of a node"), handoff::kill_a_node;
+    "claim-source" "An AetherSource of a directory in a claim" false Needs::Nothing, claim_source::import_a_claim;
+    "torn-copies" "A hundred copies of a busy session" false Needs::Nothing, torn_copies;
 };
 
 async fn torn_copies(story: &Story) -> Result<String> {
@@ -94,23 +104,58 @@ async fn torn_copies(story: &Story) -> Result<String> {
 
 /// A namespace in which the story is played, and what was measured.
 pub struct Story {
-    /// The cluster.
-    pub cluster: Cluster,
     /// The namespace.
     pub namespace: String,
     test: Test,
     figures: Mutex<BTreeMap<&'static str, Value>>,
+    left_out: Mutex<Vec<LeftOut>>,
+}
+
+/// A part of a step that this cluster does not allow.
+#[derive(Debug, Clone, Serialize)]
+pub struct LeftOut {
+    /// What was not done or measured.
+    pub what: &'static str,
+    /// Why, and what would help.
+    pub why: String,
 }
 
 impl Story {
     /// To be played in this namespace.
     pub fn new(test: &Test) -> Self {
         Self {
-            cluster: test.cluster.clone(),
             namespace: test.namespace.clone(),
             test: test.clone(),
             figures: Mutex::default(),
+            left_out: Mutex::default(),
         }
+    }
+
+    /// Why a step cannot be played here, if so.
+    pub async fn skips(&self, step: &Step) -> Result<Option<String>> {
+        match step.needs {
+            Needs::Nothing => Ok(None),
+            Needs::TwoNodes if self.site().nodes.len() > 1 => Ok(None),
+            Needs::TwoNodes => Ok(Some(format!(
+                "it needs two nodes with a ready driver that take pods; there is {}",
+                self.first_node()
+            ))),
+            Needs::Harness(what) => Ok(self.site().cluster().err().map(|_| {
+                format!("{what}, which only the demo's own cluster allows: `make demo` without CLUSTER plays it")
+            })),
+            Needs::Quiet => self.site().others_at_work().await,
+        }
+    }
+
+    /// Notes, and says, that a part of the running step is left out.
+    pub fn leave_out(&self, what: &'static str, why: String) {
+        say(&format!("left out: {what}: {why}"));
+        self.left_out.lock().unwrap_or_else(PoisonError::into_inner).push(LeftOut { what, why });
+    }
+
+    /// What was left out since the last call.
+    pub fn take_left_out(&self) -> Vec<LeftOut> {
+        std::mem::take(&mut *self.left_out.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Keeps a figure of the report.
@@ -122,12 +167,32 @@ impl Story {
             }
             other => other,
         };
-        self.figures.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(name, value);
+        self.figures.lock().unwrap_or_else(PoisonError::into_inner).insert(name, value);
     }
 
     /// The figures so far.
     pub fn figures(&self) -> BTreeMap<&'static str, Value> {
-        self.figures.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        self.figures.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Where it is played.
+    pub fn site(&self) -> &Site {
+        &self.test.site
+    }
+
+    /// The node on which most is done.
+    pub fn first_node(&self) -> &str {
+        &self.site().nodes[0]
+    }
+
+    /// The node to which things move.
+    pub fn second_node(&self) -> Result<&str> {
+        self.site().nodes.get(1).map(String::as_str).context("this needs a second node")
+    }
+
+    /// An API of the namespace.
+    fn api<K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>>(&self) -> Api<K> {
+        self.test.api()
     }
 
     // What a step needs: found or made.
@@ -135,8 +200,9 @@ impl Story {
     /// The imported Kubernetes source, shared by all namespaces.
     pub async fn source(&self) -> Result<()> {
         let manifest = self.sample("source.yaml")?;
-        Tools::new(&self.cluster, PLATFORM_NAMESPACE)?.apply(&manifest).await?;
-        let sources: Api<AetherSource> = Api::namespaced(self.cluster.client.clone(), PLATFORM_NAMESPACE);
+        let platform = &self.site().platform_namespace;
+        self.test.tools.in_namespace(platform).apply(&manifest).await?;
+        let sources: Api<AetherSource> = Api::namespaced(self.test.client.clone(), platform);
         let begun = Instant::now();
         let mut shown = String::new();
         loop {
@@ -152,20 +218,20 @@ impl Story {
                     shown = line;
                 }
             }
-            ensure!(begun.elapsed() < limit(300), "source platform/kubernetes is not Ready: {:?}", status.conditions);
+            ensure!(begun.elapsed() < limit(300), "source {platform}/kubernetes is not Ready: {:?}", status.conditions);
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
     }
 
     /// A session of the source with a bound claim; milliseconds from apply to bound.
-    pub async fn session(&self, name: &str) -> Result<u128> {
+    pub async fn session(&self, name: &str) -> Result<f64> {
         let begun = Instant::now();
         self.apply(&self.session_manifest(name)).await?;
         self.until(name, "is bound", limit(60), |claim: &PersistentVolumeClaim| {
             claim.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Bound")
         })
         .await?;
-        Ok(begun.elapsed().as_millis())
+        Ok(milliseconds(begun.elapsed()))
     }
 
     /// The README's session under this name.
@@ -174,11 +240,11 @@ impl Story {
     }
 
     /// A running pod that mounts a session's claim; milliseconds from create to ready.
-    pub async fn pod(&self, name: &str, claim: &str, node: Option<&str>) -> Result<u128> {
+    pub async fn pod(&self, name: &str, claim: &str, node: Option<&str>) -> Result<f64> {
         let begun = Instant::now();
         self.create_pod(name, claim, node, false).await?;
         self.until_pod_ready(name, limit(120)).await?;
-        Ok(begun.elapsed().as_millis())
+        Ok(milliseconds(begun.elapsed()))
     }
 
     /// The README's pod under this name; does not wait.
@@ -187,17 +253,40 @@ impl Story {
         pod["metadata"]["name"] = name.into();
         pod["spec"]["terminationGracePeriodSeconds"] = 0.into();
         if let Some(node) = node {
-            pod["spec"]["nodeSelector"] = json!({"kubernetes.io/hostname": node});
+            pod["spec"]["affinity"] = on(node);
         }
         pod["spec"]["volumes"][0]["persistentVolumeClaim"] = json!({"claimName": claim, "readOnly": read_only});
         self.apply(&pod.to_string()).await
     }
 
-    /// A session and a pod on node 1 that mounts it.
+    /// A running pod on the first node that mounts many sessions, each at `/sessions/<its name>`.
+    pub async fn pod_of_many(&self, name: &str, sessions: &[String]) -> Result<()> {
+        let mounts: Vec<_> = sessions
+            .iter()
+            .map(|session| json!({"name": session, "mountPath": format!("/sessions/{session}")}))
+            .collect();
+        let volumes: Vec<_> = sessions
+            .iter()
+            .map(|session| json!({"name": session, "persistentVolumeClaim": {"claimName": session}}))
+            .collect();
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
+            "spec": {
+                "affinity": on(self.first_node()), "terminationGracePeriodSeconds": 0,
+                "securityContext": {"runAsUser": 1000, "runAsGroup": 1000},
+                "containers": [{"name": "agent", "image": self.site().tools_image, "command": ["sleep", "infinity"], "volumeMounts": mounts}],
+                "volumes": volumes,
+            }
+        });
+        self.apply(&pod.to_string()).await?;
+        self.until_pod_ready(name, limit(120)).await
+    }
+
+    /// A session and a pod on the first node that mounts it.
     pub async fn agent(&self, session: &str, pod: &str) -> Result<()> {
         self.source().await?;
         self.session(session).await?;
-        self.pod(pod, session, Some("node-1")).await?;
+        self.pod(pod, session, Some(self.first_node())).await?;
         Ok(())
     }
 
@@ -246,7 +335,7 @@ impl Story {
     /// An object of the namespace.
     pub async fn get<K>(&self, name: &str) -> Result<K>
     where
-        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Debug,
+        K: Watched + Resource<Scope = NamespaceResourceScope>,
     {
         self.get_in(&self.namespace, name).await
     }
@@ -254,21 +343,15 @@ impl Story {
     /// An object of another namespace.
     pub async fn get_in<K>(&self, namespace: &str, name: &str) -> Result<K>
     where
-        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Debug,
+        K: Watched + Resource<Scope = NamespaceResourceScope>,
     {
-        Ok(Api::<K>::namespaced(self.cluster.client.clone(), namespace).get(name).await?)
+        Ok(Api::<K>::namespaced(self.test.client.clone(), namespace).get(name).await?)
     }
 
     /// Waits, by a watch, until an object of the namespace is as described; the object.
     pub async fn until<K>(&self, name: &str, what: &str, limit: Duration, is: impl Fn(&K) -> bool) -> Result<K>
     where
-        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
-            + Clone
-            + Debug
-            + DeserializeOwned
-            + Serialize
-            + Send
-            + 'static,
+        K: Watched + Resource<Scope = NamespaceResourceScope>,
     {
         wait::object(&self.test.api::<K>(), name, what, limit, is).await
     }
@@ -304,18 +387,24 @@ impl Story {
         Ok(pod_ready(&self.get::<Pod>(name).await?))
     }
 
-    /// The drivers' pods, node 1 first.
-    pub async fn driver_pods(&self) -> Result<Vec<String>> {
-        let pods: Api<Pod> = Api::namespaced(self.cluster.client.clone(), SYSTEM_NAMESPACE);
-        let mut found = pods.list(&ListParams::default().labels("app.kubernetes.io/component=driver")).await?.items;
-        found.sort_by_key(|pod| pod.spec.as_ref().and_then(|spec| spec.node_name.clone()));
-        Ok(found.iter().map(ResourceExt::name_any).collect())
+    /// The pods of Aether's parts, or of one of them (`driver`, `operator`, `store`, `review`).
+    pub async fn parts(&self, component: Option<&str>) -> Result<Vec<Pod>> {
+        let mut labels = "app.kubernetes.io/name=aether".to_owned();
+        if let Some(component) = component {
+            labels += &format!(",app.kubernetes.io/component={component}");
+        }
+        let pods: Api<Pod> = Api::namespaced(self.test.client.clone(), &self.site().system_namespace);
+        Ok(pods.list(&ListParams::default().labels(&labels)).await?.items)
+    }
+
+    /// Runs kubectl in the namespace of Aether's parts; what it printed.
+    pub async fn system_kubectl(&self, args: &[&str]) -> Result<String> {
+        self.test.tools.in_namespace(&self.site().system_namespace).kubectl(args).await
     }
 
     /// How often containers of our parts were started again.
     pub async fn restarts(&self) -> Result<i32> {
-        let pods: Api<Pod> = Api::namespaced(self.cluster.client.clone(), SYSTEM_NAMESPACE);
-        let found = pods.list(&ListParams::default().labels("app.kubernetes.io/name=aether")).await?.items;
+        let found = self.parts(None).await?;
         Ok(found
             .iter()
             .filter_map(|pod| pod.status.as_ref()?.container_statuses.as_ref())
@@ -326,8 +415,7 @@ impl Story {
 
     /// An error that names a part of ours that is not ready.
     pub async fn parts_ready(&self) -> Result<()> {
-        let pods: Api<Pod> = Api::namespaced(self.cluster.client.clone(), SYSTEM_NAMESPACE);
-        let found = pods.list(&ListParams::default().labels("app.kubernetes.io/name=aether")).await?.items;
+        let found = self.parts(None).await?;
         ensure!(!found.is_empty(), "Aether is not installed");
         for pod in found {
             ensure!(pod_ready(&pod), "{} is not ready", pod.name_any());
@@ -350,18 +438,18 @@ impl Story {
     pub fn sample(&self, name: &str) -> Result<String> {
         let path = samples().join(name);
         let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        Ok(text.replace("https://git.example.org", &self.git_url()))
+        let site = self.site();
+        Ok(text
+            .replace("https://git.example.org", &site.git_url)
+            .replace("platform", &site.platform_namespace)
+            .replace("aether/tools:dev", &site.tools_image))
     }
+}
 
-    /// Where the git server of the cluster answers, without a password.
-    pub fn git_url(&self) -> String {
-        product::git_url()
-    }
-
-    /// Where it answers to those who have one.
-    pub fn locked_git_url(&self) -> String {
-        product::locked_git_url()
-    }
+/// The affinity of a pod that may run on this node only. By the scheduler, unlike `nodeName`.
+fn on(node: &str) -> Value {
+    let fields = json!([{"key": "metadata.name", "operator": "In", "values": [node]}]);
+    json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": fields}]}}})
 }
 
 /// The folder of the README's examples.
@@ -377,6 +465,10 @@ fn say(line: &str) {
 /// A time limit. The machine may be slow: limits only end what hangs.
 fn limit(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
 }
 
 /// The value of `name=value` in what a script printed.

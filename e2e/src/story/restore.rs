@@ -2,7 +2,7 @@
 
 use aether_api::{AetherCheckpoint, AetherRestore};
 use anyhow::{Context, Result, ensure};
-use kube::api::{Api, ListParams};
+use kube::api::ListParams;
 
 use super::Story;
 
@@ -42,9 +42,13 @@ pub(super) async fn restore_in_place(story: &Story) -> Result<String> {
     }
     ensure!(!after.lines().any(|line| line == "junk" || line == "moved"), "what came later is still there: {after}");
 
-    let restores: Api<AetherRestore> = Api::namespaced(story.cluster.client.clone(), &story.namespace);
-    let restore =
-        restores.list(&ListParams::default()).await?.items.into_iter().find(|restore| restore.spec.session == "undo");
+    let restore = story
+        .api::<AetherRestore>()
+        .list(&ListParams::default())
+        .await?
+        .items
+        .into_iter()
+        .find(|restore| restore.spec.session == "undo");
     let status = restore.and_then(|restore| restore.status).context("the restore has a status")?;
     let safety = status.safety_checkpoint.context("status.safetyCheckpoint")?;
     let _: AetherCheckpoint = story.get(&safety).await?;

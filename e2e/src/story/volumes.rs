@@ -5,7 +5,7 @@ use std::time::Instant;
 use aether_api::AetherSession;
 use anyhow::{Result, ensure};
 use futures::future::try_join_all;
-use kube::api::{Api, ListParams};
+use kube::api::ListParams;
 
 use super::{Story, limit};
 
@@ -19,7 +19,7 @@ pub(super) async fn inline_and_class(story: &Story) -> Result<String> {
     ensure!(story.sessions().await?.iter().any(begins), "the inline volume's session is not listed");
 
     story.apply(&story.sample("claim.yaml")?).await?;
-    story.pod("classy", "scratch", Some("node-1")).await?;
+    story.pod("classy", "scratch", Some(story.first_node())).await?;
     let seen = story.exec("classy", "git log --oneline | head -1; ls inline 2>&1 || true").await?;
     ensure!(seen.contains("No such file"), "two sessions share their changes: {seen}");
 
@@ -60,8 +60,8 @@ fn impatient(pod: &str) -> String {
 impl Story {
     /// The names of the namespace's sessions.
     pub async fn sessions(&self) -> Result<Vec<String>> {
-        let api: Api<AetherSession> = Api::namespaced(self.cluster.client.clone(), &self.namespace);
-        Ok(api
+        Ok(self
+            .api::<AetherSession>()
             .list(&ListParams::default())
             .await?
             .items

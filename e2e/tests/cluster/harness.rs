@@ -57,7 +57,7 @@ async fn pods_on_both_nodes_reach_each_other_and_services_and_nothing_else() -> 
                 );
             }
         }
-        for node in test.cluster.nodes() {
+        for node in test.cluster()?.nodes() {
             let through = node.run(&["bash", "-c", &dial(&service_address, 80)]).await?;
             assert_eq!(through.trim(), "through", "{} to a service", node.name());
         }
@@ -92,7 +92,7 @@ async fn logs_and_exec_and_exit_codes_come_through() -> Result<()> {
 #[tokio::test]
 async fn nodes_have_file_systems_of_their_own_and_mounts_pass_both_ways_inside() -> Result<()> {
     with_namespace("mounts", async |test| {
-        let [one, two] = &test.cluster.nodes()[..] else { panic!("two nodes") };
+        let [one, two] = &test.cluster()?.nodes()[..] else { panic!("two nodes") };
         let folder = format!("/var/lib/aether/{}", test.namespace);
         one.run(&["mkdir", "-p", &folder]).await?;
         assert_ne!(two.output(&["test", "-e", &folder]).await?.code, 0, "the folder of one node is seen on the other");
@@ -128,7 +128,7 @@ async fn nodes_have_file_systems_of_their_own_and_mounts_pass_both_ways_inside()
 #[tokio::test]
 async fn a_user_has_only_the_rights_that_are_given() -> Result<()> {
     with_namespace("users", async |test| {
-        let client = test.cluster.client_for("alice", Some("reviewers")).await?;
+        let client = test.cluster()?.client_for("alice", Some("reviewers")).await?;
         let pods = Api::<Pod>::namespaced(client, &test.namespace);
         let refused = pods.list(&Default::default()).await.expect_err("alice has no rights yet").to_string();
         assert!(refused.contains("alice"), "{refused}");
@@ -142,7 +142,7 @@ async fn a_user_has_only_the_rights_that_are_given() -> Result<()> {
 #[tokio::test]
 async fn the_audit_log_tells_who_wrote() -> Result<()> {
     with_namespace("audit", async |test| {
-        let mark = Mark::now(&test.cluster.paths)?;
+        let mark = Mark::now(&test.cluster()?.paths)?;
         test.tools.kubectl(&["create", "configmap", "one"]).await?;
         test.tools.kubectl(&["get", "configmap", "one"]).await?;
         let ours = wait::until("the write is logged", LIMIT, async || {
@@ -195,7 +195,7 @@ fn ready(node: &Node) -> bool {
 async fn a_node_is_cut_off_and_comes_back_and_is_killed_and_starts_again_with_its_disk() -> Result<()> {
     alone_with_namespace("nodes", async |test| {
         let nodes = Api::<Node>::all(test.client.clone());
-        let node = test.cluster.node("node-2")?;
+        let node = test.cluster()?.node("node-2")?;
 
         node.network().cut().await?;
         wait::object(&nodes, "node-2", "is not Ready", LIMIT, |node| !ready(node)).await?;
@@ -209,11 +209,11 @@ async fn a_node_is_cut_off_and_comes_back_and_is_killed_and_starts_again_with_it
         node.kill().await?;
         assert!(node.process().is_none());
         wait::object(&nodes, "node-2", "is not Ready", LIMIT, |node| !ready(node)).await?;
-        test.cluster.start_node("node-2").await?;
+        test.cluster()?.start_node("node-2").await?;
         node.run(&["rm", "/var/lib/aether/kept"]).await?;
         // Again, at once: the API server has not yet noticed that it was gone.
         node.kill().await?;
-        test.cluster.start_node("node-2").await?;
+        test.cluster()?.start_node("node-2").await?;
         test.api::<Pod>().delete("doomed", &DeleteParams::default().grace_period(0)).await?;
         test.tools.apply(&pod("after", "node-2", "sleep infinity")?).await?;
         test.until_ready("after").await?;

@@ -53,5 +53,6 @@ steps! {
     fifty_inline "fifty-inline"
     deletion "deletion"
     killed_node "killed-node"
+    claim_source "claim-source"
     torn_copies "torn-copies"
 }
