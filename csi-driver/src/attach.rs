@@ -173,17 +173,18 @@ impl Driver {
             self.tell_of_lost_upper(session).await;
         }
         if !usable {
-            // From here until the new record, nothing on this node counts as the session.
-            self.sessions.remove(&uid)?;
+            // The record goes after what it speaks of: files that were written and no record speaks of are somebody's lost
+            // work. From here until the new record, nothing on this node counts as the session.
             self.engine.unmount_session(&uid).await.or_else(absent)?;
             self.engine.delete_session(&uid).await.or_else(absent)?;
+            self.sessions.remove(&uid)?;
             let beginning = self.beginning(session).await?.ok_or_else(|| unresolved(session))?;
             match beginning {
                 Beginning::Snapshot(snapshot) => {
                     self.engine.fork_session(&uid, &snapshot).await?;
                 }
                 Beginning::Tree(root) => {
-                    let image = self.engine.ensure_image(root, owner(session), &self.remote, &|_| {}).await?;
+                    let image = self.engine.ensure_image(root, owner(session), &*self.remote, &|_| {}).await?;
                     self.engine.create_session(&uid, &image).await?;
                 }
             }
@@ -246,7 +247,7 @@ impl Driver {
             Upper::Fenced { .. } => false,
         });
         if !here && let Some(Beginning::Tree(root)) = self.beginning(session).await? {
-            self.engine.ensure_image(root, owner(session), &self.remote, &|_| {}).await?;
+            self.engine.ensure_image(root, owner(session), &*self.remote, &|_| {}).await?;
         }
         Ok(())
     }

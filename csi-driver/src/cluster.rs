@@ -95,6 +95,15 @@ where
         }
     }
 
+    /// Does what the watch would do when it hears of `object`.
+    #[cfg(test)]
+    pub(crate) fn hear_of(&self, object: K) {
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        writer.as_mut().expect("nobody follows").apply_watcher_event(&watcher::Event::Apply(object.clone()));
+        self.poke(&object);
+        self.version.send_modify(|version| *version += 1);
+    }
+
     /// Puts an object into the queues of the control loops.
     pub(crate) fn poke(&self, object: &K) {
         self.poke_ref(&ObjectRef::from_obj(object));

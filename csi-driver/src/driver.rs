@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use aether_api::AetherSession;
-use aether_cas::{Blob, RemoteStore};
-use aether_engine::{Engine, freeze};
+use aether_cas::{Blob, Store};
+use aether_engine::Engine;
+use aether_engine::freeze::{self, PodProcesses};
 use aether_runtime::{CancellationToken, Stage, Tasks};
 use kube::ResourceExt as _;
 use tokio::sync::{OwnedMutexGuard, Semaphore, watch};
@@ -14,7 +15,7 @@ use tokio::sync::{OwnedMutexGuard, Semaphore, watch};
 use crate::cluster::Cluster;
 use crate::config::Config;
 use crate::events::Events;
-use crate::failure::{Failure, Result};
+use crate::failure::{Failure, Result, chain};
 use crate::lease;
 use crate::metrics::Metrics;
 use crate::moments::Moments;
@@ -24,7 +25,8 @@ use crate::records::{PublishRecord, Records, SessionRecord, Upper};
 pub(crate) struct Driver {
     pub config: Config,
     pub engine: Engine,
-    pub remote: RemoteStore,
+    /// The cluster's store.
+    pub remote: Arc<dyn Store>,
     pub cluster: Cluster,
     pub events: Events,
     pub metrics: Metrics,
@@ -54,7 +56,7 @@ impl Driver {
     pub(crate) fn new(
         config: Config,
         engine: Engine,
-        remote: RemoteStore,
+        remote: Arc<dyn Store>,
         client: kube::Client,
         metrics: Metrics,
         tasks: Tasks,
@@ -80,6 +82,26 @@ impl Driver {
         })
     }
 
+    /// Refuses to begin where sessions were written that no record speaks of, and there is no record at all: it was lost, and
+    /// without it what was not saved would be taken for leftovers.
+    ///
+    /// # Errors
+    /// [`Failure::Denied`] says what to do.
+    pub(crate) async fn require_records(&self) -> Result<()> {
+        if !self.sessions.all().is_empty() {
+            return Ok(());
+        }
+        let written = self.engine.session_records().await?.into_iter().filter(is_written).count();
+        if written == 0 {
+            return Ok(());
+        }
+        let state = self.config.state_dir.display();
+        Err(Failure::Denied(format!(
+            "the records in {state}/driver/sessions are gone, but sessions ({written}) were written on this node: bring them \
+             back, or, to begin without them, move {state} elsewhere and keep it until nobody misses what is in it"
+        )))
+    }
+
     /// This node's name.
     pub(crate) fn node(&self) -> &str {
         &self.config.node
@@ -100,38 +122,35 @@ impl Driver {
         self.publishes.any(|publish| publish.uid.as_deref() == Some(uid) && !publish.unpublished && !publish.read_only)
     }
 
-    /// The pods here that may write the session.
+    /// The pods here that may write the session. One that has no process, because it has ended or was not started yet,
+    /// writes nothing and is none of them.
     pub(crate) async fn writers(&self, uid: &str) -> Result<Writers> {
-        let pods: BTreeSet<String> = self
-            .mounts_of(uid)
-            .iter()
-            .filter(|publish| !publish.read_only)
-            .filter_map(|publish| {
-                publish
-                    .pod
-                    .as_ref()
-                    .map(|pod| pod.uid.clone())
-                    .or_else(|| crate::volume::pod_uid_of_target(&publish.target))
-            })
-            .collect();
+        let mut writers = Writers::default();
+        let mut pods = BTreeSet::new();
+        for publish in self.mounts_of(uid).into_iter().filter(|publish| !publish.read_only) {
+            match publish.pod.map(|pod| pod.uid).or_else(|| crate::volume::pod_uid_of_target(&publish.target)) {
+                Some(pod) => _ = pods.insert(pod),
+                None => writers.doubts.push(format!("which pod has {} is not known", publish.target.display())),
+            }
+        }
         if pods.is_empty() {
-            return Ok(Writers::default());
+            return Ok(writers);
         }
         let root = self.config.cgroup_root.clone();
         tokio::task::spawn_blocking(move || {
             let pods: Vec<String> = pods.into_iter().collect();
-            let found = root.map_or_else(freeze::hierarchy, Ok).and_then(|root| freeze::pod_cgroups(&root, &pods));
-            let cgroups = found.unwrap_or_else(|error| {
-                // A snapshot that says that it is not exact is better than none.
-                tracing::warn!(%error, "cgroups of pods");
-                vec![None; pods.len()]
-            });
-            let mut writers = Writers::default();
-            for (pod, cgroup) in pods.iter().zip(cgroups) {
-                match cgroup {
-                    Some(cgroup) => writers.cgroups.push(cgroup),
-                    None => writers.without_cgroup.push(pod.clone()),
+            match root.map_or_else(freeze::hierarchy, Ok).and_then(|root| freeze::pod_processes(&root, &pods)) {
+                Ok(found) => {
+                    for processes in found {
+                        match processes {
+                            PodProcesses::In(cgroup) => writers.cgroups.push(cgroup),
+                            PodProcesses::None => {}
+                            PodProcesses::Unknown(why) => writers.doubts.push(why),
+                        }
+                    }
                 }
+                // A snapshot that says that it is not exact is better than none.
+                Err(error) => writers.doubts.push(format!("the cgroups of pods cannot be read: {}", chain(&error))),
             }
             Ok(writers)
         })
@@ -207,13 +226,18 @@ impl Driver {
     }
 }
 
+/// Whether an engine session was ever mounted for writing.
+pub(crate) fn is_written(session: &aether_engine::Session) -> bool {
+    session.generation > 0 && !session.deleting && !session.id.starts_with(crate::publish::VIEW)
+}
+
 /// The pods that may write a session.
 #[derive(Debug, Default)]
 pub(crate) struct Writers {
     /// By which they can be held still.
     pub cgroups: Vec<PathBuf>,
-    /// Uids of pods that cannot be.
-    pub without_cgroup: Vec<String>,
+    /// Why there may be others, which cannot be.
+    pub doubts: Vec<String>,
 }
 
 /// A tree's name as it stands in a status.

@@ -44,7 +44,7 @@ impl Driver {
         // The image is made before the session is: a source that cannot be fetched makes no object.
         let root = parse_root(&revision.root, &format!("source {}", full_name(&*source)))?;
         let files_of = aether_cas::tree::Owner { uid: owner.uid, gid: owner.gid };
-        self.engine.ensure_image(root, files_of, &self.remote, &|_| {}).await?;
+        self.engine.ensure_image(root, files_of, &*self.remote, &|_| {}).await?;
 
         let wanted = build(record, pod, &source, owner);
         let api = self.cluster.sessions.api(&pod.namespace);

@@ -68,7 +68,8 @@ async fn main() -> anyhow::Result<()> {
     let remote = RemoteStore::lazy(&RemoteConfig::new(&config.store)).context("--store")?;
     let client = kube::Client::try_default().await.context("cannot find the Kubernetes API")?;
     let metrics = metrics::Metrics::new(&table);
-    let driver = Arc::new(Driver::new(config, engine, remote, client, metrics, tasks.clone())?);
+    let driver = Arc::new(Driver::new(config, engine, Arc::new(remote), client, metrics, tasks.clone())?);
+    driver.require_records().await?;
     driver.count();
 
     control::start(&driver, &tasks);

@@ -51,12 +51,8 @@ impl Driver {
     /// Whoever calls it holds the session's lock.
     pub(crate) async fn snapshot(&self, uid: &str, name: &str) -> Result<Snapshot> {
         let writers = self.writers(uid).await?;
-        let unfrozen = (!writers.without_cgroup.is_empty()).then(|| {
-            format!(
-                "no cgroup found for pod {}, so its processes could not be held still",
-                writers.without_cgroup.join(", ")
-            )
-        });
+        let unfrozen = (!writers.doubts.is_empty())
+            .then(|| format!("{}, so not every writer could be held still", writers.doubts.join("; ")));
         let snapshot = self.engine.snapshot(uid, name, &writers.cgroups, unfrozen.as_deref()).await?;
         #[allow(clippy::cast_precision_loss)]
         self.metrics.frozen.observe(snapshot.frozen_micros as f64 / 1e6);
@@ -112,7 +108,7 @@ impl Driver {
                 let digested = self.engine.digest(snapshot).await?;
                 self.metrics.digest.observe(std::time::Duration::from_millis(digested.milliseconds).as_secs_f64());
                 let uploading = Instant::now();
-                let moved = self.engine.upload(digested.root, &self.remote, &|_| {}).await?;
+                let moved = self.engine.upload(digested.root, &*self.remote, &|_| {}).await?;
                 self.metrics.upload.observe(uploading.elapsed().as_secs_f64());
                 self.metrics.uploaded.inc_by(moved.bytes);
                 tracing::info!(
@@ -142,7 +138,7 @@ impl Driver {
     /// Compares a tree that is on this node with the base of its session.
     pub(crate) async fn account(&self, base: Option<&str>, root: Blob) -> Result<Account> {
         let base = base.map_or(Ok(root), |base| parse_root(base, "the session's base"))?;
-        transfer::fetch_directories(base, &self.remote, self.engine.objects()).await?;
+        transfer::fetch_directories(base, &*self.remote, self.engine.objects()).await?;
         let known = self.moments.sizes.lock().unwrap_or_else(PoisonError::into_inner).get(&base).copied();
         let objects = self.engine.objects().clone();
         let (account, size) = tokio::task::spawn_blocking(move || {

@@ -20,6 +20,9 @@ use crate::records::{PublishRecord, Record as _, Upper};
 use crate::target::{self, Target};
 use crate::volume::{Volume, Wanted};
 
+/// How the ids of engine sessions begin that are frozen views.
+pub(crate) const VIEW: &str = "view-";
+
 /// A publish, as the kubelet asks for it.
 #[derive(Clone, Debug)]
 pub(crate) struct Publish {
@@ -213,7 +216,7 @@ impl Driver {
                 .max_by_key(|snapshot| snapshot.taken_nanos)
                 .filter(|snapshot| snapshot.image.id().owner() == owner(&session));
             if let Some(snapshot) = last {
-                let view = format!("view-{}", uuid::Uuid::new_v4());
+                let view = format!("{VIEW}{}", uuid::Uuid::new_v4());
                 record.view = Some(view.clone());
                 self.publishes.put(record.clone()).await?;
                 self.engine.fork_session(&view, &snapshot.id).await?;
@@ -223,7 +226,7 @@ impl Driver {
             }
             if let Some(root) = session.head_root() {
                 let root = parse_root(root, &format!("session {}", full_name(&*session)))?;
-                let image = self.engine.ensure_image(root, owner(&session), &self.remote, &|_| {}).await?;
+                let image = self.engine.ensure_image(root, owner(&session), &*self.remote, &|_| {}).await?;
                 self.publishes.put(record.clone()).await?;
                 self.engine.publish_image(&image, &request.target).await?;
                 return Ok(());

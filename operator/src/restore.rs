@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use aether_api::conditions::{self, COMPLETE, FAILED, RESTORED, Wanted, reason};
+use aether_api::conditions::{self, COMPLETE, FAILED, Wanted, reason};
 use aether_api::names::{ORIGIN_LABEL, ORIGIN_SAFETY, RESTORE_UID_ANNOTATION, SESSION_UID_LABEL};
 use aether_api::session::{Durability, Head};
 use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherRestore, AetherRestoreStatus, AetherSession};
@@ -191,7 +191,7 @@ fn next(restore: &AetherRestore, found: &Found) -> Step {
     let Some(session) = found.session.as_ref() else {
         return Step::Fail(reason::SESSION_NOT_FOUND, format!("AetherSession {name} does not exist in this namespace"));
     };
-    if let Some(root) = status.root.filter(|_| was_moved_by(session, restore)) {
+    if let Some(root) = status.root.filter(|_| restore.has_moved(session)) {
         return Step::Finish { root };
     }
     if let Some(node) = session.holder() {
@@ -261,18 +261,6 @@ fn next(restore: &AetherRestore, found: &Found) -> Step {
     }
 }
 
-/// How the message of a session's `Restored` condition ends.
-fn mark(restore: &AetherRestore) -> String {
-    format!("(uid {})", restore.uid().unwrap_or_default())
-}
-
-/// Whether this restore has moved the session's head.
-fn was_moved_by(session: &AetherSession, restore: &AetherRestore) -> bool {
-    let conditions = session.status.as_ref().map_or(&[][..], |about| &about.conditions);
-    restore.uid().is_some()
-        && conditions::get(conditions, RESTORED).is_some_and(|restored| restored.message.ends_with(&mark(restore)))
-}
-
 /// The session's status with its head moved, and the mark of who moved it.
 fn moved(
     session: &AetherSession,
@@ -285,13 +273,7 @@ fn moved(
     about.head = Some(Head { root: root.into(), durability: Durability::Durable, time: objects::now() });
     about.changed_files = target.and_then(|target| target.changed_files);
     about.own_bytes = target.and_then(|target| target.own_bytes);
-    let message = format!(
-        "to AetherCheckpoint {} by AetherRestore {} {}",
-        checkpoint.name_any(),
-        restore.name_any(),
-        mark(restore)
-    );
-    conditions::set(&mut about.conditions, Wanted::yes(RESTORED, reason::DONE, message), session.meta().generation);
+    conditions::set(&mut about.conditions, restore.moved(), session.meta().generation);
     about
 }
 

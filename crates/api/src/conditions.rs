@@ -15,8 +15,7 @@ pub const FAILED: &str = "Failed";
 /// A session: a node holds its writer's lease.
 pub const ATTACHED: &str = "Attached";
 
-/// A session: an AetherRestore moved its head while no node held it. Written together with the head, and the message ends
-/// with the restore's uid, so that a restore that was cut short is known to be done.
+/// A session: an AetherRestore moved its head while no node held it; which one, [`crate::AetherRestore::has_moved`] reads.
 pub const RESTORED: &str = "Restored";
 
 /// Reasons, used with the types above.

@@ -5,6 +5,9 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::AetherSession;
+use crate::conditions::{self, RESTORED, Wanted, reason};
+
 /// Takes a session back to a checkpoint, once, after a safety checkpoint. Works on a mounted session too.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
 #[kube(
@@ -71,5 +74,51 @@ impl AetherRestore {
     /// Whether it ended, well or badly.
     pub fn finished(&self) -> bool {
         self.status.as_ref().is_some_and(|status| status.finished.is_some())
+    }
+
+    /// The session's condition that says that this restore moved its head. It is written together with the head, so that
+    /// a restore that was cut short right after that is known to be done: see [`Self::has_moved`].
+    pub fn moved(&self) -> Wanted {
+        let name = self.metadata.name.as_deref().unwrap_or_default();
+        let message = format!("to AetherCheckpoint {} by AetherRestore {name} {}", self.spec.checkpoint, self.mark());
+        Wanted::yes(RESTORED, reason::DONE, message)
+    }
+
+    /// Whether this restore has moved the session's head, whatever became of the session since.
+    pub fn has_moved(&self, session: &AetherSession) -> bool {
+        let conditions = session.status.as_ref().map_or(&[][..], |status| &status.conditions);
+        self.metadata.uid.is_some()
+            && conditions::get(conditions, RESTORED).is_some_and(|restored| restored.message.ends_with(&self.mark()))
+    }
+
+    /// How the message of [`Self::moved`] ends.
+    fn mark(&self) -> String {
+        format!("(uid {})", self.metadata.uid.as_deref().unwrap_or_default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::AetherSessionStatus;
+
+    #[test]
+    fn a_session_tells_which_restore_moved_it() {
+        let restore = |name: &str, uid: Option<&str>| {
+            let spec = AetherRestoreSpec { session: "fix".into(), checkpoint: "good".into(), ..Default::default() };
+            let mut restore = AetherRestore::new(name, spec);
+            restore.metadata.uid = uid.map(Into::into);
+            restore
+        };
+        let back = restore("back", Some("r-1"));
+        let mut session = AetherSession::new("fix", Default::default());
+        assert!(!back.has_moved(&session), "nobody has");
+        let mut status = AetherSessionStatus::default();
+        conditions::set(&mut status.conditions, back.moved(), None);
+        session.status = Some(status);
+        assert!(back.has_moved(&session));
+        assert!(!restore("back", Some("r-2")).has_moved(&session), "another of the same name");
+        assert!(!restore("back", Some("1")).has_moved(&session), "the end of its uid");
+        assert!(!restore("back", None).has_moved(&session), "one that is not made yet");
     }
 }

@@ -32,17 +32,39 @@ pub fn hierarchy() -> Result<PathBuf> {
     )
 }
 
-/// The cgroups of pods below `root`, by the pods' uids; `None` for a pod that has none (it has ended).
+/// What is known of a pod's processes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PodProcesses {
+    /// All of them are below this cgroup.
+    In(PathBuf),
+    /// It has none: it has ended, or no container of it was ever started.
+    None,
+    /// It may have some that are not found; why, for people.
+    Unknown(String),
+}
+
+/// Where the processes of pods are, by the pods' uids, in the order of `uids`.
 ///
 /// `root` is the hierarchy, or the kubelet's `--cgroup-root` in it. The kubelet names a pod's cgroup `pod<uid>`
-/// (cgroupfs driver) or `...-pod<uid with _ for ->.slice` (systemd driver), at most five levels down.
-pub fn pod_cgroups(root: &Path, uids: &[String]) -> Result<Vec<Option<PathBuf>>> {
+/// (cgroupfs driver) or `...-pod<uid with _ for ->.slice` (systemd driver), at most five levels down, below one that is
+/// called `kubepods`. It makes the pod's cgroup before it starts anything in it, and no cgroup can be removed while a
+/// process is in it: so a pod without one has no process, where the kubelet's tree is seen at all and no process of this
+/// node says that it is in a cgroup of that pod elsewhere.
+///
+/// # Errors
+/// `Io` if `root` or the processes cannot be listed.
+pub fn pod_processes(root: &Path, uids: &[String]) -> Result<Vec<PodProcesses>> {
+    find_processes(root, Path::new("/proc"), uids)
+}
+
+fn find_processes(root: &Path, proc: &Path, uids: &[String]) -> Result<Vec<PodProcesses>> {
     let mut wanted: HashMap<String, usize> = HashMap::new();
     for (index, uid) in uids.iter().enumerate() {
         wanted.insert(format!("pod{uid}"), index);
         wanted.insert(format!("pod{}.slice", uid.replace('-', "_")), index);
     }
     let mut found = vec![None; uids.len()];
+    let mut kubelets = root.file_name().is_some_and(|name| is_kubelets(&name.to_string_lossy()));
     let mut level = vec![root.to_owned()];
     for _ in 0..5 {
         let mut next = Vec::new();
@@ -58,10 +80,11 @@ pub fn pod_cgroups(root: &Path, uids: &[String]) -> Result<Vec<Option<PathBuf>>>
                     continue;
                 }
                 let name = entry.file_name().to_string_lossy().into_owned();
+                kubelets |= is_kubelets(&name);
                 // "kubepods-burstable-pod1_2.slice" -> "pod1_2.slice"
                 let pod = name.rfind("-pod").map_or(name.as_str(), |at| &name[at + 1..]);
                 if let Some(index) = wanted.get(name.as_str()).or_else(|| wanted.get(pod)) {
-                    found[*index] = Some(entry.path());
+                    found[*index] = Some(PodProcesses::In(entry.path()));
                 } else if !name.starts_with("pod") && !name.contains("-pod") {
                     next.push(entry.path());
                 }
@@ -72,7 +95,41 @@ pub fn pod_cgroups(root: &Path, uids: &[String]) -> Result<Vec<Option<PathBuf>>>
         }
         level = next;
     }
-    Ok(found)
+    let elsewhere = if found.iter().all(Option::is_some) { String::new() } else { memberships(proc)? };
+    let absent = |uid: &String| {
+        if elsewhere.contains(uid.as_str()) || elsewhere.contains(&uid.replace('-', "_")) {
+            PodProcesses::Unknown(format!("pod {uid} runs in a cgroup that is not below {}", root.display()))
+        } else if kubelets {
+            PodProcesses::None
+        } else {
+            PodProcesses::Unknown(format!(
+                "no cgroup found for pod {uid}: the kubelet has none below {}",
+                root.display()
+            ))
+        }
+    };
+    Ok(found.into_iter().zip(uids).map(|(found, uid)| found.unwrap_or_else(|| absent(uid))).collect())
+}
+
+/// Whether a cgroup is the one below which a kubelet keeps its pods: `kubepods`, `kubepods.slice`, and with
+/// `--cgroup-root=/a` and the systemd driver `a-kubepods.slice`.
+fn is_kubelets(name: &str) -> bool {
+    name.strip_suffix(".slice").unwrap_or(name).rsplit('-').next() == Some("kubepods")
+}
+
+/// The cgroups that the processes of this node are in, as far as `proc` shows processes.
+fn memberships(proc: &Path) -> Result<String> {
+    let mut all = String::new();
+    for entry in fs::read_dir(proc).at("list", proc)?.flatten() {
+        if entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit)
+            // Processes come and go.
+            && let Ok(text) = fs::read_to_string(entry.path().join("cgroup"))
+        {
+            // What has ended and was not waited for yet is shown in the cgroup in which it ended.
+            all.extend(text.lines().filter(|line| !line.ends_with(" (deleted)")).flat_map(|line| [line, "\n"]));
+        }
+    }
+    Ok(all)
 }
 
 /// Freezes cgroups for the sessions of one engine.
@@ -313,27 +370,59 @@ fn wait_until_still(cgroup: &Path, deadline: Instant) -> Result<()> {
 mod tests {
     use super::*;
 
+    /// A cgroup hierarchy with these cgroups, and a `/proc` whose processes are in those.
+    fn machine(cgroups: &[&str], processes: &[&str]) -> (tempfile::TempDir, PathBuf, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let (root, proc) = (directory.path().join("cgroup"), directory.path().join("proc"));
+        for path in [&root, &proc] {
+            fs::create_dir(path).unwrap();
+        }
+        for path in cgroups {
+            fs::create_dir_all(root.join(path)).unwrap();
+        }
+        fs::create_dir_all(proc.join("sys/kernel")).unwrap();
+        for (pid, cgroup) in processes.iter().enumerate() {
+            fs::create_dir(proc.join(pid.to_string())).unwrap();
+            fs::write(proc.join(pid.to_string()).join("cgroup"), format!("4:freezer:/\n0::{cgroup}\n")).unwrap();
+        }
+        (directory, root, proc)
+    }
+
+    fn uids(uids: &[&str]) -> Vec<String> {
+        uids.iter().map(|uid| (*uid).to_owned()).collect()
+    }
+
     #[test]
     fn pods_are_found_under_both_drivers_and_in_every_quality_class() {
-        let root = tempfile::tempdir().unwrap();
-        let uids: Vec<String> = ["1a-2b", "3c-4d", "5e-6f", "7a-8b"].map(String::from).into();
-        for path in [
+        let paths = [
             "kubepods/pod1a-2b/container",
             "kubepods/burstable/pod3c-4d",
             "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod5e_6f.slice",
             "kubepods/burstable/pod9",
-        ] {
-            fs::create_dir_all(root.path().join(path)).unwrap();
+        ];
+        let (_machine, root, proc) = machine(&paths, &["/init.scope"]);
+        let found = find_processes(&root, &proc, &uids(&["1a-2b", "3c-4d", "5e-6f", "7a-8b"])).unwrap();
+        let at = |path: &str| PodProcesses::In(root.join(path));
+        assert_eq!(found, [at("kubepods/pod1a-2b"), at(paths[1]), at(paths[2]), PodProcesses::None]);
+    }
+
+    #[test]
+    fn a_pod_without_cgroup_has_no_process_only_where_the_kubelets_cgroups_are_seen() {
+        let ask = |cgroups: &[&str], processes: &[&str]| {
+            let (_machine, root, proc) = machine(cgroups, processes);
+            find_processes(&root, &proc, &uids(&["1a-2b"])).unwrap().remove(0)
+        };
+        let known = |cgroups: &[&str], processes: &[&str]| ask(cgroups, processes) == PodProcesses::None;
+        assert!(known(&["kubepods/besteffort/pod3c-4d"], &["/kubepods/besteffort/pod3c-4d/c"]), "it has ended");
+        assert!(known(&["kubepods.slice"], &[]) && known(&["a.slice/a-kubepods.slice"], &[]));
+        // It ended and its parent has not waited for it.
+        assert!(known(&["kubepods"], &["/kubepods/pod1a-2b/c (deleted)"]));
+        // A kubelet that makes no cgroups, or one whose cgroups are elsewhere: anything may run.
+        assert!(matches!(ask(&["system.slice", "mykubepods"], &[]), PodProcesses::Unknown(_)));
+        for elsewhere in ["/other/kubepods/pod1a-2b/c", "/../../kubepods.slice/kubepods-pod1a_2b.slice/c.scope"] {
+            let PodProcesses::Unknown(why) = ask(&["kubepods"], &[elsewhere]) else { panic!("{elsewhere}") };
+            assert!(why.contains("1a-2b"), "{why}");
         }
-        let found = pod_cgroups(root.path(), &uids).unwrap();
-        let names: Vec<Option<String>> = found
-            .into_iter()
-            .map(|path| path.map(|path| path.file_name().unwrap().to_string_lossy().into_owned()))
-            .collect();
-        assert_eq!(names[0].as_deref(), Some("pod1a-2b"));
-        assert_eq!(names[1].as_deref(), Some("pod3c-4d"));
-        assert_eq!(names[2].as_deref(), Some("kubelet-kubepods-besteffort-pod5e_6f.slice"));
-        assert_eq!(names[3], None);
     }
 
     #[test]

@@ -427,3 +427,63 @@ fn one_fetch_serves_all_and_what_is_here_needs_no_store() {
         assert!(matches!(&error, Error::Store { .. }) && error.to_string().contains(&absent.to_string()), "{error}");
     });
 }
+
+/// Mounts at one place stack: without a lock, each session that finds no image mounts one of its own.
+#[test]
+fn sessions_of_one_image_that_mount_together_share_one_mount_of_it() {
+    isolated_async("sessions_of_one_image_that_mount_together_share_one_mount_of_it", async |root| {
+        let source = Source::new().await;
+        let engine = engine(root, PoolConfig::Directory).await;
+        let image = engine.ensure_image(source.root, OWNER, &source.store, &quiet()).await.unwrap();
+        let images = || {
+            let ours = |entry: &mount::MountEntry| entry.fs_type == "erofs" && entry.target.starts_with(root);
+            mount::table().unwrap().into_iter().filter(ours).map(|entry| entry.target).collect::<Vec<_>>()
+        };
+        let sessions: Vec<String> = (0..32).map(|number| format!("s{number}")).collect();
+        for id in &sessions {
+            engine.create_session(id, &image).await.unwrap();
+        }
+        for round in 0..8 {
+            // As after a reboot: sessions are there, nothing is mounted.
+            for place in images() {
+                mount::unmount(&place).unwrap();
+            }
+            assert!(images().is_empty());
+            let views = futures::future::join_all(sessions.iter().map(|id| engine.mount_session(id))).await;
+            assert_eq!(images().len(), 1, "round {round}");
+            for (id, view) in sessions.iter().zip(views) {
+                assert_eq!(fs::read_to_string(view.unwrap().join("docs/readme")).unwrap(), "read me\n", "{id}");
+                engine.unmount_session(id).await.unwrap();
+            }
+        }
+    });
+}
+
+#[test]
+fn lost_records_refuse_the_start_and_cost_nothing() {
+    isolated_async("lost_records_refuse_the_start_and_cost_nothing", async |root| {
+        for (index, pool) in POOLS.into_iter().enumerate() {
+            let root = root.join(index.to_string());
+            let source = Source::new().await;
+            let first = engine(&root, pool()).await;
+            let view = session(&first, &source, "s").await;
+            fs::write(view.join("work"), "unsaved").unwrap();
+            first.unmount_session("s").await.unwrap();
+            drop(first);
+
+            let (records, elsewhere) = (root.join("index/state"), root.join("elsewhere"));
+            fs::rename(&records, &elsewhere).unwrap();
+            for _ in 0..2 {
+                let config = Config { pool: pool(), ..Config::new(&root) };
+                let Err(refused) = Engine::open(config).await else { panic!("it began without records") };
+                assert!(matches!(refused, Error::Damaged { .. }), "{refused}");
+                assert!(refused.to_string().contains("bring the index back"), "{refused}");
+            }
+            fs::remove_dir_all(&records).unwrap();
+            fs::rename(&elsewhere, &records).unwrap();
+            let again = engine(&root, pool()).await;
+            let view = again.mount_session("s").await.unwrap();
+            assert_eq!(fs::read_to_string(view.join("work")).unwrap(), "unsaved");
+        }
+    });
+}

@@ -34,9 +34,23 @@ pub struct Write {
     pub accepted: bool,
 }
 
+/// What becomes of a write, see [`ApiServer::before_writes`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It is answered as usual.
+    Answered,
+    /// It is done as usual, but the client gets an error: the connection broke before the answer came.
+    AnswerLost,
+}
+
+type Hook = Box<dyn FnMut(&Write) -> Fate + Send>;
+
 /// The server. Clones are handles to the same objects.
 #[derive(Clone, Default)]
-pub struct ApiServer(Arc<Mutex<State>>);
+pub struct ApiServer {
+    state: Arc<Mutex<State>>,
+    hook: Arc<Mutex<Option<Hook>>>,
+}
 
 #[derive(Default)]
 struct State {
@@ -134,14 +148,37 @@ impl ApiServer {
         std::mem::take(&mut self.state().writes)
     }
 
+    /// Calls `hook` with each write before it is done: what it changes here, another was faster to change. It must not
+    /// send a request itself.
+    pub fn before_writes(&self, hook: impl FnMut(&Write) -> Fate + Send + 'static) {
+        *self.hook.lock().expect("no hook panics") = Some(Box::new(hook));
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().expect("no holder panics")
+        self.state.lock().expect("no holder panics")
+    }
+
+    fn fate(&self, method: &Method, uri: &http::Uri, body: &[u8]) -> Fate {
+        let mut hook = self.hook.lock().expect("no hook panics");
+        let (Some(hook), Some(path)) = (hook.as_mut(), Path::parse(uri.path())) else { return Fate::Answered };
+        if *method == Method::GET {
+            return Fate::Answered;
+        }
+        let sent: Value = serde_json::from_slice(body).unwrap_or_default();
+        let named = sent["metadata"]["name"].as_str().unwrap_or_default();
+        let Path { plural, name, subresource, .. } = path;
+        let name = if name.is_empty() { named.to_owned() } else { name };
+        hook(&Write { method: method.to_string(), plural, name, subresource, accepted: false })
     }
 
     async fn serve(self, request: Request<Body>) -> Result<Response<Body>, Infallible> {
         let (head, body) = request.into_parts();
         let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-        let answer = self.state().answer(&head.method, &head.uri, &body);
+        let fate = self.fate(&head.method, &head.uri, &body);
+        let mut answer = self.state().answer(&head.method, &head.uri, &body);
+        if fate == Fate::AnswerLost {
+            answer = Err((StatusCode::INTERNAL_SERVER_ERROR, "InternalError", "the answer was lost".into()));
+        }
         let (code, bytes) = match answer {
             Ok(Value::String(log)) => (StatusCode::OK, log.into_bytes()),
             Ok(value) => (StatusCode::OK, value.to_string().into_bytes()),

@@ -2,4 +2,4 @@
 
 pub mod api_server;
 
-pub use api_server::{ApiServer, Write};
+pub use api_server::{ApiServer, Fate, Write};

@@ -10,7 +10,7 @@ use aether_runtime::CancellationToken;
 use jiff::{SignedDuration, Timestamp};
 
 use crate::attach::absent;
-use crate::driver::Driver;
+use crate::driver::{Driver, is_written};
 use crate::failure::{Result, chain};
 use crate::moments::{stem_of, taken_at, uid};
 use crate::records::{SessionRecord, Upper};
@@ -78,10 +78,12 @@ async fn drop_deleted(driver: &Arc<Driver>) -> Result<()> {
     Ok(())
 }
 
-/// What the engine has and no record speaks of: views whose mount is gone, sessions of an attach that was killed. Looked
-/// for at the start only, because it walks every upper.
-async fn drop_unrecorded(driver: &Arc<Driver>) -> Result<()> {
+/// What the engine has and no record speaks of: views whose mount is gone, sessions of an attach that was killed before
+/// it mounted them. What was written is never among them, and is kept if a record was lost. Looked for at the start only,
+/// because it walks every upper.
+pub(crate) async fn drop_unrecorded(driver: &Arc<Driver>) -> Result<()> {
     for session in driver.engine.sessions().await? {
+        let written = is_written(&session.session);
         let id = session.session.id;
         let spoken_of = |id: &str| {
             driver.sessions.get(id).is_some()
@@ -90,7 +92,12 @@ async fn drop_unrecorded(driver: &Arc<Driver>) -> Result<()> {
                     .any(|publish| publish.view.as_deref() == Some(id) || publish.uid.as_deref() == Some(id))
         };
         let _lock = driver.session_locks.lock(&id).await;
-        if !spoken_of(&id) && session.targets.is_empty() {
+        if spoken_of(&id) || !session.targets.is_empty() {
+            continue;
+        }
+        if written {
+            tracing::error!(session = id, "it was written here, and its record is lost: kept as it is");
+        } else {
             tracing::info!(session = id, "nothing speaks of it any more");
             driver.engine.unmount_session(&id).await.or_else(absent)?;
             driver.engine.delete_session(&id).await.or_else(absent)?;

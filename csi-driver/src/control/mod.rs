@@ -16,6 +16,9 @@ use aether_runtime::{CancellationToken, Stage, Tasks};
 use crate::cluster;
 use crate::driver::Driver;
 
+#[cfg(test)]
+pub(crate) use self::{housekeeping::drop_unrecorded, restores::reconcile as restore, sessions::release};
+
 /// Starts the watches and, when they are up to date, the loops. Each is a named task.
 pub(crate) fn start(driver: &Arc<Driver>, tasks: &Tasks) {
     macro_rules! watch {

@@ -25,7 +25,7 @@ use crate::records::{Applied, Upper};
 const REMEMBERED: usize = 16;
 
 /// Does a restore that is for this node to do.
-pub(super) async fn reconcile(restore: Arc<AetherRestore>, driver: Arc<Driver>) -> Result<()> {
+pub(crate) async fn reconcile(restore: Arc<AetherRestore>, driver: Arc<Driver>) -> Result<()> {
     if restore.finished() || restore.metadata.deletion_timestamp.is_some() {
         return Ok(());
     }
@@ -35,7 +35,7 @@ pub(super) async fn reconcile(restore: Arc<AetherRestore>, driver: Arc<Driver>) 
     if let Some(applied) = record.applied.iter().find(|applied| applied.restore == uid(&*restore)) {
         return finish(&restore, &driver, Ok(applied.clone())).await;
     }
-    if record.upper != Upper::Dirty {
+    if record.upper != Upper::Dirty || restored_before(&restore, &driver, &record.uid).await? {
         return Ok(());
     }
     let Some(checkpoint) = driver.cluster.checkpoints.find(&namespace, &restore.spec.checkpoint).await? else {
@@ -65,7 +65,7 @@ pub(super) async fn reconcile(restore: Arc<AetherRestore>, driver: Arc<Driver>) 
     let restore = begin(&restore, &driver, &safety, target).await?;
     match work(&session, &driver, &restore, &safety, target).await {
         Ok(Some(applied)) => finish(&restore, &driver, Ok(applied)).await,
-        // Let go in the meantime: the operator restores a session that nobody holds.
+        // Let go in the meantime: the operator restores a session that nobody holds, and says so.
         Ok(None) => Ok(()),
         Err(failure @ Failure::Kubernetes { .. }) => Err(failure),
         Err(failure) => {
@@ -73,6 +73,13 @@ pub(super) async fn reconcile(restore: Arc<AetherRestore>, driver: Arc<Driver>) 
             finish(&restore, &driver, Err((reason::NODE_FAILED, message))).await
         }
     }
+}
+
+/// Whether the operator has done a restore before this node took the session, and has not come to say so yet: that is left
+/// to it. Decided on the session as this node holds it, which is not older than the move.
+async fn restored_before(restore: &AetherRestore, driver: &Driver, uid: &str) -> Result<bool> {
+    let _lock = driver.session_locks.lock(uid).await;
+    Ok(driver.holds_now(uid).await?.is_some_and(|(session, _)| restore.has_moved(&session)))
 }
 
 /// A checkpoint has changed: restores that wait for its tree go on.
@@ -162,16 +169,20 @@ async fn work(
 
     let uid = uid(&**session);
     let _lock = driver.session_locks.lock(&uid).await;
-    let Some((_, mut record)) = driver.holds_now(&uid).await? else { return Ok(None) };
+    let Some((held, mut record)) = driver.holds_now(&uid).await? else { return Ok(None) };
+    // Let go, restored by the operator and taken again since the beginning.
+    if restore.has_moved(&held) {
+        return Ok(None);
+    }
     let writers = driver.writers(&uid).await?;
-    if !writers.without_cgroup.is_empty() {
+    if !writers.doubts.is_empty() {
         return Err(Failure::NotYet(format!(
-            "no cgroup found for pod {}, whose processes must be held still: delete the pod and restore the session unmounted",
-            writers.without_cgroup.join(", ")
+            "every writer must be held still, but {}: delete the session's pods and restore it unmounted",
+            writers.doubts.join("; ")
         )));
     }
     driver.engine.mount_session(&uid).await?;
-    let report = driver.engine.restore_in_place(&uid, target, &writers.cgroups, &driver.remote).await?;
+    let report = driver.engine.restore_in_place(&uid, target, &writers.cgroups, &*driver.remote).await?;
     tracing::info!(restore = full_name(restore), bytes = report.bytes, "restored");
     let applied = Applied {
         restore: crate::moments::uid(restore),

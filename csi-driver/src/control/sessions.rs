@@ -39,7 +39,7 @@ pub(super) async fn reconcile(session: Arc<AetherSession>, driver: Arc<Driver>) 
 }
 
 /// Lets go of a session without writers.
-pub(super) async fn release(session: Arc<AetherSession>, driver: Arc<Driver>) -> Result<()> {
+pub(crate) async fn release(session: Arc<AetherSession>, driver: Arc<Driver>) -> Result<()> {
     let uid = uid(&*session);
     let Some(record) = driver.sessions.get(&uid) else { return Ok(()) };
     // Sessions of inline volumes end with their volume.

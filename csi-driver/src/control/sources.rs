@@ -21,6 +21,6 @@ pub(super) async fn reconcile(source: Arc<AetherSource>, driver: Arc<Driver>) ->
     let root = parse_root(&revision.root, &format!("source {}", full_name(&*source)))?;
     let owner = Owner { uid: names::DEFAULT_OWNER.0, gid: names::DEFAULT_OWNER.1 };
     let _permit = driver.workers.acquire().await.map_err(|_| crate::failure::Failure::Lost("worker pool"))?;
-    driver.engine.ensure_image(root, owner, &driver.remote, &|_| {}).await?;
+    driver.engine.ensure_image(root, owner, &*driver.remote, &|_| {}).await?;
     Ok(())
 }
