@@ -207,7 +207,7 @@ impl Copier {
         }
         if stat.st_nlink > 1 {
             if let Some(first) = self.links.get(&(stat.st_dev, stat.st_ino)) {
-                return rustix::fs::linkat(&self.root, first, to, name, AtFlags::empty()).at("link", path);
+                return self.link(first, to, name).at("link", path);
             }
             self.links.insert((stat.st_dev, stat.st_ino), path.to_owned());
         }
@@ -248,6 +248,18 @@ impl Copier {
             rustix::fs::chmodat(to, name, mode, AtFlags::empty()).at("set mode of", path)?;
         }
         rustix::fs::utimensat(to, name, &times(&stat), AtFlags::SYMLINK_NOFOLLOW).at("set times of", path)
+    }
+
+    /// Links a name to the copy at `first`, below the root of the copy. A path in one call is limited; a tree is not.
+    fn link(&self, first: &Path, to: BorrowedFd<'_>, name: &OsString) -> rustix::io::Result<()> {
+        if first.as_os_str().len() < libc::PATH_MAX as usize {
+            return rustix::fs::linkat(&self.root, first, to, name, AtFlags::empty());
+        }
+        let mut at = self.root.try_clone().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        for part in first.parent().into_iter().flatten() {
+            at = open_directory(at.as_fd(), part.into())?;
+        }
+        rustix::fs::linkat(&at, first.file_name().unwrap_or_default(), to, name, AtFlags::empty())
     }
 }
 
