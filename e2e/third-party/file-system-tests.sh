@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs the public test programs for file systems, pjdfstest (what POSIX asks of the calls) and fsx (random reads and writes
-# of one file), from the Rust registry, once per machine and version, and prints the folder of the programs.
+# of one file), from the Rust registry, once per machine and version, and prints the folder of the programs. SQLite comes with
+# Python.
 source "$(dirname "$0")/lib.sh"
 
 pjdfstest=0.2.2
@@ -9,7 +10,7 @@ out="$AETHER_CACHE/file-system-tests-$pjdfstest-$fsx"
 
 exec 9>"$AETHER_CACHE/file-system-tests.lock"
 flock 9
-need_packages build-essential libacl1-dev acl
+need_packages build-essential libacl1-dev acl git python3
 if [ ! -e "$out/bin/pjdfstest" ] || [ ! -e "$out/bin/fsx" ]; then
     say "pjdfstest $pjdfstest, fsx $fsx: compiling (about two minutes)"
     work=$(mktemp -d "$AETHER_CACHE/file-system-tests.XXXXXX")

@@ -6,3 +6,4 @@ mod fsx;
 mod lab;
 mod pjdfstest;
 mod process;
+mod programs;
