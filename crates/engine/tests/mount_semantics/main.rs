@@ -27,6 +27,7 @@ claims! {
         names_are_any_bytes_up_to_255
         trees_may_be_deeper_than_a_path
         base_directories_move_whole
+        directories_beyond_4096_bytes_move_only_by_copy
         directories_made_anew_hide_the_base
         empty_directories_and_symlinks_are_kept;
     links:
@@ -71,6 +72,7 @@ claims! {
         locks_are_not_shared_with_forks
         watches_see_changes_across_copy_up
         one_overlay_fits_on_top
+        pods_come_and_go
         a_restore_in_place_replaces_files;
 }
 

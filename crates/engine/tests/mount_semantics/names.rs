@@ -25,6 +25,9 @@ pub(crate) fn fill(base: &Path) {
     fs::create_dir_all(base.join("names/full/sub")).unwrap();
     fs::write(base.join("names/full/sub/file"), "of the base").unwrap();
     fs::write(base.join("names/lower"), "of the base").unwrap();
+    fs::create_dir(base.join("names/deep")).unwrap();
+    let (bottom, _) = down(&base.join("names/deep"), true);
+    rustix::fs::mkdirat(&bottom, "inner", Mode::RWXU).unwrap();
 }
 
 pub(crate) fn names_differ_by_case(lab: &Lab) {
@@ -93,6 +96,22 @@ pub(crate) fn base_directories_move_whole(lab: &Lab) {
         assert_eq!(fs::read_to_string(from.join("full/sub/file")).unwrap(), "of the base");
         assert_eq!(fs::read_to_string(view.path("linked")).unwrap(), "far down");
         assert!(!from.join("directory").exists() && !view.path("names/full").exists());
+    }
+}
+
+pub(crate) fn directories_beyond_4096_bytes_move_only_by_copy(lab: &Lab) {
+    let session = lab.session();
+    let (bottom, _) = down(&session.path("names/deep"), false);
+    let top = File::open(session.view()).unwrap();
+    assert_eq!(rustix::fs::renameat(&bottom, "inner", &top, "moved"), Err(Errno::XDEV));
+    rustix::fs::renameat(&bottom, "inner", &bottom, "renamed").unwrap();
+    rustix::fs::mkdirat(&bottom, "new", Mode::RWXU).unwrap();
+    rustix::fs::renameat(&bottom, "new", &top, "moved").unwrap();
+    drop(bottom);
+    for view in [session.elsewhere(), session.fork(&[])] {
+        let (bottom, _) = down(&view.path("names/deep"), false);
+        drop(openat(&bottom, "renamed", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap());
+        assert!(view.path("moved").is_dir());
     }
 }
 

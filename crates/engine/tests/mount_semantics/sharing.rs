@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use rustix::fs::inotify;
@@ -11,7 +12,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::lab::Lab;
-use crate::tools::append;
+use crate::tools::{append, attribute, set_attribute, stat};
 
 /// Takes a record lock of the open file (fcntl(2), F_OFD_SETLK) on all of it, for writing or reading.
 fn record_lock(file: &File, kind: libc::c_int) -> Result<(), Errno> {
@@ -105,6 +106,26 @@ pub(crate) fn one_overlay_fits_on_top(lab: &Lab) {
     fs::create_dir(&inside).unwrap();
     assert_eq!(overlay(&inside, &lab.scratch), Err(Errno::INVAL));
     fs::remove_dir_all(at).unwrap();
+}
+
+pub(crate) fn pods_come_and_go(lab: &Lab) {
+    let session = lab.session();
+    append(session.path("links/alone"), ", changed");
+    fs::write(session.path("new"), "x").unwrap();
+    set_attribute(session.path("new"), "trusted.note", b"x").unwrap();
+    drop(UnixListener::bind(session.path("socket")).unwrap());
+    let seen = || {
+        ["links/alone", "new", "socket"].map(|path| {
+            let stat = stat(session.path(path));
+            let (modified, changed) = ((stat.st_mtime, stat.st_mtime_nsec), (stat.st_ctime, stat.st_ctime_nsec));
+            (stat.st_mode, stat.st_ino, stat.st_size, modified, changed)
+        })
+    };
+    let before = seen();
+    session.remount();
+    assert_eq!(seen(), before);
+    assert_eq!(attribute(session.path("new"), "trusted.note").unwrap(), b"x");
+    assert_eq!(fs::read_to_string(session.path("links/alone")).unwrap(), "of the base, changed");
 }
 
 pub(crate) fn a_restore_in_place_replaces_files(lab: &Lab) {

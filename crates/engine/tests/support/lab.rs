@@ -196,6 +196,14 @@ impl Session<'_> {
         self.lab.wait(self.engine.restore_in_place(&self.id, self.lab.base, &[], &self.lab.store));
     }
 
+    /// As when its pod ends and another begins: it is unmounted meanwhile.
+    #[allow(dead_code, reason = "not every test of several files asks")]
+    pub(crate) fn remount(&self) {
+        self.lab.wait(self.engine.unpublish(&self.view));
+        self.lab.wait(self.engine.unmount_session(&self.id));
+        self.lab.wait(self.engine.publish(&self.id, &self.view, false));
+    }
+
     fn remove(&self) -> Result<()> {
         self.lab.runtime.block_on(async {
             self.engine.unpublish(&self.view).await?;
