@@ -27,7 +27,7 @@ utimensat = {}
 
 [settings]
 naptime = 0.03
-allow_remount = true
+allow_remount = REMOUNT
 
 [dummy_auth]
 entries = [["nobody", "nogroup"], ["daemon", "daemon"]]
@@ -47,17 +47,27 @@ fn run(root: &Path, view: &Path, elsewhere: &Path) -> BTreeMap<String, Outcome> 
     fs::create_dir_all(&short).unwrap();
     bind(view, &short, false).unwrap();
     let place = short.join(INSIDE);
+    let mut outcomes = pjdfstest(root, &place, elsewhere, false, &[]);
+    // A remount to read-only is refused while the program still has open what an earlier case failed on.
+    let remounted = pjdfstest(root, &place, elsewhere, true, &["::erofs_"]);
+    assert!(remounted.keys().all(|case| matches!(outcomes[case], Outcome::Skipped(_))), "{outcomes:#?}");
+    outcomes.extend(remounted);
+    unmount(&short).unwrap();
+    outcomes
+}
+
+fn pjdfstest(root: &Path, place: &Path, elsewhere: &Path, remount: bool, cases: &[&str]) -> BTreeMap<String, Outcome> {
     let configuration = root.join("pjdfstest.toml");
-    fs::write(&configuration, CONFIGURATION).unwrap();
+    fs::write(&configuration, CONFIGURATION.replace("REMOUNT", &remount.to_string())).unwrap();
     let output = Command::new(programs().join("pjdfstest"))
         .args(["--configuration-file".as_ref(), configuration.as_os_str()])
         .args(["--path".as_ref(), place.as_os_str()])
         .args(["--secondary-fs".as_ref(), elsewhere.as_os_str()])
+        .args(cases)
         .env("NO_COLOR", "1")
         .env("RUST_BACKTRACE", "0")
         .output()
         .unwrap();
-    unmount(&short).unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     let mut outcomes = BTreeMap::new();
     let mut lines = text.lines().peekable();
@@ -126,7 +136,7 @@ fn compare(root: &Path, medium: Medium) {
 
     let plain = run(root, &plain_overlay(&lab.scratch), &outside);
     println!("pjdfstest, {medium:?}: plain overlay: {}", counts(&plain));
-    assert!(plain.values().filter(|outcome| **outcome == Outcome::Passed).count() > 330, "most cases pass: {plain:#?}");
+    assert!(plain.values().filter(|outcome| **outcome == Outcome::Passed).count() > 350, "most cases pass: {plain:#?}");
     let mut reasons = BTreeMap::<&str, Vec<&str>>::new();
     for (case, outcome) in &plain {
         if let Outcome::Failed(why) | Outcome::Skipped(why) = outcome {
