@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use aether_api::names::{CLAIM_SOURCE_ANNOTATION, COMMAND_LABEL, SESSION_UID_LABEL, SOURCE_LABEL};
+use aether_api::names::{self, CLAIM_SOURCE_ANNOTATION, COMMAND_LABEL, SESSION_UID_LABEL, SOURCE_LABEL};
 use aether_api::{AetherCheckpoint, AetherCommand, AetherRestore, AetherSession, AetherSource};
 use aether_runtime::metrics::{Counter, Labelled, Timer};
 use aether_runtime::{CancellationToken, Metrics, label};
@@ -35,6 +35,8 @@ label! {
         Command = "command",
         /// A claim that asks for a session.
         Claim = "claim",
+        /// A volume of a session.
+        Volume = "volume",
     }
 }
 
@@ -79,6 +81,7 @@ pub async fn run(context: Arc<Context>, metrics: Metrics, stop: CancellationToke
         drive.run(restores(&context), Kind::Restore, restore::reconcile),
         drive.run(commands(&context), Kind::Command, command::reconcile),
         drive.run(of_all::<PersistentVolumeClaim>(&context), Kind::Claim, provision::reconcile),
+        drive.run(volumes(&context), Kind::Volume, session::remains::reconcile),
         sweeps(&context, &stop),
     );
     Ok(())
@@ -141,6 +144,15 @@ fn sessions(context: &Context) -> Controller<AetherSession> {
                 .map(|session| ObjectRef::from_obj(session.as_ref()))
                 .collect::<Vec<_>>()
         })
+}
+
+/// A volume is woken by its session, whose end it outlives.
+fn volumes(context: &Context) -> Controller<PersistentVolume> {
+    Controller::new(all::<PersistentVolume>(context), watcher::Config::default().labels(SESSION_UID_LABEL)).watches(
+        all::<AetherSession>(context),
+        watcher::Config::default(),
+        |session| session.uid().map(|uid| ObjectRef::new(&names::volume_name(&uid))),
+    )
 }
 
 /// A restore is woken by its checkpoint and its safety checkpoint.
@@ -225,7 +237,7 @@ fn on_error<K: Object>(object: Arc<K>, error: &Error, _: Arc<Context>) -> Action
     Action::requeue(RETRY)
 }
 
-async fn sweeps(context: &Context, stop: &CancellationToken) {
+async fn sweeps(context: &Arc<Context>, stop: &CancellationToken) {
     loop {
         let pause = match sweep::sweep(context).await {
             Ok(()) => sweep::PERIOD,

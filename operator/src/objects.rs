@@ -72,6 +72,14 @@ pub async fn list<K: Object>(api: &Api<K>, labels: &str) -> Result<Vec<K>> {
     Ok(list.items)
 }
 
+/// The object, if the API server lists it. Unlike the absence that [`get`] reports, that of a list is an answer about this
+/// kind: a server that does not know the kind at this moment says so.
+pub async fn find<K: Object>(api: &Api<K>, name: &str) -> Result<Option<K>> {
+    let parameters = ListParams::default().fields(&format!("metadata.name={name}"));
+    let list = api.list(&parameters).await.map_err(failed::<K>("look for", api.namespace(), name))?;
+    Ok(list.items.into_iter().find(|object| object.name_any() == name))
+}
+
 /// Creates the object. `None` when one of that name exists.
 pub async fn create<K: Object>(api: &Api<K>, object: &K) -> Result<Option<K>> {
     let parameters = PostParams { field_manager: Some(names::OPERATOR_MANAGER.into()), ..PostParams::default() };
@@ -96,17 +104,6 @@ pub async fn delete<K: Object>(api: &Api<K>, object: &K) -> Result<()> {
         Err(error) if error.is_not_found() || error.is_conflict() => Ok(()),
         Err(error) => Err(error),
     }
-}
-
-/// Replaces the object's finalizers, provided that it did not change since it was read.
-pub async fn write_finalizers<K: Object>(api: &Api<K>, object: &K, finalizers: &[String]) -> Result<K> {
-    let name = object.name_any();
-    let patch = json!({"metadata": {"resourceVersion": object.resource_version(), "finalizers": finalizers}});
-    api.patch(&name, &PatchParams::apply(names::OPERATOR_MANAGER), &Patch::Merge(patch)).await.map_err(failed::<K>(
-        "write the finalizers of",
-        api.namespace(),
-        &name,
-    ))
 }
 
 /// Writes what differs between the object's status and `wanted`, provided that the object did not change since it

@@ -1,6 +1,9 @@
-//! Reading pods: why one does not start, and how a container ended.
+//! Pods of ours: what none of them may do, why one does not start, and how a container ended.
 
-use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod};
+use k8s_openapi::api::core::v1::{
+    Capabilities, ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodSecurityContext, SeccompProfile,
+    SecurityContext,
+};
 use kube::ResourceExt;
 
 /// Reasons for which a container waits that do not go away by waiting a little.
@@ -13,6 +16,28 @@ const TROUBLE: [&str; 7] = [
     "CreateContainerError",
     "RunContainerError",
 ];
+
+/// A pod that runs as this user and group, with the container runtime's own filter of system calls. No fsGroup: the kubelet
+/// would change the owner of every file of the volumes.
+pub fn runs_as(user: i64, group: i64) -> PodSecurityContext {
+    PodSecurityContext {
+        run_as_user: Some(user),
+        run_as_group: Some(group),
+        run_as_non_root: Some(user != 0),
+        seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), localhost_profile: None }),
+        ..PodSecurityContext::default()
+    }
+}
+
+/// A container that has no capability but these, and can gain none.
+pub fn confined(capabilities: &[&str]) -> SecurityContext {
+    let add = (!capabilities.is_empty()).then(|| capabilities.iter().map(|name| (*name).into()).collect());
+    SecurityContext {
+        allow_privilege_escalation: Some(false),
+        capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add }),
+        ..SecurityContext::default()
+    }
+}
 
 fn statuses(pod: &Pod) -> impl Iterator<Item = &ContainerStatus> {
     let status = pod.status.as_ref();

@@ -1,6 +1,7 @@
 //! What no event tells of: volumes, checkpoints and pins whose owner went while nobody looked.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use aether_api::checkpoint::DeletionPolicy;
@@ -12,6 +13,7 @@ use kube::{Api, Resource, ResourceExt};
 use crate::context::Context;
 use crate::error::Result;
 use crate::objects;
+use crate::session::remains;
 
 /// How often to sweep.
 pub const PERIOD: Duration = Duration::from_secs(5 * 60);
@@ -25,7 +27,7 @@ const DIFF_GRACE: Duration = Duration::from_secs(60 * 60);
 ///
 /// # Errors
 /// The list or delete that failed; the next sweep goes on.
-pub async fn sweep(context: &Context) -> Result<()> {
+pub async fn sweep(context: &Arc<Context>) -> Result<()> {
     let client = &context.client;
     // What may be stray is listed before what it could belong to, so that nothing young is taken for a stray.
     let volumes: Api<PersistentVolume> = objects::cluster(client);
@@ -36,9 +38,8 @@ pub async fn sweep(context: &Context) -> Result<()> {
     let sources = objects::list::<AetherSource>(&Api::all(client.clone()), "").await?;
 
     let session_uids: HashSet<String> = sessions.iter().filter_map(ResourceExt::uid).collect();
-    for volume in labelled.iter().filter(|volume| is_stray_volume(volume, &session_uids)) {
-        tracing::info!(volume = volume.name_any(), "deleting a volume whose session is gone");
-        objects::delete(&volumes, volume).await?;
+    for volume in labelled.into_iter().filter(|volume| is_stray_volume(volume, &session_uids)) {
+        remains::reconcile(Arc::new(volume), context.clone()).await?;
     }
     for checkpoint in checkpoints.iter().filter(|checkpoint| is_stray_checkpoint(checkpoint, &session_uids)) {
         let namespace = checkpoint.namespace().unwrap_or_default();

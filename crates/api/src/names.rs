@@ -1,4 +1,4 @@
-//! Every name that two parts must spell alike: groups, labels, annotations, finalizers, volume attributes.
+//! Every name that two parts must spell alike: groups, labels, annotations, volume attributes.
 
 /// The API group of all kinds.
 pub const GROUP: &str = "aether.dev";
@@ -15,9 +15,6 @@ pub const STORAGE_CLASS: &str = "aether";
 pub const OPERATOR_MANAGER: &str = "aether-operator";
 /// Field manager of the node drivers' writes.
 pub const DRIVER_MANAGER: &str = "aether-driver";
-
-/// Finalizer of sessions: the operator removes the volume and the claim, the node its upper, before the object goes.
-pub const SESSION_FINALIZER: &str = "aether.dev/session";
 
 /// Label on claims, volumes and pods of ours: the uid of the session they belong to.
 pub const SESSION_UID_LABEL: &str = "aether.dev/session-uid";

@@ -118,7 +118,7 @@ pub struct AetherSessionStatus {
     /// The generation that this status speaks of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Pending`, `Bound`, `Failed` or `Terminating`.
+    /// `Pending`, `Bound` or `Failed`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<String>,
     /// Where the session started. Stamped once.

@@ -67,15 +67,16 @@ async fn namespace_without_operator(story: &Story) -> Result<()> {
                 Ok(())
             })
             .await?;
-        story.kubectl(&["delete", "namespace", &story.namespace, "--wait=false"]).await
+        story.kubectl(&["delete", "namespace", &story.namespace, "--wait=false"]).await?;
+        story
+            .kubectl(&["wait", "--for=delete", &format!("namespace/{}", story.namespace), "--timeout=120s"])
+            .await
+            .or_else(super::already_gone)
     }
     .await;
     scale(replicas).await?;
     ended?;
-    story
-        .kubectl(&["wait", "--for=delete", &format!("namespace/{}", story.namespace), "--timeout=120s"])
-        .await
-        .or_else(super::already_gone)?;
+    // What has no namespace waits for the operator.
     story.nothing_left(|_| true).await
 }
 

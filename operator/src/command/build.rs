@@ -8,15 +8,14 @@ use aether_api::names::{COMMAND_LABEL, SESSION_LABEL, SESSION_UID_LABEL};
 use aether_api::session::Owner;
 use aether_api::{AetherCommand, AetherCommandSpec, AetherSession};
 use k8s_openapi::api::core::v1::{
-    Affinity, Capabilities, Container, EmptyDirVolumeSource, EnvVar, NodeAffinity, NodeSelectorRequirement,
-    NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod, PodSecurityContext, PodSpec, PreferredSchedulingTerm,
-    SeccompProfile, SecurityContext, Volume, VolumeMount,
+    Affinity, Container, EmptyDirVolumeSource, EnvVar, NodeAffinity, NodeSelectorRequirement, NodeSelectorTerm,
+    PersistentVolumeClaimVolumeSource, Pod, PodSpec, PreferredSchedulingTerm, Volume, VolumeMount,
 };
 use kube::ResourceExt;
 use kube::core::ObjectMeta;
 
 use crate::config::Config;
-use crate::objects;
+use crate::{objects, pod};
 
 /// The container that runs the command.
 pub(super) const CONTAINER: &str = "command";
@@ -83,7 +82,7 @@ pub(super) fn pod(command: &AetherCommand, session: &AetherSession, owner: Owner
         image_pull_policy: Some(config.image_pull_policy.name().into()),
         args: Some(vec!["install".into(), TOOLS.into()]),
         volume_mounts: Some(vec![mount("tools", TOOLS, false)]),
-        security_context: Some(confined()),
+        security_context: Some(pod::confined(&[])),
         ..Container::default()
     };
     let runner = Container {
@@ -108,7 +107,7 @@ pub(super) fn pod(command: &AetherCommand, session: &AetherSession, owner: Owner
         }),
         resources: spec.resources.clone(),
         volume_mounts: Some(vec![mount("session", WORKSPACE, false), mount("tools", TOOLS, true)]),
-        security_context: Some(confined()),
+        security_context: Some(pod::confined(&[])),
         ..Container::default()
     };
     let grace = spec.grace.map_or(DEFAULT_GRACE, Duration::from);
@@ -128,14 +127,7 @@ pub(super) fn pod(command: &AetherCommand, session: &AetherSession, owner: Owner
             enable_service_links: Some(false),
             // The program passes TERM on and needs a moment more than the command has.
             termination_grace_period_seconds: Some(grace.as_secs() as i64 + 5),
-            security_context: Some(PodSecurityContext {
-                run_as_user: Some(owner.uid.into()),
-                run_as_group: Some(owner.gid.into()),
-                run_as_non_root: Some(owner.uid != 0),
-                seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), localhost_profile: None }),
-                // No fsGroup: the kubelet would change the owner of every file of the session.
-                ..PodSecurityContext::default()
-            }),
+            security_context: Some(pod::runs_as(owner.uid.into(), owner.gid.into())),
             affinity: session.holder().map(near),
             init_containers: Some(vec![installer]),
             containers: vec![runner],
@@ -153,14 +145,6 @@ pub(super) fn pod(command: &AetherCommand, session: &AetherSession, owner: Owner
             ..PodSpec::default()
         }),
         status: None,
-    }
-}
-
-fn confined() -> SecurityContext {
-    SecurityContext {
-        allow_privilege_escalation: Some(false),
-        capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add: None }),
-        ..SecurityContext::default()
     }
 }
 

@@ -51,17 +51,23 @@ pub(super) fn next(
             ClaimPolicy::Create | ClaimPolicy::None => Step::CreateClaim,
         };
     };
-    if !belongs_to(claim, session) {
-        let message = format!(
-            "a claim named {name} exists and is not the session's: delete that claim, or make a session of another name"
-        );
-        return Step::Wait(Waiting::fatally(reason::NAME_TAKEN, message));
-    }
     if claim.meta().deletion_timestamp.is_some() {
         let message = format!(
             "claim {name} is being deleted and goes when no pod uses it any more; then there will be a new one"
         );
         return Step::Wait(Waiting::quietly(reason::WAITING_FOR_CLAIM, message));
+    }
+    if is_of_predecessor(claim, session) {
+        let message = format!(
+            "claim {name} is of a deleted session of this name and goes when no pod uses it any more; then there will be a new one"
+        );
+        return Step::Wait(Waiting::quietly(reason::WAITING_FOR_CLAIM, message));
+    }
+    if !belongs_to(claim, session) {
+        let message = format!(
+            "a claim named {name} exists and is not the session's: delete that claim, or make a session of another name"
+        );
+        return Step::Wait(Waiting::fatally(reason::NAME_TAKEN, message));
     }
     let Some(volume) = volume else { return Step::CreateVolume(Box::new(self::volume(session, claim))) };
     let volume_name = volume.name_any();
@@ -103,6 +109,16 @@ fn labels(session: &AetherSession) -> BTreeMap<String, String> {
         (names::SESSION_UID_LABEL.into(), session.uid().unwrap_or_default()),
         (names::SESSION_LABEL.into(), objects::label_value(&session.name_any())),
     ])
+}
+
+/// Whether the claim is of a session of the same name that was deleted.
+fn is_of_predecessor(claim: &PersistentVolumeClaim, session: &AetherSession) -> bool {
+    claim.owner_references().iter().any(|owner| {
+        owner.controller == Some(true)
+            && owner.kind == AetherSession::kind(&())
+            && owner.name == session.name_any()
+            && Some(&owner.uid) != session.meta().uid.as_ref()
+    })
 }
 
 /// The claim by which pods mount the session.
@@ -229,6 +245,18 @@ mod tests {
         let mine = made(&session, "c-1");
         let volume = volume(&session, &mine);
         assert_eq!(waits_for(next(&session, Some(&bound(mine, "disk")), Some(&volume))), reason::NAME_TAKEN);
+    }
+
+    #[test]
+    fn what_a_deleted_session_of_the_name_leaves_is_waited_for() {
+        let mut before = session();
+        before.metadata.uid = Some("s-0".into());
+        let left = made(&before, "c-0");
+        assert_eq!(waits_for(next(&session(), Some(&left), None)), reason::WAITING_FOR_CLAIM);
+        let mut foreign = made(&before, "c-0");
+        foreign.metadata.owner_references = None;
+        foreign.metadata.deletion_timestamp = Some(objects::now());
+        assert_eq!(waits_for(next(&session(), Some(&foreign), None)), reason::WAITING_FOR_CLAIM);
     }
 
     #[test]

@@ -1,21 +1,18 @@
 //! AetherSession: where it starts, and the claim by which pods mount it.
 //!
-//! From the object to its bound claim there are four writes: the finalizer, the claim, the volume, and one status
-//! once the claim is bound. Waits that are short by nature are not written down, so they cost nothing; those that last, and
-//! everything a person has to mend, become the `Ready` condition.
+//! From the object to its bound claim there are three writes: the claim, the volume, and one status once the claim is
+//! bound. Waits that are short by nature are not written down, so they cost nothing; those that last, and everything a
+//! person has to mend, become the `Ready` condition.
 
 mod base;
 mod claim;
-mod finalize;
+pub mod remains;
 mod validate;
-
-pub use finalize::delete_checkpoints;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use aether_api::conditions::{self, READY, Wanted, reason};
-use aether_api::names::SESSION_FINALIZER;
 use aether_api::session::ClaimPolicy;
 use aether_api::{AetherSession, AetherSessionStatus};
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
@@ -48,7 +45,8 @@ pub async fn reconcile(seen: Arc<AetherSession>, context: Arc<Context>) -> Resul
     // Read anew, because the cache may be older than our own last write.
     let Some(session) = objects::get(&sessions, &seen.name_any()).await? else { return Ok(Action::await_change()) };
     if session.meta().deletion_timestamp.is_some() {
-        return finalize::finalize(&sessions, &session, &context).await;
+        // It waits for a finalizer of somebody else's. Nothing is created any more, because the namespace may be going too.
+        return Ok(Action::await_change());
     }
     if let Some(expired) = expiry(&session)
         && expired.is_zero()
@@ -80,8 +78,6 @@ async fn apply(sessions: &Api<AetherSession>, session: AetherSession, context: &
         report(sessions, &session, context, "Failed", wanted).await?;
         return Ok(None);
     }
-    let session = with_finalizer(sessions, session).await?;
-
     let start = match base::resolve(&session, &base::dereference(&session, &context.client).await?) {
         Ok(start) => start,
         Err(waiting) => return wait(sessions, &session, context, waiting, objects::age(&session)).await,
@@ -115,15 +111,6 @@ fn ready(session: &AetherSession) -> Wanted {
         ClaimPolicy::Create | ClaimPolicy::Existing => format!("claim {} is bound", session.name_any()),
     };
     Wanted::yes(READY, reason::READY, message)
-}
-
-async fn with_finalizer(sessions: &Api<AetherSession>, session: AetherSession) -> Result<AetherSession> {
-    if session.finalizers().iter().any(|finalizer| finalizer == SESSION_FINALIZER) {
-        return Ok(session);
-    }
-    let mut finalizers = session.finalizers().to_vec();
-    finalizers.push(SESSION_FINALIZER.into());
-    objects::write_finalizers(sessions, &session, &finalizers).await
 }
 
 /// Makes what is missing of claim and volume. Says what it waits for and how long it has waited; `None` when bound.

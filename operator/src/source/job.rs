@@ -6,14 +6,14 @@ use aether_api::AetherSource;
 use aether_api::names::SOURCE_LABEL;
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{
-    Capabilities, Container, EmptyDirVolumeSource, EnvVar, PersistentVolumeClaimVolumeSource, PodSecurityContext,
-    PodSpec, PodTemplateSpec, SeccompProfile, SecretVolumeSource, SecurityContext, Volume, VolumeMount,
+    Container, EmptyDirVolumeSource, EnvVar, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec,
+    PodTemplateSpec, SecretVolumeSource, SecurityContext, Volume, VolumeMount,
 };
 use kube::ResourceExt;
 use kube::core::ObjectMeta;
 
 use crate::config::Config;
-use crate::objects;
+use crate::{objects, pod};
 
 /// The container that imports.
 pub(super) const CONTAINER: &str = "importer";
@@ -40,7 +40,7 @@ pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str
         vec![Volume { name: "work".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() }];
     let mut mounts = vec![VolumeMount { name: "work".into(), mount_path: "/tmp".into(), ..VolumeMount::default() }];
     let mut user = UNPRIVILEGED;
-    let mut capabilities = None;
+    let mut capabilities: &[&str] = &[];
     if let Some(git) = &source.spec.git {
         arguments.extend(["git".into(), "--url".into(), git.url.clone()]);
         if let Some(reference) = &git.reference {
@@ -91,7 +91,7 @@ pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str
         // Files of any owner and mode are to be read. DAC_READ_SEARCH would say no more than that, but the `baseline`
         // policy of Pod Security allows only this one; the mount is read-only.
         user = 0;
-        capabilities = Some(vec!["DAC_OVERRIDE".into()]);
+        capabilities = &["DAC_OVERRIDE"];
     } else {
         arguments.push("empty".into());
     }
@@ -105,10 +105,8 @@ pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str
         env: Some(vec![EnvVar { name: "HOME".into(), value: Some("/tmp".into()), value_from: None }]),
         volume_mounts: Some(mounts),
         security_context: Some(SecurityContext {
-            allow_privilege_escalation: Some(false),
             read_only_root_filesystem: Some(true),
-            capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add: capabilities }),
-            ..SecurityContext::default()
+            ..pod::confined(capabilities)
         }),
         // If it dies without a word of its own, its last log lines say why.
         termination_message_policy: Some("FallbackToLogsOnError".into()),
@@ -120,13 +118,9 @@ pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str
         automount_service_account_token: Some(false),
         enable_service_links: Some(false),
         security_context: Some(PodSecurityContext {
-            run_as_user: Some(user),
-            run_as_group: Some(user),
-            run_as_non_root: Some(user != 0),
             // Makes the Secret's files readable; a claim's files must stay as they are.
             fs_group: (user != 0).then_some(user),
-            seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".into(), localhost_profile: None }),
-            ..PodSecurityContext::default()
+            ..pod::runs_as(user, user)
         }),
         containers: vec![container],
         volumes: Some(volumes),

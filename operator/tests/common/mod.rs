@@ -12,7 +12,7 @@ use aether_operator::context::Context;
 use aether_operator::pins::Pins;
 use aether_testkit::{ApiServer, Write};
 use clap::Parser;
-use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, PersistentVolumeClaimStatus};
+use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 pub const NAMESPACE: &str = "agents";
@@ -45,6 +45,15 @@ impl Operator {
         aether_operator::session::reconcile(Arc::new(seen), self.context.clone())
             .await
             .expect("the reconcile succeeds");
+    }
+
+    /// What the operator does when it looks at each volume.
+    pub async fn volumes(&self) {
+        for volume in self.api.all::<PersistentVolume>() {
+            aether_operator::session::remains::reconcile(Arc::new(volume), self.context.clone())
+                .await
+                .expect("the reconcile succeeds");
+        }
     }
 
     /// A source with one revision, in the agents' own namespace.
