@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use clap::{Parser, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -18,15 +18,27 @@ Examples:
   aether-csi-driver --node-name=node-1 --store=http://10.0.0.7:8980 --pool=btrfs-device --pool-device=/dev/nvme1n1
 
   # A kernel without btrfs: any file system will do, snapshots are slower
-  aether-csi-driver --node-name=node-1 --store=http://10.0.0.7:8980 --pool=directory";
+  aether-csi-driver --node-name=node-1 --store=http://10.0.0.7:8980 --pool=directory
+
+  # The Controller service, beside the standard external-provisioner and external-snapshotter
+  aether-csi-driver controller --csi-address=/csi/csi.sock";
 
 /// The node driver of Aether: mounts sessions for pods, holds their writer's lease, takes checkpoints and forks.
 #[derive(Parser, Debug)]
-#[command(name = "aether-csi-driver", version, after_help = EXAMPLES)]
+#[command(
+    name = "aether-csi-driver",
+    version,
+    after_help = EXAMPLES,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
 pub(crate) struct Arguments {
+    /// What to be instead of a node's driver
+    #[command(subcommand)]
+    pub(crate) role: Option<Role>,
     /// Name of this node, as its Node object has it
-    #[arg(long, env = "NODE_NAME")]
-    node_name: String,
+    #[arg(long, env = "NODE_NAME", required = true)]
+    node_name: Option<String>,
     /// Everything the node keeps: sessions, contents, images, mounts, records
     #[arg(long, env = "AETHER_STATE_DIR", default_value = "/var/lib/aether")]
     state_dir: PathBuf,
@@ -34,8 +46,8 @@ pub(crate) struct Arguments {
     #[arg(long, env = "AETHER_KUBELET_DIR", default_value = "/var/lib/kubelet")]
     kubelet_dir: PathBuf,
     /// The cluster's content store: http://HOST:PORT
-    #[arg(long, env = "AETHER_STORE")]
-    store: String,
+    #[arg(long, env = "AETHER_STORE", required = true)]
+    store: Option<String>,
     /// Where sessions are written
     #[arg(long, env = "AETHER_POOL", value_enum, default_value_t = PoolKind::BtrfsImage)]
     pool: PoolKind,
@@ -58,6 +70,31 @@ pub(crate) struct Arguments {
     /// How many digests and uploads run at a time
     #[arg(long, env = "AETHER_WORKERS", default_value_t = 4)]
     workers: u16,
+}
+
+/// What the program can be beside a node's driver.
+#[derive(Subcommand, Debug)]
+pub(crate) enum Role {
+    /// Serve the CSI Controller service, for the standard sidecars: needs no node, no store and no privilege
+    Controller(ControllerArguments),
+}
+
+/// How the Controller service is served.
+#[derive(Args, Debug)]
+pub(crate) struct ControllerArguments {
+    /// The socket that the sidecars call: a path, or unix:// and a path
+    #[arg(long, env = "CSI_ADDRESS", default_value = "/csi/csi.sock")]
+    csi_address: String,
+    /// Address of health (/healthz, /readyz) and metrics (/metrics)
+    #[arg(long, env = "AETHER_HTTP", default_value = "127.0.0.1:9812")]
+    pub(crate) http: SocketAddr,
+}
+
+impl ControllerArguments {
+    /// Where to listen.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.csi_address.strip_prefix("unix://").unwrap_or(&self.csi_address).into()
+    }
 }
 
 /// Where sessions are written.
@@ -146,7 +183,8 @@ impl Config {
             }
             (PoolKind::Directory, None) => Pool::Directory,
         };
-        if arguments.node_name.is_empty() {
+        let (node, store) = (arguments.node_name.unwrap_or_default(), arguments.store.unwrap_or_default());
+        if node.is_empty() {
             bail!("--node-name is empty");
         }
         for (option, path) in [("--state-dir", &arguments.state_dir), ("--kubelet-dir", &arguments.kubelet_dir)] {
@@ -154,16 +192,16 @@ impl Config {
                 bail!("{option}={} is not an absolute path", path.display());
             }
         }
-        if !arguments.store.starts_with("http://") && !arguments.store.starts_with("https://") {
-            bail!("--store={} is not of the form http://HOST:PORT", arguments.store);
+        if !store.starts_with("http://") && !store.starts_with("https://") {
+            bail!("--store={store} is not of the form http://HOST:PORT");
         }
         std::fs::create_dir_all(&arguments.state_dir)
             .with_context(|| format!("cannot make --state-dir {}", arguments.state_dir.display()))?;
         Ok(Self {
-            node: arguments.node_name,
+            node,
             state_dir: arguments.state_dir,
             kubelet_dir: arguments.kubelet_dir,
-            store: arguments.store,
+            store,
             pool,
             cgroup_root: arguments.cgroup_root,
             http: arguments.http,
@@ -238,5 +276,16 @@ mod tests {
         assert!(message(&["--pool=btrfs-device"]).contains("--pool-device"));
         assert!(message(&["--pool=directory", "--pool-device=/dev/x"]).contains("btrfs-device only"));
         assert!(message(&["--pool-size=1Mi"]).contains("256Mi"));
+    }
+
+    #[test]
+    fn the_controller_needs_no_node_and_a_node_driver_does() {
+        let arguments =
+            Arguments::try_parse_from(["aether-csi-driver", "controller", "--csi-address=unix:///run/x.sock"]).unwrap();
+        let Some(Role::Controller(controller)) = arguments.role else { panic!("{arguments:?}") };
+        assert_eq!(controller.socket(), Path::new("/run/x.sock"));
+        for arguments in [&["aether-csi-driver"][..], &["aether-csi-driver", "--node-name=a"]] {
+            assert!(Arguments::try_parse_from(arguments).is_err(), "{arguments:?}");
+        }
     }
 }

@@ -21,6 +21,12 @@ pub(crate) enum Failure {
     /// It cannot be done yet; the same call may succeed later.
     #[error("{0}")]
     NotYet(String),
+    /// Something else has the name.
+    #[error("{0}")]
+    Taken(String),
+    /// It was begun and is not done in the caller's time; the same call goes on waiting.
+    #[error("{0}")]
+    TimedOut(String),
     /// Another call for the same thing is under way, or the caller went away.
     #[error("{0}")]
     Aborted(String),
@@ -107,6 +113,8 @@ impl From<Failure> for Status {
             Failure::NotFound(_) => Self::not_found(text),
             Failure::Denied(_) => Self::permission_denied(text),
             Failure::NotYet(_) => Self::failed_precondition(text),
+            Failure::Taken(_) => Self::already_exists(text),
+            Failure::TimedOut(_) => Self::deadline_exceeded(text),
             Failure::Aborted(_) => Self::aborted(text),
             Failure::Kubernetes { source, .. } => match status_code(&source) {
                 Some(404) => Self::not_found(text),

@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 
 use aether_proto::csi::v1::identity_server::Identity;
+use aether_proto::csi::v1::plugin_capability::{self, service};
 use aether_proto::csi::v1::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
-    ProbeRequest, ProbeResponse,
+    PluginCapability, ProbeRequest, ProbeResponse,
 };
 use aether_runtime::Readiness;
 use tonic::{Request, Response, Status};
@@ -13,18 +14,25 @@ use tonic::{Request, Response, Status};
 /// Name of the driver, in CSIDriver objects, volumes and socket paths.
 pub(crate) const DRIVER: &str = "csi.aether.dev";
 
-/// Answers for [`DRIVER`]. It advertises no plugin capability: there is no Controller service, because the operator makes
-/// volumes through the Kubernetes API and no sidecar is needed, and no topology, because a session can be mounted anywhere.
+/// Answers for [`DRIVER`]. On a node it advertises no plugin capability: the Controller service is another process, and there
+/// is no topology, because a session can be mounted anywhere.
 #[derive(Clone, Debug)]
 pub(crate) struct IdentityService {
     readiness: Readiness,
+    controller: bool,
 }
 
 impl IdentityService {
     /// Ready when `readiness` is.
     #[must_use]
     pub(crate) fn new(readiness: Readiness) -> Self {
-        IdentityService { readiness }
+        IdentityService { readiness, controller: false }
+    }
+
+    /// With the Controller service beside it.
+    #[must_use]
+    pub(crate) fn with_controller(self) -> Self {
+        Self { controller: true, ..self }
     }
 }
 
@@ -45,7 +53,11 @@ impl Identity for IdentityService {
         &self,
         _: Request<GetPluginCapabilitiesRequest>,
     ) -> Result<Response<GetPluginCapabilitiesResponse>, Status> {
-        Ok(Response::new(GetPluginCapabilitiesResponse { capabilities: Vec::new() }))
+        let service = |kind: service::Type| PluginCapability {
+            r#type: Some(plugin_capability::Type::Service(plugin_capability::Service { r#type: kind.into() })),
+        };
+        let capabilities = self.controller.then(|| service(service::Type::ControllerService)).into_iter().collect();
+        Ok(Response::new(GetPluginCapabilitiesResponse { capabilities }))
     }
 
     async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {

@@ -1,10 +1,12 @@
-//! The node driver: CSI services for the kubelet, control loops for the API, the engine below. One per node.
+//! The node driver: CSI services for the kubelet, control loops for the API, the engine below. One per node. As
+//! `aether-csi-driver controller` the CSI Controller service instead, one per cluster.
 
 mod admin;
 mod attach;
 mod cluster;
 mod config;
 mod control;
+mod controller;
 mod driver;
 mod events;
 mod failure;
@@ -40,7 +42,7 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use tonic::transport::Server;
 
-use crate::config::{Arguments, Config, Pool};
+use crate::config::{Arguments, Config, Pool, Role};
 use crate::driver::Driver;
 use crate::transport::Socket;
 
@@ -49,11 +51,15 @@ const STOP: Duration = Duration::from_secs(20);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
+    let mut arguments = Arguments::parse();
     logs::init()?;
-    let config = Config::new(arguments)?;
     let shutdown = signals::shutdown().context("cannot listen for signals")?;
     let tasks = Tasks::new();
+    if let Some(Role::Controller(arguments)) = arguments.role.take() {
+        controller::start(arguments, &tasks).await?;
+        return tasks.run(shutdown, STOP).await;
+    }
+    let config = Config::new(arguments)?;
     let table = aether_runtime::Metrics::new();
     let readiness = Readiness::new();
 

@@ -159,7 +159,7 @@ impl Node for NodeService {
     }
 }
 
-fn volume_id(id: &str) -> Result<()> {
+pub(crate) fn volume_id(id: &str) -> Result<()> {
     if id.is_empty() { Err(Failure::Invalid("volume_id is missing".into())) } else { Ok(()) }
 }
 
@@ -178,7 +178,7 @@ fn path(field: &str, text: &str) -> Result<PathBuf> {
 }
 
 /// Whether the capability is one of a reader.
-fn capability(capability: Option<&csi::VolumeCapability>) -> Result<bool> {
+pub(crate) fn capability(capability: Option<&csi::VolumeCapability>) -> Result<bool> {
     let capability = capability.ok_or_else(|| Failure::Invalid("volume_capability is missing".into()))?;
     match &capability.access_type {
         Some(AccessType::Mount(mount)) => {

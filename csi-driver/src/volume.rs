@@ -121,7 +121,7 @@ fn inline(attributes: &HashMap<String, String>, pod: &Pod) -> Result<Wanted> {
     }
 }
 
-fn parse_owner(text: &str) -> Result<Owner> {
+pub(crate) fn parse_owner(text: &str) -> Result<Owner> {
     text.split_once(':')
         .and_then(|(uid, gid)| Some(Owner { uid: uid.parse().ok()?, gid: gid.parse().ok()? }))
         .filter(|owner| owner.uid != u32::MAX && owner.gid != u32::MAX)

@@ -1,6 +1,9 @@
 //! Claims that ask for a session of their own: any claim whose StorageClass has the provisioner `csi.aether.dev` and
 //! whose annotation `aether.dev/source` names a source. The session is made here; it belongs to the claim and goes
 //! with it, and its own reconciler makes the volume.
+//!
+//! A class that says itself what its volumes start from, and a claim with a data source (a snapshot, another claim), are
+//! left to the standard provisioner and the driver's CSI Controller service, so that no claim gets two volumes.
 
 use std::sync::Arc;
 
@@ -28,7 +31,7 @@ pub async fn reconcile(seen: Arc<PersistentVolumeClaim>, context: Arc<Context>) 
     }
     let class = seen.spec.as_ref().and_then(|spec| spec.storage_class_name.clone()).unwrap_or_default();
     let class = objects::get::<StorageClass>(&objects::cluster(&context.client), &class).await?;
-    if class.is_none_or(|class| class.provisioner != names::CSI_DRIVER) {
+    if class.is_none_or(|class| class.provisioner != names::CSI_DRIVER || has_source(&class)) {
         return Ok(Action::await_change());
     }
     let session = match build(&seen) {
@@ -53,13 +56,20 @@ pub async fn reconcile(seen: Arc<PersistentVolumeClaim>, context: Arc<Context>) 
     Ok(Action::await_change())
 }
 
-/// Whether it is worth asking for the claim's class: it names one, is not bound, and is not going.
+/// Whether a class says what its volumes start from.
+fn has_source(class: &StorageClass) -> bool {
+    class.parameters.as_ref().is_some_and(|parameters| parameters.contains_key(names::INLINE_SOURCE))
+}
+
+/// Whether it is worth asking for the claim's class: it names one, starts from nothing else, is not bound, and is not going.
 fn may_ask(claim: &PersistentVolumeClaim) -> bool {
     let spec = claim.spec.as_ref();
     claim.meta().deletion_timestamp.is_none()
         && spec.is_some_and(|spec| {
             spec.storage_class_name.as_deref().is_some_and(|class| !class.is_empty())
                 && spec.volume_name.as_deref().unwrap_or_default().is_empty()
+                && spec.data_source.is_none()
+                && spec.data_source_ref.is_none()
         })
 }
 
@@ -122,7 +132,7 @@ fn parse_owner(text: &str) -> Option<Owner> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use k8s_openapi::api::core::v1::PersistentVolumeClaimSpec;
+    use k8s_openapi::api::core::v1::{PersistentVolumeClaimSpec, TypedLocalObjectReference};
 
     fn claim(annotations: &[(&str, &str)]) -> PersistentVolumeClaim {
         PersistentVolumeClaim {
@@ -173,5 +183,20 @@ mod tests {
         let mut ours = claim(&[]);
         ours.spec.as_mut().unwrap().storage_class_name = Some(String::new());
         assert!(!may_ask(&ours));
+    }
+
+    #[test]
+    fn what_the_controller_service_makes_is_left_to_it() {
+        let mut restored = claim(&[]);
+        restored.spec.as_mut().unwrap().data_source = Some(TypedLocalObjectReference {
+            api_group: Some("snapshot.storage.k8s.io".into()),
+            kind: "VolumeSnapshot".into(),
+            name: "yesterday".into(),
+        });
+        assert!(!may_ask(&restored));
+        let mut class = StorageClass { provisioner: names::CSI_DRIVER.into(), ..Default::default() };
+        assert!(!has_source(&class));
+        class.parameters = Some([("source".into(), "platform/linux".into())].into());
+        assert!(has_source(&class));
     }
 }
