@@ -15,6 +15,7 @@ use aether_e2e::testing::Test;
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
 use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Plays the story of the README on a real Kubernetes.
 #[derive(Parser)]
@@ -71,6 +72,15 @@ async fn main() -> ExitCode {
     }
 }
 
+/// Returns when the process is asked to end.
+async fn ended() -> Result<()> {
+    let mut terminated = signal(SignalKind::terminate())?;
+    tokio::select! {
+        interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
+        _ = terminated.recv() => Ok(()),
+    }
+}
+
 /// Plays, and leaves the machine or the cluster as it was: also after a failure, and when a person presses Ctrl-C.
 async fn run(arguments: &Arguments) -> Result<PathBuf> {
     let steps = chosen(&arguments.steps)?;
@@ -81,7 +91,7 @@ async fn run(arguments: &Arguments) -> Result<PathBuf> {
     };
     let played = tokio::select! {
         played = demo(arguments, current.as_ref(), &steps, &report) => played,
-        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+        signal = ended() => Err(signal.err().unwrap_or_else(|| anyhow::anyhow!("interrupted"))),
     };
     if !arguments.keep {
         let cleaned = match &current {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
-use kube::api::{Api, DeleteParams, ListParams};
+use kube::api::{Api, DeleteParams, ListParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config, ResourceExt};
 use serde_json::json;
@@ -91,8 +91,9 @@ impl Current {
         println!("      Aether is in namespace {system_namespace}; playing on {}", nodes.join(" and "));
         let labels = BTreeMap::from([(RUN_LABEL.to_owned(), self.run.clone())]);
         let platform_namespace = format!("demo-platform-{}", self.run);
-        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": platform_namespace, "labels": labels}});
-        self.tools.apply(&namespace.to_string()).await?;
+        // Not by `kubectl apply`: the sample that is applied later has no labels and would take these away.
+        let namespace = serde_json::from_value(json!({"metadata": {"name": platform_namespace, "labels": labels}}))?;
+        Api::<Namespace>::all(self.client.clone()).create(&PostParams::default(), &namespace).await?;
         let address = self.serve_git(&platform_namespace, &tools_image).await?;
         Ok(Site {
             client: self.client.clone(),
@@ -151,7 +152,8 @@ impl Current {
         let (registry, tag) = (format!("images.registry={registry}"), format!("images.tag={tag}"));
         let mut args =
             vec!["upgrade", "--install", "aether", &chart, "--create-namespace", "--wait", "--timeout", "300s"];
-        args.extend(["--set", &registry, "--set-string", &tag]);
+        // By the client, as old API servers refuse what they would default themselves.
+        args.extend(["--server-side=false", "--set", &registry, "--set-string", &tag]);
         let values = install.values.as_ref().map(|file| file.display().to_string());
         args.extend(values.iter().flat_map(|file| ["--values", file.as_str()]));
         self.tools.helm(&args).await.with_context(|| {
