@@ -62,8 +62,9 @@ impl fmt::Display for Failure {
 
 /// Words of git and of the programs that it runs, and what they mean. The first that occurs decides, so what is more
 /// telling comes first: ssh says `Permission denied` and then git adds that the repository could not be read.
-const WORDS: [(&str, Reason); 37] = [
+const WORDS: [(&str, Reason); 38] = [
     ("host key verification failed", Reason::SecretInvalid),
+    ("load key ", Reason::SecretInvalid),
     ("error in libcrypto", Reason::SecretInvalid),
     ("invalid format", Reason::SecretInvalid),
     ("server certificate verification failed", Reason::SecretInvalid),
@@ -108,16 +109,26 @@ pub fn classify(words: &str) -> Reason {
     WORDS.iter().find(|(text, _)| words.contains(text)).map_or(Reason::ImportFailed, |(_, reason)| *reason)
 }
 
-/// What a person can do about it. `secret` is what the Secret is called, if one was given and has a name.
-pub fn way_out(reason: Reason, secret: Option<&str>) -> Option<String> {
+/// What a person can do about it, when git failed with these words. `secret` is what the Secret is called, if one was
+/// given and has a name.
+pub fn way_out(reason: Reason, words: &str, secret: Option<&str>) -> Option<String> {
     let secret = secret.map_or("the Secret in spec.git.secretRef".into(), |name| {
         format!("Secret {name}, named by spec.git.secretRef")
     });
+    let words = words.to_lowercase();
     match reason {
         Reason::RepositoryNotFound => Some("check spec.git.url, and that the cluster can reach it".into()),
         Reason::RefNotFound => Some("check spec.git.ref".into()),
         Reason::AuthenticationFailed => Some(format!("check {secret}")),
-        Reason::SecretInvalid => Some(format!("check ssh-privatekey, known_hosts and ca.crt of {secret}")),
+        Reason::SecretInvalid if words.contains("host key") => {
+            Some(format!("put the output of ssh-keyscan HOST into known_hosts of {secret}, if that is the host's key"))
+        }
+        Reason::SecretInvalid if words.contains("certificate") || words.contains("trust anchors") => {
+            Some(format!("put the PEM certificate of the server's authority into ca.crt of {secret}"))
+        }
+        Reason::SecretInvalid => {
+            Some(format!("ssh-privatekey of {secret} must be a private key as ssh-keygen makes it, without passphrase"))
+        }
         Reason::Invalid | Reason::ImportFailed => None,
     }
 }
@@ -128,7 +139,7 @@ mod tests {
 
     #[test]
     fn the_way_out_names_the_secret() {
-        let way_out = |secret| way_out(Reason::AuthenticationFailed, secret).unwrap();
+        let way_out = |secret| way_out(Reason::AuthenticationFailed, "", secret).unwrap();
         assert_eq!(
             way_out(Some("platform/deploy-key")),
             "check Secret platform/deploy-key, named by spec.git.secretRef"

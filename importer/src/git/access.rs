@@ -7,12 +7,20 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use crate::cli::Git;
 use crate::failure::{Failure, Reason};
 
 /// Prints username and password from the Secret's files, when git asks for them. `sh` runs it; git says `get` or `store`.
 const HELPER: &str = r#"!f() { test "$1" = get || exit 0; printf 'username=%s\n' "$(cat "$AETHER_SECRET/username" 2>/dev/null || echo git)"; printf 'password=%s\n' "$(cat "$AETHER_SECRET/password")"; }; f"#;
+
+/// ssh as every import runs it: nobody is asked, and nothing of whoever runs the importer is used, neither configuration
+/// nor agent nor keys.
+const SSH: &str =
+    "ssh -F /dev/null -o BatchMode=yes -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes -o ConnectTimeout=20";
+/// What a Secret with a key adds takes the place of this.
+const SSH_WITHOUT_KEY: &str = " -o UserKnownHostsFile=/dev/null -o IdentityFile=none";
 
 /// Environment and configuration for git.
 #[derive(Debug, Default)]
@@ -21,6 +29,8 @@ pub(super) struct Access {
     pub(super) settings: Vec<(String, String)>,
     /// Environment.
     pub(super) environment: Vec<(&'static str, String)>,
+    /// The command that reaches a host by ssh.
+    pub(super) ssh: String,
     /// What the Secret is called.
     pub(super) secret_name: Option<String>,
     /// What must not be seen in any message.
@@ -34,7 +44,8 @@ impl Access {
             let message = "the URL has credentials in it, which everybody can read: put them into a Secret and name that in spec.git.secretRef (here --secret-dir)";
             return Err(Failure::new(Reason::Invalid, message));
         }
-        let mut access = Self { secret_name: asked.secret_name.clone(), ..Self::default() };
+        let mut access =
+            Self { secret_name: asked.secret_name.clone(), ssh: format!("{SSH}{SSH_WITHOUT_KEY}"), ..Self::default() };
         if asked.url.starts_with("file://") {
             // Submodules with relative URLs lie beside it. Others may be reached by their own protocols as always.
             access.settings.push(("protocol.file.allow".into(), "always".into()));
@@ -95,12 +106,8 @@ impl Access {
                 .write_all(contents.as_bytes())
         };
         write().map_err(|error| Failure::other("keep the key for ssh", error))?;
-        let command = format!(
-            "ssh -F /dev/null -o BatchMode=yes -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes -o ConnectTimeout=20 -o UserKnownHostsFile={} -i {}",
-            quoted(&known_hosts)?,
-            quoted(&private)?
-        );
-        self.environment.push(("GIT_SSH_COMMAND", command));
+        check_key(&private)?;
+        self.ssh = format!("{SSH} -o UserKnownHostsFile={} -i {}", quoted(&known_hosts)?, quoted(&private)?);
         Ok(())
     }
 
@@ -121,6 +128,21 @@ impl Access {
         let hidden = self.secrets.iter().fold(text.to_owned(), |text, secret| text.replace(secret.as_str(), "***"));
         without_passwords(&hidden)
     }
+}
+
+/// Whether the key can be used. ssh itself would only say that the host refused it.
+fn check_key(private: &Path) -> Result<(), Failure> {
+    let checked = Command::new("ssh-keygen").args(["-y", "-P", "", "-f"]).arg(private).stdin(Stdio::null()).output();
+    let checked = checked.map_err(|error| Failure::other("run ssh-keygen, which must be installed", error))?;
+    if checked.status.success() {
+        return Ok(());
+    }
+    let problem = if String::from_utf8_lossy(&checked.stderr).contains("passphrase") {
+        "has a passphrase, which nobody is there to type: take it off with ssh-keygen -p, or make a key for this alone"
+    } else {
+        "is not a private key: put in what ssh-keygen made, from its BEGIN line to its END line"
+    };
+    Err(Failure::new(Reason::SecretInvalid, format!("ssh-privatekey of the Secret {problem}")))
 }
 
 /// Whether a URL holds a secret: over http a user alone may be a token; elsewhere it takes a password.
@@ -229,20 +251,24 @@ mod tests {
     #[test]
     fn a_key_needs_known_hosts_and_is_kept_private() {
         use std::os::unix::fs::PermissionsExt;
-        let lonely = secret(&[("ssh-privatekey", "key")]);
+        let made = tempfile::tempdir().unwrap();
+        let key = made.path().join("key");
+        let status = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key).status();
+        assert!(status.unwrap().success());
+        let pasted = fs::read_to_string(&key).unwrap().trim_end().to_owned();
+        let lonely = secret(&[("ssh-privatekey", &pasted)]);
         let failure = Access::prepare(&asked("git@example.org:a", &lonely), lonely.path()).unwrap_err();
         assert_eq!(failure.reason, Reason::SecretInvalid);
-        let secret = secret(&[("ssh-privatekey", "key"), ("known_hosts", "h")]);
+        let secret = secret(&[("ssh-privatekey", &pasted), ("known_hosts", "h")]);
         let scratch = tempfile::tempdir().unwrap();
         let access = Access::prepare(&asked("git@example.org:a", &secret), scratch.path()).unwrap();
         assert!(
-            access
-                .environment
-                .iter()
-                .any(|(name, value)| *name == "GIT_SSH_COMMAND" && value.contains("StrictHostKeyChecking=yes"))
+            access.ssh.contains("StrictHostKeyChecking=yes") && access.ssh.contains("known_hosts"),
+            "{}",
+            access.ssh
         );
         let key = scratch.path().join("ssh-privatekey");
         assert_eq!(fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(fs::read_to_string(key).unwrap(), "key\n");
+        assert_eq!(fs::read_to_string(key).unwrap(), format!("{pasted}\n"));
     }
 }

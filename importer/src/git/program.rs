@@ -51,8 +51,9 @@ impl<'a> Program<'a> {
             return String::from_utf8(printed).map_err(|error| Failure::other("read what git printed", error));
         }
         let reason = classify(&words);
+        let way_out = way_out(reason, &words, self.access.secret_name.as_deref());
         let words = self.access.redact(&telling(&words));
-        let message = match way_out(reason, self.access.secret_name.as_deref()) {
+        let message = match way_out {
             Some(way_out) => format!("{what} failed: {words} ({way_out})"),
             None => format!("{what} failed ({status}): {words}"),
         };
@@ -87,7 +88,8 @@ impl<'a> Program<'a> {
             // Its words are read by a program.
             ("LC_ALL", "C"),
         ];
-        command.env("HOME", self.home).envs(fixed).envs(self.access.environment.iter().cloned());
+        command.env("HOME", self.home).env("GIT_SSH_COMMAND", &self.access.ssh);
+        command.envs(fixed).envs(self.access.environment.iter().cloned());
         let common = [
             ("safe.directory", "*"),
             ("core.hooksPath", "/dev/null"),
@@ -113,29 +115,39 @@ impl<'a> Program<'a> {
         command
     }
 
-    /// Reads stderr to its end: lines that end in a carriage return are progress, the others are kept.
+    /// Reads stderr to its end. What a carriage return lets be written over is progress; lines are kept. ssh ends its
+    /// lines with both.
     async fn listen(&self, mut stderr: impl AsyncRead + Unpin) -> String {
         let mut words = Vec::new();
         let mut line = Vec::new();
+        let mut returned = false;
         let mut buffer = [0; 8192];
         while let Ok(read @ 1..) = stderr.read(&mut buffer).await {
             for byte in &buffer[..read] {
                 if !matches!(byte, b'\r' | b'\n') {
+                    if std::mem::take(&mut returned) {
+                        line.clear();
+                    }
                     line.push(*byte);
                     continue;
                 }
                 let text = String::from_utf8_lossy(&line);
-                match progress(&text) {
-                    Some((done, all)) => self.reporter.progress(Phase::Cloning, done, Some(all), received(&text)),
-                    None if *byte == b'\n' => {
-                        words.extend_from_slice(&line);
-                        words.push(b'\n');
-                        let excess = words.len().saturating_sub(LAST_WORDS);
-                        words.drain(..excess);
-                    }
-                    None => {}
+                let progress = progress(&text);
+                if let Some((done, all)) = progress {
+                    self.reporter.progress(Phase::Cloning, done, Some(all), received(&text));
+                }
+                if *byte == b'\r' {
+                    returned = true;
+                    continue;
+                }
+                if progress.is_none() {
+                    words.append(&mut line);
+                    words.push(b'\n');
+                    let excess = words.len().saturating_sub(LAST_WORDS);
+                    words.drain(..excess);
                 }
                 line.clear();
+                returned = false;
             }
         }
         words.extend_from_slice(&line);
@@ -194,6 +206,15 @@ mod tests {
         assert_eq!(progress("remote: Counting objects: 100% (3/3), done."), Some((3, 3)));
         assert_eq!(progress("fatal: repository not found"), None);
         assert_eq!(received("Updating files: 100% (22/22), done."), 0);
+    }
+
+    #[tokio::test]
+    async fn lines_of_ssh_are_kept_and_what_is_written_over_is_not() {
+        let (access, reporter) = (Access::default(), Reporter::to(Box::new(std::io::sink())));
+        let program = Program::new(&access, Path::new("/"), &reporter);
+        let said =
+            b"x:  1% (1/9)\rx: 99% (9/9)\rx: 100% (9/9), done.\nwritten over\rh: Permission denied.\r\nfatal: no\r";
+        assert_eq!(program.listen(&said[..]).await, "h: Permission denied.\nfatal: no");
     }
 
     #[test]

@@ -1,124 +1,22 @@
-//! Imports of real repositories, over file:// and over http with a password, into a store in memory.
+//! Imports of real repositories over file, https and ssh, with submodules and Git LFS, into a store in memory.
 
+mod https;
+mod lfs;
+mod repository;
 mod server;
+mod ssh;
+mod sshd;
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 
-use aether_cas::tree::{Directory, Node};
-use aether_cas::{Blob, MemoryStore, Store};
+use aether_cas::tree::Node;
+use aether_cas::{MemoryStore, Store};
 use aether_importer::cli::Git;
-use aether_importer::failure::{Failure, Reason};
-use aether_importer::git::{self, Cloned};
-use aether_importer::report::Reporter;
+use aether_importer::failure::Reason;
+use aether_importer::git::Cloned;
 use aether_importer::scan;
-use server::Server;
-use tempfile::TempDir;
-
-fn run(directory: &Path, arguments: &[&str]) -> String {
-    let mut command = Command::new("git");
-    command.current_dir(directory).args([
-        "-c",
-        "user.name=A",
-        "-c",
-        "user.email=a@example.org",
-        "-c",
-        "protocol.file.allow=always",
-        "-c",
-        "commit.gpgSign=false",
-    ]);
-    command.env("GIT_CONFIG_NOSYSTEM", "1").env("GIT_CONFIG_GLOBAL", "/dev/null").env("HOME", directory);
-    let output = command.args(arguments).output().expect("git is installed");
-    assert!(output.status.success(), "git {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
-}
-
-/// A repository with two commits on `main`, a branch `side`, a tag `v1` of the first commit and a ref of another kind.
-struct Repository {
-    directory: TempDir,
-    first: String,
-    second: String,
-}
-
-impl Repository {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let at = directory.path();
-        run(at, &["init", "--quiet", "--initial-branch=main"]);
-        fs::write(at.join("README"), "one\n").unwrap();
-        fs::create_dir(at.join("src")).unwrap();
-        fs::write(at.join("src/main.c"), "int main;\n").unwrap();
-        run(at, &["add", "."]);
-        run(at, &["commit", "--quiet", "--message=first"]);
-        run(at, &["tag", "--annotate", "--message=v1", "v1"]);
-        let first = run(at, &["rev-parse", "HEAD"]);
-        run(at, &["branch", "side"]);
-        fs::write(at.join("README"), "two\n").unwrap();
-        run(at, &["commit", "--quiet", "--all", "--message=second"]);
-        let second = run(at, &["rev-parse", "HEAD"]);
-        run(at, &["update-ref", "refs/pull/7/head", &first]);
-        run(at, &["update-server-info"]);
-        Self { directory, first, second }
-    }
-
-    fn path(&self) -> &Path {
-        self.directory.path()
-    }
-
-    fn url(&self) -> String {
-        format!("file://{}", self.path().display())
-    }
-}
-
-/// Where a clone was made.
-struct Clone {
-    scratch: TempDir,
-    outcome: Result<Cloned, Failure>,
-}
-
-impl Clone {
-    fn worktree(&self) -> PathBuf {
-        self.scratch.path().join("worktree")
-    }
-
-    fn commit(&self) -> &str {
-        match &self.outcome {
-            Ok(Cloned::Commit(commit)) => commit,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn failure(&self) -> &Failure {
-        self.outcome.as_ref().expect_err("it fails")
-    }
-}
-
-async fn clone(asked: Git) -> Clone {
-    let scratch = tempfile::tempdir().unwrap();
-    let home = scratch.path().join("home");
-    fs::create_dir(&home).unwrap();
-    let reporter = Reporter::to(Box::new(std::io::sink()));
-    let outcome = git::clone(&asked, &scratch.path().join("worktree"), &home, &reporter).await;
-    Clone { scratch, outcome }
-}
-
-fn of(url: impl Into<String>, reference: Option<&str>) -> Git {
-    Git { url: url.into(), reference: reference.map(Into::into), ..Default::default() }
-}
-
-fn silent() -> Arc<Reporter> {
-    Arc::new(Reporter::to(Box::new(std::io::sink())))
-}
-
-async fn directory(store: &MemoryStore, blob: Blob) -> Directory {
-    Directory::decode(&store.read(blob).await.unwrap()).unwrap()
-}
-
-fn names(directory: &Directory) -> Vec<String> {
-    directory.entries.keys().map(ToString::to_string).collect()
-}
+use repository::{Repository, clone, directory, names, of, run, silent};
 
 #[tokio::test]
 async fn a_branch_becomes_a_clean_working_copy_and_a_complete_tree() {
@@ -173,15 +71,26 @@ async fn a_known_commit_is_not_fetched_again() {
 
 #[tokio::test]
 async fn submodules_come_along_when_asked() {
-    let (inner, outer) = (Repository::new(), Repository::new());
-    run(outer.path(), &["submodule", "--quiet", "add", &inner.url(), "inner"]);
-    run(outer.path(), &["commit", "--quiet", "--message=inner"]);
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| Repository::at(&root.path().join(name));
+    let (outer, inner, innermost) = (at("outer"), at("inner"), at("innermost"));
+    inner.add_submodule("deep", innermost.path(), "../innermost");
+    outer.add_submodule("beside", inner.path(), "../inner");
+    outer.add_submodule("elsewhere", innermost.path(), &innermost.url());
     let without = clone(of(outer.url(), None)).await;
-    assert_eq!(fs::read_dir(without.worktree().join("inner")).unwrap().count(), 0);
-    let with = clone(Git { submodules: true, ..of(outer.url(), None) }).await;
-    with.commit();
-    assert_eq!(fs::read_to_string(with.worktree().join("inner/README")).unwrap(), "two\n");
-    assert_eq!(run(&with.worktree(), &["status", "--porcelain"]), "");
+    assert_eq!(fs::read_dir(without.worktree().join("beside")).unwrap().count(), 0);
+    for depth in [None, Some(1)] {
+        let with = clone(Git { submodules: true, depth, ..of(outer.url(), None) }).await;
+        with.commit();
+        for name in ["beside/README", "beside/deep/README", "elsewhere/README"] {
+            assert_eq!(with.read(name), b"two\n", "{name}");
+        }
+        assert_eq!(with.status_in_a_copy(&[]), "");
+    }
+    fs::rename(innermost.path(), root.path().join("gone")).unwrap();
+    let broken = clone(Git { submodules: true, ..of(outer.url(), None) }).await;
+    assert_eq!(broken.failure().reason, Reason::RepositoryNotFound, "{}", broken.failure());
+    assert!(broken.failure().message.contains("innermost"), "{}", broken.failure());
 }
 
 #[tokio::test]
@@ -202,37 +111,6 @@ async fn what_is_not_there_is_told_apart() {
     let empty = clone(of(format!("file://{}", empty.path().display()), None)).await;
     assert_eq!(empty.failure().reason, Reason::RefNotFound);
     assert!(empty.failure().message.contains("empty"), "{}", empty.failure());
-}
-
-fn secret(username: &str, password: &str) -> TempDir {
-    let directory = tempfile::tempdir().unwrap();
-    fs::write(directory.path().join("username"), username).unwrap();
-    fs::write(directory.path().join("password"), format!("{password}\n")).unwrap();
-    directory
-}
-
-#[tokio::test]
-async fn a_password_opens_what_is_closed_and_is_seen_nowhere() {
-    let repository = Repository::new();
-    let server = Server::start(repository.path().join(".git"), "me", "hunter22");
-    let url = server.url("repository.git");
-    let anonymous = clone(of(&url, None)).await;
-    assert_eq!(anonymous.failure().reason, Reason::AuthenticationFailed, "{}", anonymous.failure());
-    let wrong = secret("me", "wrong-password");
-    let refused = clone(Git { secret_dir: Some(wrong.path().into()), ..of(&url, None) }).await;
-    assert_eq!(refused.failure().reason, Reason::AuthenticationFailed, "{}", refused.failure());
-    assert!(!refused.failure().message.contains("wrong-password"), "{}", refused.failure());
-
-    let right = secret("me", "hunter22");
-    let let_in = clone(Git { secret_dir: Some(right.path().into()), ..of(&url, Some("main")) }).await;
-    assert_eq!(let_in.commit(), repository.second);
-    let config = fs::read_to_string(let_in.worktree().join(".git/config")).unwrap();
-    assert!(config.contains(&url), "{config}");
-    for leaked in ["hunter22", "helper", "credential"] {
-        assert!(!config.contains(leaked), "{config}");
-    }
-    let missing = clone(Git { secret_dir: Some(right.path().into()), ..of(server.url("nosuch.git"), None) }).await;
-    assert_eq!(missing.failure().reason, Reason::RepositoryNotFound, "{}", missing.failure());
 }
 
 #[tokio::test]

@@ -1,0 +1,120 @@
+//! A real ssh server: Debian's, as an ordinary process on a port of loopback, with keys of its own.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// The program refuses to start by any other name than its whole path.
+const PROGRAM: &str = "/usr/sbin/sshd";
+/// Where it confines its unprivileged part when root runs it; its service makes this at each boot.
+const CONFINEMENT: &str = "/run/sshd";
+
+/// A running server; ends when dropped.
+pub(crate) struct Sshd {
+    process: Child,
+    directory: TempDir,
+    port: u16,
+    user: String,
+}
+
+impl Sshd {
+    /// Lets in whoever has the key [`Sshd::private_key`] as the user who runs the test.
+    pub(crate) fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        for name in ["host", "user"] {
+            key(&at(name));
+        }
+        let user = output(Command::new("id").arg("-un"));
+        if user == "root" {
+            fs::create_dir_all(CONFINEMENT).unwrap();
+        }
+        // Free a moment ago; the server itself cannot be asked to choose one.
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let config = format!(
+            "ListenAddress 127.0.0.1:{port}\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\nStrictModes no\n\
+             PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n",
+            at("host").display(),
+            at("user.pub").display()
+        );
+        fs::write(at("config"), config).unwrap();
+        let log = File::create(at("log")).unwrap();
+        let process = Command::new(PROGRAM)
+            .args(["-D", "-e", "-f"])
+            .arg(at("config"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("Debian's openssh-server is installed (e2e/third-party/build-packages.sh)");
+        let mut server = Self { process, directory, port, user };
+        server.wait();
+        server
+    }
+
+    /// Waits until it greets.
+    fn wait(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let greeting = TcpStream::connect(("127.0.0.1", self.port)).and_then(|stream| {
+                stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+                let mut greeting = String::new();
+                BufReader::new(stream).read_line(&mut greeting).map(|_| greeting)
+            });
+            if greeting.is_ok_and(|greeting| greeting.starts_with("SSH-2.0-")) {
+                return;
+            }
+            let ended = self.process.try_wait().unwrap();
+            let log = || fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+            assert!(ended.is_none() && Instant::now() < deadline, "sshd does not serve: {ended:?}: {}", log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    pub(crate) fn url(&self, path: &Path) -> String {
+        format!("ssh://{}@127.0.0.1:{}{}", self.user, self.port, path.display())
+    }
+
+    /// The key that is let in.
+    pub(crate) fn private_key(&self) -> String {
+        fs::read_to_string(self.directory.path().join("user")).unwrap()
+    }
+
+    /// The line of `known_hosts` by which this server is known.
+    pub(crate) fn known_hosts(&self) -> String {
+        self.known_by(&fs::read_to_string(self.directory.path().join("host.pub")).unwrap())
+    }
+
+    /// The line by which a server of that public key would be known at this address.
+    pub(crate) fn known_by(&self, public_key: &str) -> String {
+        format!("[127.0.0.1]:{} {public_key}", self.port)
+    }
+}
+
+impl Drop for Sshd {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Makes a key at `path`, and its public half at `path.pub`.
+pub(crate) fn key(path: &Path) {
+    output(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(path));
+}
+
+/// Gives the key at `path` a passphrase.
+pub(crate) fn lock(path: &Path, passphrase: &str) {
+    output(Command::new("ssh-keygen").args(["-q", "-p", "-P", "", "-N", passphrase, "-f"]).arg(path));
+}
+
+fn output(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
