@@ -207,3 +207,218 @@ fn take<K>(place: &mut Option<Option<K>>, state: Result<Option<K>, watcher::Erro
         Err(error) => warn!("cannot watch {what}: {error}"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use aether_runtime::readiness::Readiness;
+    use aether_testkit::ApiServer;
+
+    use super::*;
+
+    const NAMESPACE: &str = "aether-system";
+    const SECRET: &str = "aether-review-tls";
+
+    /// A keeper, and the API server that it has looked at.
+    struct World {
+        api: ApiServer,
+        keeper: Keeper,
+        settings: watch::Receiver<Option<Settings>>,
+        applied: Applied,
+    }
+
+    impl World {
+        /// What a cluster with Aether's chart has at its first start.
+        fn new() -> Self {
+            let api = ApiServer::new();
+            let (sender, settings) = watch::channel(None);
+            let keeper = Keeper {
+                client: api.client(),
+                namespace: NAMESPACE.into(),
+                secret: SECRET.into(),
+                service: "aether-review".into(),
+                settings: sender,
+                ready: Readiness::new().part("certificate"),
+            };
+            let mut service = APIService::default();
+            service.metadata.name = Some(api_service());
+            service.spec.get_or_insert_default().group = Some(names::REVIEW_GROUP.into());
+            api.put(&service);
+            let world = Self { api, keeper, settings, applied: Applied::default() };
+            world.trust(&world.issued());
+            world
+        }
+
+        /// A certificate and its authority, as any replica would make it now.
+        fn issued(&self) -> Data {
+            Certificate::issue(None, &self.keeper.names(), Timestamp::now()).unwrap()
+        }
+
+        /// The front proxy has certificates of this authority from now on.
+        fn trust(&self, authority: &Data) {
+            let pem = String::from_utf8(authority["ca.crt"].0.clone()).unwrap();
+            let mut map = ConfigMap::default();
+            map.metadata.namespace = Some(front_proxy::NAMESPACE.into());
+            map.metadata.name = Some(front_proxy::NAME.into());
+            let users = "[\"X-Remote-User\"]".to_owned();
+            let data = [("requestheader-client-ca-file".into(), pem), ("requestheader-username-headers".into(), users)];
+            map.data = Some(data.into());
+            self.api.put(&map);
+        }
+
+        fn seen(&self) -> Seen {
+            Seen {
+                secret: Some(self.api.get(NAMESPACE, SECRET)),
+                front_proxy: Some(self.api.get(front_proxy::NAMESPACE, front_proxy::NAME)),
+                service: Some(self.api.get("", &api_service())),
+            }
+        }
+
+        /// One look at what is there now.
+        async fn look(&mut self) -> Result<Option<Timestamp>> {
+            let seen = self.seen();
+            self.keeper.reconcile(&seen, &mut self.applied).await
+        }
+
+        /// The looks until everything is as it should be.
+        async fn settle(&mut self) {
+            self.look().await.unwrap();
+            self.look().await.unwrap().expect("a certificate is there");
+            self.api.take_writes();
+            self.settings.mark_unchanged();
+        }
+
+        fn data(&self) -> Data {
+            self.api.get::<Secret>(NAMESPACE, SECRET).and_then(|secret| secret.data).expect("the Secret has data")
+        }
+
+        fn bundle(&self) -> Option<ByteString> {
+            self.api.get::<APIService>("", &api_service()).unwrap().spec.unwrap().ca_bundle
+        }
+
+        /// `METHOD plural accepted` of each write since the last call.
+        fn writes(&self) -> Vec<String> {
+            let told = |write: aether_testkit::Write| format!("{} {} {}", write.method, write.plural, write.accepted);
+            self.api.take_writes().into_iter().map(told).collect()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_first_start_makes_a_certificate_serves_by_it_and_then_rests() {
+        let mut world = World::new();
+        assert_eq!(world.keeper.reconcile(&Seen::default(), &mut world.applied).await.unwrap(), None);
+        assert!(world.writes().is_empty(), "nothing is made before everything was looked at");
+
+        assert_eq!(world.look().await.unwrap(), None, "the watch is to bring what was written");
+        assert_eq!(world.writes(), ["POST secrets true"]);
+        assert!(world.settings.borrow().is_none());
+        let made: Secret = world.api.get(NAMESPACE, SECRET).unwrap();
+        assert_eq!(made.type_.as_deref(), Some("kubernetes.io/tls"));
+
+        let renew_at = world.look().await.unwrap().expect("a certificate is there");
+        assert!(renew_at > Timestamp::now());
+        assert!(world.settings.borrow_and_update().is_some());
+        assert_eq!(world.writes(), ["PATCH apiservices true"]);
+        assert_eq!(world.bundle().as_ref(), Some(&world.data()["ca.crt"]));
+        let service: APIService = world.api.get("", &api_service()).unwrap();
+        assert_eq!(service.spec.unwrap().group.as_deref(), Some(names::REVIEW_GROUP), "the rest is left alone");
+
+        assert_eq!(world.look().await.unwrap(), Some(renew_at));
+        assert!(world.writes().is_empty() && !world.settings.has_changed().unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_replica_that_was_faster_wins() {
+        let mut world = World::new();
+        let before = world.seen();
+        let mut theirs = Secret { data: Some(world.issued()), ..Secret::default() };
+        theirs.metadata.namespace = Some(NAMESPACE.into());
+        theirs.metadata.name = Some(SECRET.into());
+        world.api.put(&theirs);
+        assert_eq!(world.keeper.reconcile(&before, &mut world.applied).await.unwrap(), None);
+        assert_eq!(world.writes(), ["POST secrets false"]);
+        assert_eq!(Some(world.data()), theirs.data);
+
+        // The same for one that has become useless: what was read is older than what is there.
+        world.api.change::<Secret>(NAMESPACE, SECRET, |secret| secret.data = None);
+        let before = world.seen();
+        world.api.change::<Secret>(NAMESPACE, SECRET, |secret| secret.data = theirs.data.clone());
+        assert_eq!(world.keeper.reconcile(&before, &mut world.applied).await.unwrap(), None);
+        assert_eq!(world.writes(), ["PUT secrets false"]);
+        assert_eq!(Some(world.data()), theirs.data);
+        world.look().await.unwrap().expect("theirs is as good");
+        assert_eq!(world.bundle().as_ref(), Some(&world.data()["ca.crt"]));
+    }
+
+    #[tokio::test]
+    async fn a_certificate_near_its_end_is_renewed_while_it_still_serves() {
+        let mut world = World::new();
+        world.settle().await;
+        // 80 of its 90 days ago; the authority lasts for years.
+        let old = Certificate::issue(
+            Some(&world.data()),
+            &world.keeper.names(),
+            Timestamp::now() - jiff::SignedDuration::from_hours(80 * 24),
+        )
+        .unwrap();
+        world.api.change::<Secret>(NAMESPACE, SECRET, |secret| {
+            secret.data = Some(old.clone());
+            secret.metadata.annotations = Some([("kept".to_owned(), "yes".to_owned())].into());
+        });
+        world.look().await.unwrap();
+        assert_eq!(world.writes(), ["PUT secrets true"], "the authority is believed already");
+        assert!(world.settings.borrow_and_update().is_some(), "the old one serves until the new one is seen");
+        let renewed = world.data();
+        assert_ne!(renewed["tls.crt"], old["tls.crt"]);
+        assert_eq!(renewed["ca.crt"], old["ca.crt"]);
+        let secret: Secret = world.api.get(NAMESPACE, SECRET).unwrap();
+        assert!(secret.metadata.annotations.is_some_and(|all| all.contains_key("kept")));
+        let renew_at = world.look().await.unwrap().unwrap();
+        assert!(renew_at > Timestamp::now() && world.settings.has_changed().unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_useless_secret_is_replaced_and_the_new_authority_announced() {
+        let mut world = World::new();
+        world.settle().await;
+        let before = world.bundle();
+        world.api.change::<Secret>(NAMESPACE, SECRET, |secret| {
+            secret.data = Some([("tls.crt".to_owned(), ByteString(b"garbage".to_vec()))].into());
+        });
+        assert_eq!(world.look().await.unwrap(), None);
+        assert_eq!(world.writes(), ["PUT secrets true"]);
+        assert!(!world.settings.has_changed().unwrap(), "what served goes on serving");
+        world.look().await.unwrap().unwrap();
+        assert_eq!(world.writes(), ["PATCH apiservices true"]);
+        assert_ne!(world.bundle(), before);
+        assert_eq!(world.bundle().as_ref(), Some(&world.data()["ca.crt"]));
+    }
+
+    #[tokio::test]
+    async fn a_new_front_proxy_is_believed_without_a_write() {
+        let mut world = World::new();
+        world.settle().await;
+        world.trust(&world.issued());
+        world.look().await.unwrap();
+        assert!(world.settings.has_changed().unwrap());
+        assert!(world.writes().is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_the_cluster_lacks_is_named() {
+        let mut world = World::new();
+        world.settle().await;
+        let named = async |world: &mut World, words: &[&str]| {
+            let error = format!("{:#}", world.look().await.unwrap_err());
+            for word in words {
+                assert!(error.contains(word), "{error}");
+            }
+        };
+        world.api.remove::<APIService>("", &api_service());
+        named(&mut world, &["APIService", &api_service(), "chart"]).await;
+        world.api.change::<ConfigMap>(front_proxy::NAMESPACE, front_proxy::NAME, |map| map.data = None);
+        named(&mut world, &[front_proxy::NAME, "requestheader-client-ca-file"]).await;
+        world.api.remove::<ConfigMap>(front_proxy::NAMESPACE, front_proxy::NAME);
+        named(&mut world, &[front_proxy::NAMESPACE, front_proxy::NAME, "does not exist"]).await;
+        assert!(world.writes().is_empty() && !world.settings.has_changed().unwrap());
+    }
+}
