@@ -42,7 +42,8 @@ fn a_publish_that_fails_after_it_took_the_lease_gives_it_back() {
         assert!(node.driver.publishes.get(&target.to_string_lossy()).is_none(), "nothing is published");
 
         // The control loop is told to look at the session, and lets go of what nobody writes.
-        let poked = queue.next().await.unwrap();
+        let poked =
+            tokio::time::timeout(Duration::from_secs(30), queue.next()).await.expect("nobody was told").unwrap();
         assert_eq!((poked.namespace.as_deref(), poked.name.as_str()), (Some(NAMESPACE), "fix"));
         control::release(node.session(), node.driver.clone()).await.unwrap();
         assert_eq!(node.session().holder(), None);
