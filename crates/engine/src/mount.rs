@@ -15,7 +15,7 @@ use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount as sysmount;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
 };
 
 use crate::error::{Context, Error, Result};
@@ -173,6 +173,17 @@ pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<()> {
     };
     sys::mount_setattr(tree.as_fd(), change).at("set attributes of a mount of", source)?;
     attach(tree.as_fd(), target)
+}
+
+/// Makes the overlay at `target` forget in which layer it found contents that nobody has open: they are looked for anew,
+/// in the order of the layers. Changes nothing else.
+///
+/// For an overlay that met a layer which failed, once the contents are in an earlier one.
+pub fn rebind(target: &Path) -> Result<()> {
+    // The kernel drops what it knows of a file system's names whenever that is configured anew.
+    let context = sysmount::fspick(CWD, target, FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_NO_AUTOMOUNT)
+        .at("pick the file system at", target)?;
+    sysmount::fsconfig_reconfigure(&context).at("configure anew the overlay at", target)
 }
 
 /// Turns `directory` into a mount point of its own whose mounts are told to nobody else.
