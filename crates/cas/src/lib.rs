@@ -10,6 +10,7 @@
 //! a directory found in a store is complete.
 
 pub mod digest;
+pub mod lazy;
 pub mod local;
 pub mod memory;
 pub mod remote;

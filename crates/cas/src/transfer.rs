@@ -13,7 +13,7 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 
-pub use fetch::{fetch_directories, fetch_objects};
+pub use fetch::{fetch_directories, fetch_listed, fetch_objects};
 pub use upload::upload_tree;
 
 use crate::{

@@ -50,6 +50,51 @@ impl Sink<'_> {
 }
 
 impl RemoteStore {
+    /// Reads `length` bytes of a blob from `offset`, fewer where it ends before. Bytes of a part cannot be verified:
+    /// whoever reads them verifies the whole when he has it.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Corrupt`] when the store sends too little, and those of the connection.
+    pub async fn read_range(&self, blob: Blob, offset: u64, length: u64) -> Result<Bytes> {
+        let length = length.min(blob.size.saturating_sub(offset));
+        if length == 0 {
+            return Ok(Bytes::new());
+        }
+        let action = format!("read a part of blob {blob}");
+        let mut patience = self.patience();
+        loop {
+            let permit = self.permit().await?;
+            let result = self.receive_range(blob, offset, length).await;
+            drop(permit);
+            match result {
+                Ok(data) if data.len() as u64 == length => return Ok(data),
+                Ok(data) => return Err(self.corrupt(blob, &format!("it sent {} of {length} bytes", data.len()))),
+                Err(status) if status.code() == Code::NotFound => return Err(self.not_found(blob)),
+                Err(status) if status.code() == Code::DataLoss => return Err(self.corrupt(blob, status.message())),
+                Err(status) if status.code() == Code::Unavailable && patience.wait().await => {}
+                Err(status) => return Err(self.error(&action, &status)),
+            }
+        }
+    }
+
+    async fn receive_range(&self, blob: Blob, offset: u64, length: u64) -> Result<Bytes, Status> {
+        let request = ReadRequest {
+            resource_name: read_name(&blob),
+            read_offset: i64::try_from(offset).unwrap_or(i64::MAX),
+            read_limit: i64::try_from(length).unwrap_or(i64::MAX),
+        };
+        let mut client = self.bytestream();
+        let mut stream = self.bounded(client.read(request)).await?.into_inner();
+        let mut data = BytesMut::new();
+        while let Some(piece) = self.bounded(stream.message()).await? {
+            if data.len() as u64 + piece.data.len() as u64 > length {
+                return Err(Status::data_loss("it sent more bytes than were asked for"));
+            }
+            data.extend_from_slice(&piece.data);
+        }
+        Ok(data.freeze())
+    }
+
     pub(super) async fn read_stream(&self, blob: Blob) -> Result<Bytes> {
         let mut sink = Sink::Memory(BytesMut::new());
         self.receive(blob, &mut sink).await?;

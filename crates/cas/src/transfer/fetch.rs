@@ -140,6 +140,19 @@ pub async fn fetch_objects(
         local.missing_contents(&contents)
     })
     .await?;
+    fetch_listed(wanted, from, into, progress).await
+}
+
+/// Fetches contents, the first ones first as far as batches allow; large ones last.
+///
+/// # Errors
+/// As [`fetch_objects`].
+pub async fn fetch_listed(
+    wanted: Vec<Blob>,
+    from: &dyn Store,
+    into: &LocalStore,
+    progress: OnProgress<'_>,
+) -> Result<Transferred> {
     let mut now = Progress {
         files_total: wanted.len() as u64,
         bytes_total: wanted.iter().map(|b| b.size).sum(),
