@@ -54,14 +54,14 @@ async fn measure(root: &Path, name: &str, pool: PoolConfig, files: usize) {
 
     let view = engine.mount_session("s0").await.expect("mounted");
     edit(&view, 20);
-    snapshots(&engine, "20 changed files", "a", 50).await;
+    snapshots(&engine, &view, "20 changed files", "a", 50).await;
     edit(&view, files);
     // A directory pool copies every changed file for every fork: seconds each.
     let forks = if name == "btrfs" { 50 } else { 2 };
-    snapshots(&engine, &format!("{files} changed files"), "b", forks).await;
+    snapshots(&engine, &view, &format!("{files} changed files"), "b", forks).await;
 }
 
-async fn snapshots(engine: &Engine, what: &str, prefix: &str, forks: usize) {
+async fn snapshots(engine: &Engine, view: &Path, what: &str, prefix: &str, forks: usize) {
     println!("  with {what}:");
     let mut taken = Vec::new();
     for n in 0..10 {
@@ -77,6 +77,23 @@ async fn snapshots(engine: &Engine, what: &str, prefix: &str, forks: usize) {
     let started = Instant::now();
     let digested = engine.digest(&format!("{prefix}1")).await.expect("a digest");
     show(&format!("digest again ({} read)", digested.read_files), started.elapsed());
+    fs::write(view.join(path(0)), format!("changed once more, {prefix}")).expect("written");
+    engine.snapshot("s0", &format!("{prefix}-edited"), &[], None).await.expect("a snapshot");
+    let started = Instant::now();
+    let digested = engine.digest(&format!("{prefix}-edited")).await.expect("a digest");
+    show(&format!("digest after one more edit ({} read)", digested.read_files), started.elapsed());
+    let started = Instant::now();
+    let at_once = (0..forks).map(|n| {
+        let (engine, id, snapshot) = (engine.clone(), format!("at-once-{prefix}-{n}"), format!("{prefix}0"));
+        tokio::spawn(async move {
+            engine.fork_session(&id, &snapshot).await.expect("a fork");
+            engine.mount_session(&id).await.expect("mounted");
+        })
+    });
+    for fork in at_once.collect::<Vec<_>>() {
+        fork.await.expect("forked");
+    }
+    show(&format!("{forks} forks at once, mounted"), started.elapsed());
     let started = Instant::now();
     for n in 0..forks {
         let id = format!("fork-{prefix}-{n}");

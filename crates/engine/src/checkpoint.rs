@@ -1,5 +1,6 @@
 //! Snapshots of sessions: taken in milliseconds, turned into trees behind, and brought back.
 
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -19,6 +20,11 @@ use crate::pool::{self, Kind, validate_name};
 use crate::state::{Consistency, Digested, Session, Snapshot};
 use crate::upper::{Interpretation, NoCache, StatCache, Upper};
 use crate::{hydrate, mount, restore, walk};
+
+/// After a flush that took no longer than this there is little left to write back in the freeze.
+const SHORT_FLUSH: Duration = Duration::from_millis(50);
+/// Beside a writer that is as fast as the disk no number of flushes is enough.
+const MOST_FLUSHES: usize = 3;
 
 /// The result of restoring a mounted session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -252,7 +258,7 @@ impl Inner {
         }
         // What a crash left under this name was never acknowledged.
         self.pool.delete_snapshot(name)?;
-        self.pool.flush(&session.directory)?;
+        self.flush(session, !cgroups.is_empty())?;
         let (frozen, mut reason) = self.hold_still(cgroups, unfrozen)?;
         crash_point!("snapshot.frozen");
         let taken = SystemTime::now();
@@ -281,6 +287,18 @@ impl Inner {
         self.state.put_snapshot(&snapshot)?;
         crash_point!("snapshot.recorded");
         Ok(snapshot)
+    }
+
+    /// Writes back what would prolong the freeze. While that went on the writers have written more.
+    fn flush(&self, session: &Session, written: bool) -> Result<()> {
+        for _ in 0..MOST_FLUSHES {
+            let started = Instant::now();
+            self.pool.flush(&session.directory)?;
+            if !written || started.elapsed() < SHORT_FLUSH {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Freezes the writers, or says why the snapshot will not be a point in time.
@@ -352,7 +370,7 @@ impl Inner {
     fn keep_contents(&self, upper: &Path, contents: &[(Blob, PathBuf)]) -> Result<()> {
         let blobs: Vec<Blob> = contents.iter().map(|(blob, _)| *blob).collect();
         let missing = self.objects.missing_contents(&blobs).map_err(|error| Error::store("look up contents", error))?;
-        let missing: std::collections::HashSet<Blob> = missing.into_iter().collect();
+        let missing: HashSet<Blob> = missing.into_iter().collect();
         let root = walk::open_root(upper)?;
         let cloned = contents
             .par_iter()
@@ -369,8 +387,13 @@ impl Inner {
     }
 
     fn keep_directories(&self, messages: &[(Blob, bytes::Bytes)]) -> Result<()> {
+        let blobs: Vec<Blob> = messages.iter().map(|(blob, _)| *blob).collect();
+        let missing = self.objects.missing_directories(&blobs);
+        let missing: HashSet<Blob> =
+            missing.map_err(|error| Error::store("look up directories", error))?.into_iter().collect();
         let directories = messages
             .iter()
+            .filter(|(blob, _)| missing.contains(blob))
             .map(|(blob, message)| {
                 Directory::decode(message).map_err(|error| Error::store(format!("keep directory {blob}"), error))
             })

@@ -29,6 +29,7 @@ use crate::freeze::Freezer;
 use crate::mount::{self, Overlay, Target};
 use crate::pool::{self, Kind, Pool, PoolConfig, Space};
 use crate::state::{Image, ImageId, State};
+use crate::warm::Warmer;
 use crate::{hydrate, image, kernel, repair};
 
 /// The mount API takes 255 bytes for a path; the longest of ours adds this much to the root.
@@ -95,6 +96,7 @@ pub(crate) struct Inner {
     pub(crate) objects: LocalStore,
     pub(crate) state: State,
     pub(crate) freezer: Freezer,
+    pub(crate) warmer: Warmer,
     locks: Locks,
     /// Held while an image is looked for and mounted: sessions of one image ask for it at once, and mounts at one
     /// place stack.
@@ -317,8 +319,17 @@ impl Inner {
             inline_limit: 0,
         })
         .map_err(|error| Error::store(format!("open the objects of {}", root.display()), error))?;
-        let inner =
-            Self { config, report, pool, objects, state, freezer, locks: Locks::default(), mounting: Mutex::default() };
+        let inner = Self {
+            config,
+            report,
+            pool,
+            objects,
+            state,
+            freezer,
+            warmer: Warmer::new()?,
+            locks: Locks::default(),
+            mounting: Mutex::default(),
+        };
         repair::repair(&inner)?;
         Ok(inner)
     }

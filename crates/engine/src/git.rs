@@ -8,6 +8,12 @@
 //! their index ("racily clean") and would read them all.
 //!
 //! The scan that follows must keep modification times (`mtime: None`).
+//!
+//! What else git offers is left to the user. `core.untrackedCache` would spare the listing of directories, a third of a
+//! warm status; but its cache names the place of the working copy, which every pod chooses, and where the two differ
+//! and whenever a directory has changed git writes the whole index anew, which each session and each checkpoint would
+//! then store. A file system monitor needs a process beside the files in every pod. Instead a session's names are in
+//! the kernel's caches before a pod looks (`warm`).
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;

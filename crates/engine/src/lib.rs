@@ -32,6 +32,8 @@ mod sys;
 pub mod testing;
 pub mod upper;
 mod walk;
+mod warm;
+mod writeback;
 
 pub use checkpoint::RestoreReport;
 pub use engine::{Config, Engine, NodeStatistics};

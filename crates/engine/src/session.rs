@@ -141,9 +141,18 @@ impl Engine {
             }
             mount::bind(&mountpoint, &target, read_only)?;
             crash_point!("session.published");
+            inner.warmer.start(id, mountpoint);
             Ok(())
         })
         .await
+    }
+
+    /// Waits until the kernel has been shown every name of a published session, so that the first look at it costs no
+    /// more than the next. Returns false where it was not: for want of memory, or because the session was not published
+    /// by this run of the engine.
+    pub async fn wait_until_warm(&self, id: &str) -> Result<bool> {
+        let id = id.to_owned();
+        self.run(move |inner| Ok(inner.warmer.wait(&id))).await
     }
 
     /// Where the session is published on this node.
@@ -368,6 +377,7 @@ impl Inner {
                 by: format!("published at {}", shown.join(", ")),
             });
         }
+        self.warmer.stop(&session.id);
         let mountpoint = self.mountpoint(&session.id);
         match mount::unmount(&mountpoint) {
             Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::ResourceBusy => {

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
-use crate::upper::{StatCache, StatKey};
+use crate::upper::{Known, StatCache, StatKey};
 
 /// Names an image: a tree, seen by one owner. A tree records ownership only where it differs from the owner's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -346,14 +346,14 @@ impl Files {
 }
 
 impl StatCache for Files {
-    fn get(&self, key: &StatKey) -> Option<Digest> {
+    fn get(&self, key: &StatKey) -> Option<Known> {
         let value = self.state.db.get_pinned_cf(self.state.family(FILES), self.key(key)).ok()??;
-        let digest = value.strip_prefix(Self::stamp(key).as_slice())?;
-        Some(Digest(digest.try_into().ok()?))
+        let (plain, digest) = value.strip_prefix(Self::stamp(key).as_slice())?.split_last()?;
+        Some(Known { digest: Digest(digest.try_into().ok()?), plain: *plain == 1 })
     }
 
-    fn put(&self, key: &StatKey, digest: Digest) {
-        let value = [Self::stamp(key).as_slice(), &digest.0].concat();
+    fn put(&self, key: &StatKey, known: Known) {
+        let value = [Self::stamp(key).as_slice(), &known.digest.0, &[u8::from(known.plain)]].concat();
         // A lost entry costs one read of a file.
         if let Err(error) = self.state.db.put_cf(self.state.family(FILES), self.key(key), value) {
             tracing::warn!(%error, "a digest could not be remembered");
@@ -415,12 +415,15 @@ mod tests {
         let key = StatKey { inode: 300, size: 1, mtime: (1, 2), ctime: (3, 4) };
         for name in ["a", "a-b"] {
             state.put_session(&session(name)).unwrap();
-            state.stat_cache(name).put(&key, Digest([1; 32]));
-            assert_eq!(state.stat_cache(name).get(&key), Some(Digest([1; 32])));
+            for plain in [false, true] {
+                let known = Known { digest: Digest([1; 32]), plain };
+                state.stat_cache(name).put(&key, known);
+                assert_eq!(state.stat_cache(name).get(&key), Some(known));
+            }
         }
         assert_eq!(state.stat_cache("a").get(&StatKey { ctime: (3, 5), ..key }), None);
         state.remove_session(&session("a")).unwrap();
         assert_eq!(state.stat_cache("a").get(&key), None);
-        assert_eq!(state.stat_cache("a-b").get(&key), Some(Digest([1; 32])));
+        assert!(state.stat_cache("a-b").get(&key).is_some());
     }
 }

@@ -154,6 +154,14 @@ impl LocalStore {
         self.shared.missing(blobs, |blob, entry| entry.file || blob.size <= limit)
     }
 
+    /// Which of `blobs` the store has not where directory messages belong, in the index.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn missing_directories(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
+        self.shared.missing(blobs, |_, entry| entry.inline)
+    }
+
     /// The contents of a blob, verified.
     ///
     /// # Errors

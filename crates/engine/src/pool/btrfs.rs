@@ -12,7 +12,7 @@ use std::process::Command;
 use super::{Kind, Pool, dotted, make_layout};
 use crate::crash::crash_point;
 use crate::error::{Context, Error, Result};
-use crate::{mount, sys};
+use crate::{mount, sys, writeback};
 
 /// `BTRFS_SUPER_MAGIC` (include/uapi/linux/magic.h).
 const MAGIC: u64 = 0x9123_683E;
@@ -259,5 +259,9 @@ fn attach_image(image: &Path) -> Result<(File, PathBuf)> {
 }
 
 fn mount_pool(device: &Path, target: &Path) -> Result<()> {
-    mount::mount_btrfs(device, target)
+    mount::mount_btrfs(device, target)?;
+    if let Err(error) = writeback::bound(device) {
+        tracing::warn!(%error, "the pool may hold much back from disk");
+    }
+    Ok(())
 }

@@ -43,10 +43,20 @@ const RACY: Duration = Duration::from_millis(100);
 /// Inode numbers mean something only within one session: forks give the same numbers to different files in the same
 /// instant. An implementation therefore belongs to one session.
 pub trait StatCache: Sync {
-    /// The digest of the file that had this stat data.
-    fn get(&self, key: &StatKey) -> Option<Digest>;
-    /// Remembers one.
-    fn put(&self, key: &StatKey, digest: Digest);
+    /// What is known of the file that had this stat data.
+    fn get(&self, key: &StatKey) -> Option<Known>;
+    /// Remembers it.
+    fn put(&self, key: &StatKey, known: Known);
+}
+
+/// What is remembered of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Digest of its content.
+    pub digest: Digest,
+    /// It has no extended attribute that counts, so its stat data says the rest and it need not be opened. (Setting one
+    /// changes the change time.)
+    pub plain: bool,
 }
 
 /// What identifies an unchanged file in a session.
@@ -77,10 +87,10 @@ impl StatKey {
 pub struct NoCache;
 
 impl StatCache for NoCache {
-    fn get(&self, _: &StatKey) -> Option<Digest> {
+    fn get(&self, _: &StatKey) -> Option<Known> {
         None
     }
-    fn put(&self, _: &StatKey, _: Digest) {}
+    fn put(&self, _: &StatKey, _: Known) {}
 }
 
 /// An upper and what it lies on.
@@ -125,7 +135,9 @@ pub struct Counts {
     pub directories: u64,
     /// Bytes of contents in the upper, a hard-linked file once.
     pub own_bytes: u64,
-    /// Files that had to be read.
+    /// Files that had to be opened; the others were recognised by their stat data alone.
+    pub opened: u64,
+    /// Of those, files that had to be read.
     pub read: u64,
     /// Sockets and device nodes, which a tree cannot hold.
     pub skipped: u64,
@@ -137,6 +149,7 @@ struct Unread {
     name: Name,
     path: PathBuf,
     inode: Inode,
+    stat: Stat,
 }
 
 /// What became of it.
@@ -144,6 +157,7 @@ struct Understood {
     node: Node,
     /// Its content, if that is in the upper.
     own: Option<Blob>,
+    opened: bool,
     read: bool,
 }
 
@@ -168,6 +182,7 @@ impl Upper<'_> {
         let (mut digests, mut inodes) = (HashSet::new(), HashSet::new());
         for (file, found) in understood {
             counts.changed += 1;
+            counts.opened += u64::from(found.opened);
             counts.read += u64::from(found.read);
             if let Some(content) = found.own {
                 if inodes.insert(file.inode) {
@@ -240,7 +255,7 @@ impl Upper<'_> {
                     Entry::Directory(walked.add(self.directory(root, below, origin)?)?)
                 }
                 FileType::RegularFile => {
-                    let file = Unread { directory: number, name: tree_name.clone(), path: below, inode };
+                    let file = Unread { directory: number, name: tree_name.clone(), path: below, inode, stat };
                     walked.unread.push(file);
                     // Put there when it has been read; until then the lower one must not show.
                     walked.draft.directories[number].entries.remove(&tree_name);
@@ -299,9 +314,16 @@ impl Upper<'_> {
         hashed: &Mutex<HashMap<Inode, Blob>>,
         file: &Unread,
     ) -> Result<Understood> {
+        let remembered = self.cache.get(&StatKey::of(&file.stat));
+        if let Some(Known { digest, plain: true }) = remembered {
+            let content = Blob { digest, size: file.stat.st_size as u64 };
+            let attributes = walk::attributes(&file.stat, Default::default(), self.owner, None);
+            let node = Node::File { content, attributes, link_group: None };
+            return Ok(Understood { node, own: Some(content), opened: false, read: false });
+        }
         let at = self.path.join(&file.path);
         let open = File::from(walk::open_file(root, &file.path).at("open", &at)?);
-        let stat = rustix::fs::fstat(&open).at("stat", &at)?;
+        let stat = &file.stat;
         let xattrs = walk::xattrs(open.as_fd()).at("read the extended attributes of", &at)?;
         let marks = Marks {
             kind: FileType::RegularFile,
@@ -310,14 +332,17 @@ impl Upper<'_> {
             redirect: xattrs.get(REDIRECT).cloned(),
             metacopy: xattrs.contains_key(METACOPY),
         };
-        let attributes = walk::attributes(&stat, xattrs, self.owner, None);
+        let attributes = walk::attributes(stat, xattrs, self.owner, None);
+        let plain = attributes.xattrs.is_empty();
         let file_node = |content| Node::File { content, attributes, link_group: None };
 
         let origin = (self.interpretation.content)(&marks);
         if origin != Origin::Nowhere {
             let lower = lowers[file.directory].as_ref();
             return match self.resolve(lower, &file.name, &origin)? {
-                Some(Node::File { content, .. }) => Ok(Understood { node: file_node(content), own: None, read: false }),
+                Some(Node::File { content, .. }) => {
+                    Ok(Understood { node: file_node(content), own: None, opened: true, read: false })
+                }
                 _ => Err(Error::Damaged {
                     what: at.display().to_string(),
                     detail: format!("its content should be in the image, at {origin:?}, but there is no file there"),
@@ -328,25 +353,25 @@ impl Upper<'_> {
         let known = hashed.lock().expect("no holder panics").get(&file.inode).copied();
         let (content, read) = match known {
             Some(content) => (content, false),
-            None => self.content(&open, &stat).at("read", &at)?,
+            None => match remembered {
+                Some(known) => (Blob { digest: known.digest, size: stat.st_size as u64 }, false),
+                None => (self.content(&open, stat, plain).at("read", &at)?, true),
+            },
         };
         hashed.lock().expect("no holder panics").insert(file.inode, content);
-        Ok(Understood { node: file_node(content), own: Some(content), read })
+        Ok(Understood { node: file_node(content), own: Some(content), opened: true, read })
     }
 
-    /// Digest of a file of the upper, and whether it had to be read for it.
-    fn content(&self, file: &File, stat: &Stat) -> std::io::Result<(Blob, bool)> {
+    /// Reads a file of the upper, and remembers its digest if the file cannot change unseen.
+    fn content(&self, file: &File, stat: &Stat, plain: bool) -> std::io::Result<Blob> {
         let key = StatKey::of(stat);
-        if let Some(digest) = self.cache.get(&key) {
-            return Ok((Blob { digest, size: key.size }, false));
-        }
         let content = Blob::of_reader(file)?;
         let changed = Duration::new(key.ctime.0.max(0) as u64, key.ctime.1);
         let taken = self.taken.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         if content.size == key.size && changed + RACY < taken {
-            self.cache.put(&key, content.digest);
+            self.cache.put(&key, Known { digest: content.digest, plain });
         }
-        Ok((content, true))
+        Ok(content)
     }
 
     /// What the image has at an origin.
