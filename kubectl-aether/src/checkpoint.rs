@@ -41,7 +41,7 @@ pub(crate) async fn checkpoint(cluster: &Cluster, args: &cli::Checkpoint) -> Res
     } {
         checkpoint = reach(cluster, &name, wanted, deadline).await?;
     }
-    match args.output {
+    match args.print.output {
         Some(format) => output::object(&checkpoint, format),
         None => output::print(&(sentence(&checkpoint) + "\n")),
     }

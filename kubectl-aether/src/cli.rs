@@ -113,6 +113,20 @@ pub(crate) enum ObjectFormat {
     Name,
 }
 
+#[derive(Args, Debug)]
+pub(crate) struct PrintList {
+    /// How to print
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub(crate) output: Option<Format>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PrintObject {
+    /// Print what was made as an object instead of in a sentence
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub(crate) output: Option<ObjectFormat>,
+}
+
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Patience {
     /// Give up waiting after this long; what was asked for goes on
@@ -156,9 +170,8 @@ pub(crate) struct Create {
     pub(crate) no_wait: bool,
     #[command(flatten)]
     pub(crate) patience: Patience,
-    /// Print the object instead of a sentence
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
-    pub(crate) output: Option<ObjectFormat>,
+    #[command(flatten)]
+    pub(crate) print: PrintObject,
 }
 
 #[derive(Args, Debug)]
@@ -178,9 +191,8 @@ pub(crate) struct Get {
     /// Only sessions with these labels
     #[arg(short = 'l', long, value_name = "LABELS")]
     pub(crate) selector: Option<String>,
-    /// How to print
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
-    pub(crate) output: Option<Format>,
+    #[command(flatten)]
+    pub(crate) print: PrintList,
 }
 
 #[derive(Args, Debug)]
@@ -209,9 +221,8 @@ pub(crate) struct Fork {
     pub(crate) no_wait: bool,
     #[command(flatten)]
     pub(crate) patience: Patience,
-    /// Print the objects instead of sentences
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
-    pub(crate) output: Option<ObjectFormat>,
+    #[command(flatten)]
+    pub(crate) print: PrintObject,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -245,9 +256,8 @@ pub(crate) struct Checkpoint {
     pub(crate) wait: WaitFor,
     #[command(flatten)]
     pub(crate) patience: Patience,
-    /// Print the object instead of a sentence
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
-    pub(crate) output: Option<ObjectFormat>,
+    #[command(flatten)]
+    pub(crate) print: PrintObject,
 }
 
 #[derive(Args, Debug)]
@@ -257,9 +267,8 @@ pub(crate) struct Checkpoint {
 pub(crate) struct Checkpoints {
     /// Only those of this session
     pub(crate) session: Option<String>,
-    /// How to print
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
-    pub(crate) output: Option<Format>,
+    #[command(flatten)]
+    pub(crate) print: PrintList,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -351,9 +360,8 @@ pub(crate) struct Restore {
     pub(crate) no_wait: bool,
     #[command(flatten)]
     pub(crate) patience: Patience,
-    /// Print the object instead of a sentence
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
-    pub(crate) output: Option<ObjectFormat>,
+    #[command(flatten)]
+    pub(crate) print: PrintObject,
 }
 
 #[derive(Args, Debug)]

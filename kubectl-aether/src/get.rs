@@ -12,7 +12,7 @@ use crate::lineage::{Item, Line, Style, lines, parent};
 use crate::output::{self, age, bytes, or_dash};
 
 pub(crate) async fn sessions(cluster: &Cluster, args: &Get) -> Result<()> {
-    if let (Some(name), Some(format)) = (&args.name, args.output.and_then(Format::of_objects)) {
+    if let (Some(name), Some(format)) = (&args.name, args.print.output.and_then(Format::of_objects)) {
         return output::object(&cluster.find::<AetherSession>(name).await?, format);
     }
     let (sessions, checkpoints): (Api<AetherSession>, Api<AetherCheckpoint>) = if args.all_namespaces {
@@ -25,7 +25,7 @@ pub(crate) async fn sessions(cluster: &Cluster, args: &Get) -> Result<()> {
         query = query.labels(selector);
     }
     let sessions = sessions.list(&query).await.map_err(|error| explain(error, "list sessions"))?.items;
-    if let Some(format) = args.output.and_then(Format::of_objects) {
+    if let Some(format) = args.print.output.and_then(Format::of_objects) {
         return output::objects(&sessions, format);
     }
     // Checkpoints tell where sessions that began at one belong. Who may not list them gets a flatter tree.
@@ -47,7 +47,7 @@ pub(crate) async fn sessions(cluster: &Cluster, args: &Get) -> Result<()> {
         eprintln!("no sessions in {place}: `kubectl aether create NAME --source SOURCE` makes one");
         return Ok(());
     }
-    let wide = args.output == Some(Format::Wide);
+    let wide = args.print.output == Some(Format::Wide);
     let rows: Vec<_> = lines.iter().map(|line| row(line, &sessions, &checkpoints, args.all_namespaces, wide)).collect();
     let mut header = vec!["NAME", "STATE", "NODE", "CHANGED", "OWN", "HEAD", "AGE"];
     if wide {
@@ -175,7 +175,7 @@ pub(crate) async fn checkpoints(cluster: &Cluster, args: &Checkpoints) -> Result
     list.sort_by_key(|checkpoint| {
         (checkpoint.metadata.creation_timestamp.clone().map(|time| time.0), checkpoint.name_any())
     });
-    if let Some(format) = args.output.and_then(Format::of_objects) {
+    if let Some(format) = args.print.output.and_then(Format::of_objects) {
         return output::objects(&list, format);
     }
     if list.is_empty() {
@@ -189,7 +189,7 @@ pub(crate) async fn checkpoints(cluster: &Cluster, args: &Checkpoints) -> Result
         }
         return Ok(());
     }
-    let wide = args.output == Some(Format::Wide);
+    let wide = args.print.output == Some(Format::Wide);
     let mut header = vec!["NAME", "SESSION", "STATE", "CHANGED", "OWN", "ORIGIN", "AGE", "MESSAGE"];
     if wide {
         header.extend(["CONSISTENCY", "FROZEN", "NODE", "ROOT"]);

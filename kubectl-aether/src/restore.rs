@@ -47,7 +47,7 @@ pub(crate) async fn restore(cluster: &Cluster, args: &Restore) -> Result<()> {
         })
         .await?;
     }
-    match args.output {
+    match args.print.output {
         Some(format) => output::object(&restore, format),
         None => output::print(&(sentence(&restore) + "\n")),
     }

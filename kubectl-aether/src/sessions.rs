@@ -42,7 +42,7 @@ pub(crate) async fn create(cluster: &Cluster, args: &Create) -> Result<()> {
             wait::until(cluster.api(), &args.name, &what, deadline, &progress, |session| bound(&args.name, session))
                 .await?;
     }
-    if let Some(format) = args.output {
+    if let Some(format) = args.print.output {
         return output::object(&session, format);
     }
     if args.no_wait {
@@ -94,7 +94,7 @@ pub(crate) async fn fork(cluster: &Cluster, args: &Fork) -> Result<()> {
     }
     let mut forks: Vec<AetherSession> = created.into_values().collect();
     forks.sort_by_key(|fork| natural(&fork.name_any()));
-    match args.output {
+    match args.print.output {
         Some(format) if forks.len() == 1 => output::object(&forks[0], format)?,
         Some(format) => output::objects(&forks, format)?,
         None => output::print(&forks.iter().map(|fork| sentence(&args.parent, fork) + "\n").collect::<String>())?,
