@@ -344,7 +344,9 @@ impl Node {
             "nodeStatusReportFrequency": "1m",
             "serializeImagePulls": false,
             "imageGCHighThresholdPercent": 100,
-            "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "nodefs.inodesFree": "1%", "imagefs.available": "1%"},
+            // Not in percent: one of a large disk is gigabytes, which other work on the machine may take for a while.
+            "evictionHard": {"memory.available": "100Mi", "nodefs.available": "500Mi", "nodefs.inodesFree": "1%", "imagefs.available": "500Mi"},
+            "evictionPressureTransitionPeriod": "10s",
             "resolvConf": self.disk().join("config/resolv.conf"),
             "healthzBindAddress": "127.0.0.1",
         })

@@ -70,7 +70,7 @@ async fn install(cluster: &Cluster, digests: &[(&str, &str)]) -> Result<()> {
         "--set-string",
         "store.nodeSelector.kubernetes\\.io/hostname=node-1",
         "--set",
-        "driver.pool.size=8Gi",
+        "driver.pool.size=4Gi",
     ];
     args.extend(digests.iter().flat_map(|set| ["--set-string", set.as_str()]));
     tools.helm(&args).await?;

@@ -12,6 +12,7 @@ mod handoff;
 mod import;
 mod killed;
 mod measure;
+mod programs;
 mod restore;
 mod session;
 mod volumes;
@@ -95,6 +96,7 @@ pub const STEPS: &[Step] = steps! {
 pub const MORE_STEPS: &[Step] = steps! {
     "killed-node" "All processes of a node end at once" true Needs::Harness("it ends all processes of a node"), handoff::kill_a_node;
     "claim-source" "An AetherSource of a directory in a claim" false Needs::Nothing, claim_source::import_a_claim;
+    "git-and-sqlite" "Git and SQLite in a session, and in a fork of it" false Needs::Nothing, programs::git_and_sqlite;
     "torn-copies" "A hundred copies of a busy session" false Needs::Nothing, torn_copies;
 };
 

@@ -54,5 +54,6 @@ steps! {
     deletion "deletion"
     killed_node "killed-node"
     claim_source "claim-source"
+    git_and_sqlite "git-and-sqlite"
     torn_copies "torn-copies"
 }
