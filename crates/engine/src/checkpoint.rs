@@ -293,7 +293,7 @@ impl Inner {
     fn flush(&self, session: &Session, written: bool) -> Result<()> {
         for _ in 0..MOST_FLUSHES {
             let started = Instant::now();
-            self.pool.flush(&session.directory)?;
+            self.pool.flush(&session.directory, session.limits)?;
             if !written || started.elapsed() < SHORT_FLUSH {
                 break;
             }

@@ -26,8 +26,9 @@ use tokio::sync::OwnedMutexGuard;
 
 use crate::error::{Context, Error, Result};
 use crate::freeze::Freezer;
+use crate::limits::{self, Limited};
 use crate::mount::{self, Overlay, Target};
-use crate::pool::{self, Kind, Pool, PoolConfig, Space};
+use crate::pool::{self, Kind, Medium, Pool, PoolConfig, Space};
 use crate::state::{Image, ImageId, State};
 use crate::warm::Warmer;
 use crate::{hydrate, image, kernel, repair};
@@ -42,6 +43,9 @@ pub struct Config {
     pub root: PathBuf,
     /// Where writable directories lie.
     pub pool: PoolConfig,
+    /// Bytes of the node's memory for sessions in memory, which take twice that when they are full; without it there
+    /// are none.
+    pub memory: Option<u64>,
     /// The longest that writers are held still for a snapshot. What cannot be done in this time is done unfrozen and
     /// reported as [`PerFile`](crate::Consistency::PerFile).
     pub freeze_limit: Duration,
@@ -50,11 +54,12 @@ pub struct Config {
 }
 
 impl Config {
-    /// Defaults: automatic pool, freezes of at most two seconds, restores in place of at most a minute.
+    /// Defaults: automatic pool, no sessions in memory, freezes of at most two seconds, restores in place of at most a minute.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: root.into(),
             pool: PoolConfig::Auto,
+            memory: None,
             freeze_limit: Duration::from_secs(2),
             restore_limit: Duration::from_secs(60),
         }
@@ -69,6 +74,8 @@ pub struct NodeStatistics {
     pub pool: Kind,
     /// Space of the pool.
     pub space: Space,
+    /// Space for sessions in memory, where there is any.
+    pub memory: Option<Space>,
     /// Images on the node.
     pub images: u64,
     /// Sessions on the node.
@@ -95,6 +102,7 @@ pub(crate) struct Inner {
     pub(crate) pool: Box<dyn Pool>,
     pub(crate) objects: LocalStore,
     pub(crate) state: State,
+    pub(crate) limited: Limited,
     pub(crate) freezer: Freezer,
     pub(crate) warmer: Warmer,
     locks: Locks,
@@ -220,7 +228,8 @@ impl Engine {
             let objects = inner.objects.statistics();
             Ok(NodeStatistics {
                 pool: inner.pool.kind(),
-                space: inner.pool.space()?,
+                space: inner.pool.space_of(Medium::Disk)?,
+                memory: inner.pool.space_of(Medium::Memory).ok(),
                 images: inner.state.images()?.len() as u64,
                 sessions: sessions.len() as u64,
                 mounted,
@@ -232,9 +241,9 @@ impl Engine {
         .await
     }
 
-    /// Space of the pool. One call to the kernel, however much the node holds.
+    /// Space of the pool on disk. One call to the kernel, however much the node holds.
     pub async fn space(&self) -> Result<Space> {
-        self.run(|inner| inner.pool.space()).await
+        self.run(|inner| inner.pool.space_of(Medium::Disk)).await
     }
 
     /// Compares records, pool, images, objects and mounts, and reads every object. Changes nothing. Each line names
@@ -309,7 +318,9 @@ impl Inner {
             fs::create_dir_all(&path).at("create", &path)?;
         }
         let freezer = Freezer::open(&root.join("index/frozen"))?;
-        let pool = pool::open(root, &config.pool)?;
+        let pool = pool::open(root, &config.pool, config.memory)?;
+        // What the kernel made read-only takes writes again only as a new mount; nothing of it is open yet.
+        pool.remount(&|pool| limits::vacate(root, pool))?;
         let report = kernel::probe(&*pool, &root.join("mnt"))?;
         report.require()?;
         let objects = LocalStore::open(LocalConfig {
@@ -319,8 +330,10 @@ impl Inner {
             inline_limit: 0,
         })
         .map_err(|error| Error::store(format!("open the objects of {}", root.display()), error))?;
+        let limited = Limited::read(&state)?;
         let inner = Self {
             config,
+            limited,
             report,
             pool,
             objects,

@@ -8,8 +8,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why the engine could not do something.
 ///
-/// Callers map the variants to their own boundary: `NotFound`, `AlreadyExists`, `Busy`, `Unsupported`, `Invalid`
-/// and `Damaged` say what is the matter; `Io` and `Store` carry what the kernel or the store said.
+/// Callers map the variants to their own boundary: `NotFound`, `AlreadyExists`, `Busy`, `Unsupported`, `Invalid`,
+/// `Full` and `Damaged` say what is the matter; `Io` and `Store` carry what the kernel or the store said.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kernel refused an action on a path.
@@ -73,6 +73,14 @@ pub enum Error {
         what: String,
         /// What is wrong with it.
         reason: String,
+    },
+    /// There is no room left; what there was is kept.
+    #[error("{what} is full: {remedy}")]
+    Full {
+        /// What has a limit.
+        what: String,
+        /// By how much, and what helps.
+        remedy: String,
     },
     /// Something on this node is not what it must be.
     #[error("{what} is damaged: {detail}")]

@@ -129,6 +129,7 @@ pub fn probe(pool: &dyn Pool, mounts: &Path) -> Result<Report> {
             }),
         },
     );
+    row("limits of sessions", Need::Recommended, pool.enforcement());
     row("freezer", Need::Recommended, freeze::hierarchy().map(|path| path.display().to_string()));
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
     Ok(Report { release, features })

@@ -143,14 +143,46 @@ pub(crate) fn erofs(source: &Path) -> Result<OwnedFd> {
         .mount(MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV)
 }
 
+/// Lets a file system that was made read-only be written again.
+pub(crate) fn remount_writable(target: &Path) -> Result<()> {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
+    sysmount::mount_remount(target, flags, c"").at("remount", target)
+}
+
+/// What becomes of space that is freed on a btrfs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Discard {
+    /// The file system keeps it.
+    Never,
+    /// It goes back to whatever is below.
+    Async,
+    /// As the kernel thinks best for the device.
+    Default,
+}
+
 /// Mounts the btrfs file system of `device` at `target`.
-pub(crate) fn mount_btrfs(device: &Path, target: &Path) -> Result<()> {
+pub(crate) fn mount_btrfs(device: &Path, target: &Path, discard: Discard) -> Result<()> {
     let context = FsContext::open("btrfs")?;
     context.set_path("source", device)?;
+    match discard {
+        Discard::Never => sysmount::fsconfig_set_flag(&context.fd, "nodiscard")
+            .map_err(|error| context.explain("nodiscard", error))?,
+        Discard::Async => context.set("discard", b"async")?,
+        Discard::Default => {}
+    }
     // The pool's own data is already spread over many small files; access times would turn every read into a write.
     let mount = context.mount(
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOATIME,
     )?;
+    attach(mount.as_fd(), target)
+}
+
+/// Mounts an empty tmpfs of at most `bytes` at `target`, for root alone.
+pub(crate) fn mount_tmpfs(target: &Path, bytes: u64) -> Result<()> {
+    let context = FsContext::open("tmpfs")?;
+    context.set("size", bytes.to_string().as_bytes())?;
+    context.set("mode", b"700")?;
+    let mount = context.mount(MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV)?;
     attach(mount.as_fd(), target)
 }
 

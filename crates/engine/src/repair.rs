@@ -9,6 +9,7 @@ use std::fs;
 
 use crate::engine::Inner;
 use crate::error::{Context, Error, Result};
+use crate::pool::Medium;
 use crate::state::ImageId;
 use crate::{image, mount};
 
@@ -35,6 +36,7 @@ pub(crate) fn repair(inner: &Inner) -> Result<()> {
             inner.state.remove_image(image.id())?;
         }
     }
+    forget_lost_memory(inner)?;
     let sessions = inner.state.sessions()?;
     let named: HashSet<&str> = sessions.iter().map(|session| session.directory.as_str()).collect();
     for directory in inner.pool.listing()?.sessions {
@@ -60,6 +62,23 @@ pub(crate) fn repair(inner: &Inner) -> Result<()> {
     }
     for problem in records(inner)? {
         tracing::error!("{problem}");
+    }
+    Ok(())
+}
+
+/// What was in memory went with the machine: it is not damage, and its records go too. Whoever wants such a session begins
+/// it again from its last durable tree.
+fn forget_lost_memory(inner: &Inner) -> Result<()> {
+    let there: HashSet<String> = inner.pool.listing()?.sessions.into_iter().collect();
+    let lost = inner.state.sessions()?.into_iter();
+    for session in lost.filter(|session| session.medium == Medium::Memory && !there.contains(&session.directory)) {
+        tracing::warn!(session = session.id, "was in memory, and went with it");
+        for snapshot in inner.state.snapshots()?.into_iter().filter(|snapshot| snapshot.session == session.id) {
+            if !inner.pool.snapshot_upper(&snapshot.id).exists() {
+                inner.state.remove_snapshot(&snapshot.id)?;
+            }
+        }
+        inner.state.remove_session(&session)?;
     }
     Ok(())
 }

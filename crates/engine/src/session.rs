@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use aether_cas::tree::Directories;
@@ -16,7 +16,7 @@ use crate::crash::crash_point;
 use crate::engine::{Engine, Inner, Lock};
 use crate::error::{Context, Error, Result};
 use crate::mount::{self, Overlay};
-use crate::pool::validate_name;
+use crate::pool::{Limits, Medium, validate_name, walk_usage};
 use crate::state::{Image, ImageId, Session};
 
 /// A session as it is now.
@@ -44,20 +44,30 @@ impl Engine {
     /// # Errors
     /// `AlreadyExists` for a session of that name on another image.
     pub async fn create_session(&self, id: &str, image: &Image) -> Result<Session> {
+        self.create_session_on(Medium::Disk, id, image).await
+    }
+
+    /// As [`create_session`](Self::create_session), with its changes on `medium`.
+    ///
+    /// # Errors
+    /// `Unsupported` where the node has no such medium.
+    pub async fn create_session_on(&self, medium: Medium, id: &str, image: &Image) -> Result<Session> {
         let image = image.clone();
         self.with_session(id, move |inner, id| {
             validate_name("session", id)?;
             if let Some(session) = inner.state.session(id)? {
-                return same(session, |session| session.image.id() == image.id() && session.forked_from.is_none());
+                return same(session, |session| {
+                    session.image.id() == image.id() && session.medium == medium && session.forked_from.is_none()
+                });
             }
-            inner.prepare_upper(id, image.id())?;
-            inner.record(Session::new(id, image, id, None))
+            inner.prepare_upper(id, image.id(), medium)?;
+            inner.record(Session::new(id, image, medium, None))
         })
         .await
     }
 
-    /// Makes the session `id` whose upper begins as a copy of the snapshot's. Not mounted yet. Deleting the snapshot
-    /// afterwards does not touch it.
+    /// Makes the session `id` whose upper begins as a copy of the snapshot's, on the same medium. Not mounted yet.
+    /// Deleting the snapshot afterwards does not touch it.
     ///
     /// # Errors
     /// `NotFound` without the snapshot; `AlreadyExists` for a session of that name that is no fork of it.
@@ -72,7 +82,7 @@ impl Engine {
             inner.discard_directory(id)?;
             inner.pool.fork(&from, id)?;
             crash_point!("fork.made");
-            inner.record(Session::new(id, snapshot.image, id, Some(from)))
+            inner.record(Session::new(id, snapshot.image, inner.pool.medium_of_snapshot(&from), Some(from)))
         })
         .await
     }
@@ -97,7 +107,8 @@ impl Engine {
             inner.take_down(&session)?;
             // An upper belongs to one image for life, so another base means another directory.
             let directory = format!("{id}.{}", &uuid::Uuid::new_v4().simple().to_string()[..8]);
-            inner.prepare_upper(&directory, image.id())?;
+            inner.prepare_upper(&directory, image.id(), session.medium)?;
+            inner.pool.keep(&directory, session.limits)?;
             crash_point!("reset.created");
             let former = session.directory.clone();
             let session = Session { head: Some(image.root), directory, image, ..session };
@@ -216,16 +227,18 @@ impl Engine {
 }
 
 impl Session {
-    fn new(id: &str, image: Image, directory: &str, forked_from: Option<String>) -> Self {
+    fn new(id: &str, image: Image, medium: Medium, forked_from: Option<String>) -> Self {
         Self {
             id: id.into(),
             // An empty upper shows the image's tree; a fork's has not been digested.
             head: forked_from.is_none().then_some(image.root),
             image,
-            directory: directory.into(),
+            directory: id.into(),
             forked_from,
             generation: 0,
             created: jiff::Timestamp::now().as_second(),
+            medium,
+            limits: Limits::default(),
             deleting: false,
         }
     }
@@ -238,7 +251,10 @@ fn same(session: Session, matches: impl Fn(&Session) -> bool) -> Result<Session>
     let detail = if session.deleting {
         "it is being deleted".into()
     } else {
-        format!("on tree {} for {}:{}", session.image.root, session.image.uid, session.image.gid)
+        format!(
+            "on tree {} for {}:{}, on {:?}",
+            session.image.root, session.image.uid, session.image.gid, session.medium
+        )
     };
     Err(Error::AlreadyExists { kind: "session", name: session.id, detail })
 }
@@ -259,9 +275,9 @@ impl Inner {
     }
 
     /// Makes an empty upper that looks like the root of the image: the merged root shows the upper's attributes.
-    fn prepare_upper(&self, directory: &str, image: ImageId) -> Result<()> {
+    fn prepare_upper(&self, directory: &str, image: ImageId, medium: Medium) -> Result<()> {
         self.discard_directory(directory)?;
-        self.pool.create(directory)?;
+        self.pool.create(directory, medium)?;
         crash_point!("session.created");
         let root = self
             .objects
@@ -406,7 +422,7 @@ impl Inner {
 
     fn status(&self, session: Session, table: &[mount::MountEntry]) -> Result<SessionStatus> {
         let mountpoint = self.mountpoint(&session.id);
-        let (own_bytes, own_inodes) = usage(&self.pool.upper(&session.directory))?;
+        let (own_bytes, own_inodes) = walk_usage(&self.pool.upper(&session.directory))?;
         Ok(SessionStatus {
             mountpoint: mount::is_mountpoint(&mountpoint)?.then_some(mountpoint),
             targets: self.targets_in(&session, table),
@@ -416,25 +432,4 @@ impl Inner {
             session,
         })
     }
-}
-
-/// Bytes on disk and number of inodes below a directory. What vanishes meanwhile counts as nothing.
-fn usage(directory: &Path) -> Result<(u64, u64)> {
-    let (mut bytes, mut inodes) = (0, 0);
-    let mut linked = std::collections::HashSet::new();
-    for entry in walkdir::WalkDir::new(directory).min_depth(1).follow_links(false) {
-        let metadata = match entry.and_then(|entry| entry.metadata()) {
-            Ok(metadata) => metadata,
-            Err(error) if error.io_error().is_some_and(|error| error.kind() == std::io::ErrorKind::NotFound) => {
-                continue;
-            }
-            Err(error) => return Err(Error::io("measure", directory, error)),
-        };
-        if metadata.nlink() > 1 && !metadata.is_dir() && !linked.insert(metadata.ino()) {
-            continue;
-        }
-        bytes += metadata.blocks() * 512;
-        inodes += 1;
-    }
-    Ok((bytes, inodes))
 }

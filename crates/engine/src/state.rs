@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
+use crate::pool::{Limits, Medium};
 use crate::upper::{Known, StatCache, StatKey};
 
 /// Names an image: a tree, seen by one owner. A tree records ownership only where it differs from the owner's.
@@ -96,6 +97,12 @@ pub struct Session {
     pub generation: u64,
     /// When it was made, in seconds since 1970.
     pub created: i64,
+    /// What its upper is kept on.
+    #[serde(default)]
+    pub medium: Medium,
+    /// The most that its upper may take up.
+    #[serde(default)]
+    pub limits: Limits,
     /// Being deleted: only the rest of the deletion may still happen to it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub deleting: bool,
@@ -243,7 +250,13 @@ impl State {
     }
 
     fn failed(&self, action: &str, error: rocksdb::Error) -> Error {
-        Error::store(format!("{action} the records in {}", self.path.display()), error)
+        // The database writes nothing more after that until it is opened again; what it acknowledged is safe.
+        let way_out = if error.to_string().contains("No space left") {
+            " (free space there, then restart the node driver)"
+        } else {
+            ""
+        };
+        Error::store(format!("{action} the records in {}{way_out}", self.path.display()), error)
     }
 
     pub(crate) fn image(&self, id: ImageId) -> Result<Option<Image>> {
@@ -389,6 +402,8 @@ mod tests {
             forked_from: None,
             generation: 3,
             created: 1,
+            medium: Medium::Disk,
+            limits: Limits { bytes: Some(1), inodes: None },
             deleting: false,
         }
     }

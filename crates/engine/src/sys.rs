@@ -134,6 +134,211 @@ pub(crate) fn subvolume_destroy(parent: BorrowedFd<'_>, name: &str) -> io::Resul
     unsafe { ioctl::ioctl(parent, Volume::<SNAP_DESTROY_V2>(volume_args(name)?)) }.map_err(Into::into)
 }
 
+const SYNC: Opcode = opcode::none(BTRFS, 8);
+
+/// Commits what was changed and wakes the kernel's threads that give back the space of what was deleted.
+pub(crate) fn btrfs_sync(root: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: BTRFS_IOC_SYNC takes no argument.
+    unsafe { ioctl::ioctl(root, ioctl::NoArg::<SYNC>::new()) }.map_err(Into::into)
+}
+
+/// `struct btrfs_ioctl_quota_ctl_args`.
+#[repr(C)]
+struct QuotaControl {
+    command: u64,
+    status: u64,
+}
+
+const QUOTA_CTL: Opcode = opcode::read_write::<QuotaControl>(BTRFS, 40);
+/// `BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA` (Linux 6.7).
+const ENABLE_SIMPLE_QUOTA: u64 = 4;
+
+/// Begins to charge every extent to the subvolume that writes it, on the file system of `root`.
+pub(crate) fn quota_enable_simple(root: BorrowedFd<'_>) -> io::Result<()> {
+    let mut control = QuotaControl { command: ENABLE_SIMPLE_QUOTA, status: 0 };
+    // SAFETY: the kernel reads one `QuotaControl` and may write `status` back into it.
+    unsafe { ioctl::ioctl(root, ioctl::Updater::<QUOTA_CTL, _>::new(&mut control)) }.map_err(Into::into)
+}
+
+/// `struct btrfs_ioctl_qgroup_limit_args`, with `struct btrfs_qgroup_limit` inside.
+#[repr(C)]
+struct QuotaLimit {
+    group: u64,
+    flags: u64,
+    max_referenced: u64,
+    max_exclusive: u64,
+    reserved: [u64; 2],
+}
+
+const QGROUP_LIMIT: Opcode = opcode::read::<QuotaLimit>(BTRFS, 43);
+/// `BTRFS_QGROUP_LIMIT_MAX_RFER`.
+const LIMIT_REFERENCED: u64 = 1;
+/// What takes a limit away again (`CLEAR_VALUE` in fs/btrfs/qgroup.c).
+const NO_LIMIT: u64 = u64::MAX;
+
+/// Bounds what may be charged to the subvolume `id` to so many bytes, or to nothing.
+pub(crate) fn quota_limit(root: BorrowedFd<'_>, id: u64, bytes: Option<u64>) -> io::Result<()> {
+    let limit = QuotaLimit {
+        group: id,
+        flags: LIMIT_REFERENCED,
+        max_referenced: bytes.unwrap_or(NO_LIMIT),
+        max_exclusive: 0,
+        reserved: [0; 2],
+    };
+    // SAFETY: the kernel reads one `QuotaLimit`.
+    unsafe { ioctl::ioctl(root, ioctl::Setter::<QGROUP_LIMIT, _>::new(limit)) }.map_err(Into::into)
+}
+
+/// `struct btrfs_ioctl_fs_info_args`, of which only the identifier is of interest here.
+#[repr(C)]
+struct FileSystemInfo {
+    devices: [u64; 2],
+    uuid: [u8; 16],
+    rest: [u64; 124],
+}
+
+const _: () = assert!(size_of::<FileSystemInfo>() == 1024);
+
+const FS_INFO: Opcode = opcode::read::<FileSystemInfo>(BTRFS, 31);
+
+/// The identifier of a btrfs, by which sysfs names it.
+pub(crate) fn btrfs_uuid(root: BorrowedFd<'_>) -> io::Result<uuid::Uuid> {
+    // SAFETY: the kernel fills one `FileSystemInfo`.
+    let info = unsafe { ioctl::ioctl(root, ioctl::Getter::<FS_INFO, FileSystemInfo>::new()) }?;
+    let _ = (info.devices, info.rest);
+    Ok(uuid::Uuid::from_bytes(info.uuid))
+}
+
+/// `struct btrfs_ioctl_ino_lookup_args`.
+#[repr(C)]
+struct InodeLookup {
+    tree: u64,
+    object: u64,
+    name: [u8; 4080],
+}
+
+const INO_LOOKUP: Opcode = opcode::read_write::<InodeLookup>(BTRFS, 18);
+
+/// The number of the subvolume that `directory` is in.
+pub(crate) fn subvolume_id(directory: BorrowedFd<'_>) -> io::Result<u64> {
+    // 256 is the root directory of every subvolume; tree 0 is the one that the descriptor is in.
+    let mut lookup = Box::new(InodeLookup { tree: 0, object: 256, name: [0; 4080] });
+    // SAFETY: the kernel reads and fills one `InodeLookup`.
+    unsafe { ioctl::ioctl(directory, ioctl::Updater::<INO_LOOKUP, _>::new(&mut *lookup)) }?;
+    let _ = lookup.name;
+    Ok(lookup.tree)
+}
+
+/// The key of an item in a btrfs tree; in the order of the tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Key {
+    pub(crate) object: u64,
+    pub(crate) kind: u8,
+    pub(crate) offset: u64,
+}
+
+/// `struct btrfs_ioctl_search_key`.
+#[repr(C)]
+struct SearchKey {
+    tree: u64,
+    min_object: u64,
+    max_object: u64,
+    min_offset: u64,
+    max_offset: u64,
+    min_transaction: u64,
+    max_transaction: u64,
+    min_kind: u32,
+    max_kind: u32,
+    items: u32,
+    unused: u32,
+    more_unused: [u64; 4],
+}
+
+/// `struct btrfs_ioctl_search_args_v2`, up to its buffer.
+#[repr(C)]
+struct SearchHead {
+    key: SearchKey,
+    size: u64,
+}
+
+const SEARCH_BUFFER: usize = 64 << 10;
+
+#[repr(C)]
+struct Search {
+    head: SearchHead,
+    buffer: [u8; SEARCH_BUFFER],
+}
+
+const _: () = assert!(size_of::<SearchHead>() == 112);
+
+// The size in the opcode is that of the structure without its buffer.
+const TREE_SEARCH_V2: Opcode = opcode::read_write::<SearchHead>(BTRFS, 17);
+/// `struct btrfs_ioctl_search_header`.
+const SEARCH_HEADER: usize = 32;
+
+/// Shows `each` every item of a tree between two keys, in order, until it returns false. Tree 0 is the subvolume that `within` is
+/// in. What is changed meanwhile may or may not be seen.
+pub(crate) fn tree_search(
+    within: BorrowedFd<'_>,
+    tree: u64,
+    from: Key,
+    to: Key,
+    mut each: impl FnMut(Key, &[u8]) -> bool,
+) -> io::Result<()> {
+    let key = |from: Key| SearchKey {
+        tree,
+        min_object: from.object,
+        max_object: to.object,
+        min_offset: from.offset,
+        max_offset: to.offset,
+        min_transaction: 0,
+        max_transaction: u64::MAX,
+        min_kind: from.kind.into(),
+        max_kind: to.kind.into(),
+        items: u32::MAX,
+        unused: 0,
+        more_unused: [0; 4],
+    };
+    let mut search = Box::new(Search {
+        head: SearchHead { key: key(from), size: SEARCH_BUFFER as u64 },
+        buffer: [0; SEARCH_BUFFER],
+    });
+    loop {
+        // SAFETY: the kernel reads the head, writes `items`, and fills at most `size` bytes of the buffer behind it.
+        unsafe { ioctl::ioctl(within, ioctl::Updater::<TREE_SEARCH_V2, _>::new(&mut *search)) }?;
+        if search.head.key.items == 0 {
+            return Ok(());
+        }
+        let mut rest = search.buffer.as_slice();
+        let mut last = from;
+        for _ in 0..search.head.key.items {
+            let Some((header, data)) = rest.split_at_checked(SEARCH_HEADER) else { break };
+            let word = |at: usize| u64::from_ne_bytes(header[at..at + 8].try_into().expect("eight bytes"));
+            let half = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().expect("four bytes"));
+            last = Key { object: word(8), kind: u8::try_from(half(24)).unwrap_or(u8::MAX), offset: word(16) };
+            let Some((item, after)) = data.split_at_checked(half(28) as usize) else { break };
+            if !each(last, item) {
+                return Ok(());
+            }
+            rest = after;
+        }
+        let Some(next) = last.next().filter(|next| *next <= to) else { return Ok(()) };
+        search.head.key = key(next);
+    }
+}
+
+impl Key {
+    fn next(self) -> Option<Self> {
+        if let Some(offset) = self.offset.checked_add(1) {
+            return Some(Self { offset, ..self });
+        }
+        if let Some(kind) = self.kind.checked_add(1) {
+            return Some(Self { kind, offset: 0, ..self });
+        }
+        Some(Self { object: self.object.checked_add(1)?, kind: 0, offset: 0 })
+    }
+}
+
 // ----------------------------------------------------------------------------------------------------------- loop
 
 /// `struct loop_config` (include/uapi/linux/loop.h), with `struct loop_info64` inside.

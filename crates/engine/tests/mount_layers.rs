@@ -8,7 +8,7 @@ use std::path::Path;
 use aether_cas::tree::{Attributes, Directory, MemoryDirectories, Mtime, Name, Node, Owner};
 use aether_cas::{Blob, Digest};
 use aether_engine::mount::{self, Overlay};
-use aether_engine::pool::{self, PoolConfig};
+use aether_engine::pool::{self, Limits, Medium, PoolConfig};
 use aether_engine::state::ImageId;
 use aether_engine::testing::isolated;
 use aether_engine::{Error, image};
@@ -150,11 +150,11 @@ fn a_used_upper_is_noticed_wherever_it_is_mounted() {
 }
 
 fn exercise(pool: &dyn pool::Pool) {
-    pool.create("a").unwrap();
+    pool.create("a", Medium::Disk).unwrap();
     let upper = pool.upper("a");
     fs::write(upper.join("file"), "one").unwrap();
     mount::set_xattr(&upper, "trusted.overlay.opaque", b"y").unwrap();
-    pool.flush("a").unwrap();
+    pool.flush("a", Limits::default()).unwrap();
     pool.snapshot("a", "s").unwrap();
     pool.finish_snapshot("s").unwrap();
     fs::write(upper.join("file"), "two").unwrap();
@@ -173,7 +173,7 @@ fn exercise(pool: &dyn pool::Pool) {
     assert!(pool.listing().unwrap().snapshots.is_empty());
     fs::create_dir(pool.root().join("sessions/.new-x")).unwrap();
     assert_eq!(pool.sweep().unwrap(), 1);
-    assert!(pool.space().unwrap().available_bytes > 0);
+    assert!(pool.space_of(Medium::Disk).unwrap().available_bytes > 0);
     assert_eq!(fs::read(pool.upper("b").join("file")).unwrap(), b"three");
 }
 
@@ -181,24 +181,24 @@ fn exercise(pool: &dyn pool::Pool) {
 fn the_btrfs_pool_keeps_its_contract_and_its_device() {
     isolated("the_btrfs_pool_keeps_its_contract_and_its_device", |root| {
         let config = PoolConfig::Image { bytes: 300 << 20 };
-        let pool = pool::open(root, &config).unwrap();
+        let pool = pool::open(root, &config, None).unwrap();
         let image = fs::metadata(root.join("pool.img")).unwrap();
         exercise(&*pool);
         let after = fs::metadata(root.join("pool.img")).unwrap();
         assert!(after.blocks() >= image.blocks() && image.blocks() * 512 >= 300 << 20, "the image is preallocated");
         drop(pool);
         // A second opening finds the mount; one after an unmount finds the loop device, or makes one.
-        let pool = pool::open(root, &config).unwrap();
+        let pool = pool::open(root, &config, None).unwrap();
         assert_eq!(pool.listing().unwrap().sessions, ["b"]);
         let held = fs::File::open(pool.upper("b").join("file")).unwrap();
         let device = mount::find_mount(&root.join("pool")).unwrap().unwrap().source;
         drop(pool);
         mount::unmount_lazy(&root.join("pool")).unwrap();
-        let pool = pool::open(root, &PoolConfig::Auto).unwrap();
+        let pool = pool::open(root, &PoolConfig::Auto, None).unwrap();
         assert_eq!(mount::find_mount(&root.join("pool")).unwrap().unwrap().source, device, "one device per image");
         assert_eq!(fs::read(pool.upper("b").join("file")).unwrap(), b"three");
         drop(held);
-        let refused = pool::open(root, &PoolConfig::Directory).err().unwrap();
+        let refused = pool::open(root, &PoolConfig::Directory, None).err().unwrap();
         assert!(matches!(&refused, Error::Invalid { .. }) && refused.to_string().contains("image"), "{refused}");
     });
 }
@@ -215,8 +215,8 @@ fn a_container_without_the_node_of_a_loop_device_gets_it() {
         rustix::fs::mknodat(rustix::fs::CWD, "/dev/loop-control", kind, mode, control).unwrap();
         let null = rustix::fs::makedev(1, 3);
         rustix::fs::mknodat(rustix::fs::CWD, "/dev/null", kind, mode, null).unwrap();
-        let pool = pool::open(&root.join("engine"), &PoolConfig::Image { bytes: 256 << 20 }).unwrap();
-        pool.create("a").unwrap();
+        let pool = pool::open(&root.join("engine"), &PoolConfig::Image { bytes: 256 << 20 }, None).unwrap();
+        pool.create("a", Medium::Disk).unwrap();
         let device = mount::find_mount(&root.join("engine/pool")).unwrap().unwrap().source;
         assert!(device.starts_with("/dev") && device.exists());
     });
@@ -225,6 +225,6 @@ fn a_container_without_the_node_of_a_loop_device_gets_it() {
 #[test]
 fn the_directory_pool_keeps_the_same_contract() {
     isolated("the_directory_pool_keeps_the_same_contract", |root| {
-        exercise(&*pool::open(root, &PoolConfig::Directory).unwrap());
+        exercise(&*pool::open(root, &PoolConfig::Directory, None).unwrap());
     });
 }

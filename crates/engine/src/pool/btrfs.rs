@@ -1,6 +1,7 @@
 //! The btrfs pool: a session is a subvolume, a snapshot is one ioctl whatever the number of changed files.
 //!
-//! A snapshot ioctl commits the transaction that it is part of, so what it returns is on disk.
+//! A snapshot ioctl commits the transaction that it is part of, so what it returns is on disk. Limits are in
+//! [`quota`](super::quota).
 
 use std::fs::{self, File};
 use std::io;
@@ -8,10 +9,13 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
-use super::{Kind, Pool, dotted, make_layout};
+use super::quota::Quotas;
+use super::{Kind, Limits, Medium, Pool, Usage, dotted, make_layout, no_memory, walk_usage};
 use crate::crash::crash_point;
 use crate::error::{Context, Error, Result};
+use crate::mount::Discard;
 use crate::{mount, sys, writeback};
 
 /// `BTRFS_SUPER_MAGIC` (include/uapi/linux/magic.h).
@@ -23,10 +27,37 @@ const MINIMUM_IMAGE: u64 = 256 << 20;
 /// A read-only subvolume with an empty `upper` and `work`, of which every new session is a snapshot.
 const TEMPLATE: &str = ".template";
 
+/// How often, and how long apart, the kernel is asked to make room for metadata on a full pool.
+const RECLAIM_ATTEMPTS: u32 = 10;
+const RECLAIM_PAUSE: Duration = Duration::from_millis(100);
+
 /// A pool on btrfs.
 #[derive(Debug)]
 pub struct Btrfs {
     root: PathBuf,
+    /// Without them, why not.
+    quotas: std::result::Result<Quotas, String>,
+    /// How it was mounted, if that was done here.
+    origin: Option<Origin>,
+}
+
+/// What a pool is mounted from.
+#[derive(Debug, Clone)]
+enum Origin {
+    Image { image: PathBuf, discard: Discard },
+    Device(PathBuf),
+}
+
+impl Origin {
+    fn mount(&self, target: &Path) -> Result<()> {
+        match self {
+            Self::Image { image, discard } => {
+                let (_device, path) = attach_image(image)?;
+                mount_pool(&path, target, *discard)
+            }
+            Self::Device(device) => mount_pool(device, target, Discard::Default),
+        }
+    }
 }
 
 impl Btrfs {
@@ -35,22 +66,60 @@ impl Btrfs {
         if !image.exists() {
             make_image(image, bytes)?;
         }
+        // What was preallocated stays so: newer kernels discard by themselves.
+        Self::mounted(Origin::Image { image: image.to_owned(), discard: Discard::Never }, target)
+    }
+
+    fn mounted(origin: Origin, target: &Path) -> Result<Self> {
         if !is_mounted(target)? {
-            let (_device, path) = attach_image(image)?;
-            mount_pool(&path, target)?;
+            origin.mount(target)?;
         }
-        Self::open(target)
+        Ok(Self { origin: Some(origin), ..Self::open(target)? })
+    }
+
+    /// The pool of at most `bytes` in the node's memory: an image on a tmpfs that is mounted at `directory`. It holds nothing
+    /// after a reboot. Contents take their size twice, in the image and in the page cache, which the kernel can
+    /// take back; space that is freed goes back to the node.
+    pub fn memory(directory: &Path, bytes: u64) -> Result<Self> {
+        let total = node_memory()?;
+        if bytes < MINIMUM_IMAGE || bytes > total / 2 {
+            return Err(Error::Unsupported {
+                what: format!("a pool of {bytes} bytes in memory"),
+                remedy: format!(
+                    "it can have {MINIMUM_IMAGE} to {} bytes here, half of the node's memory, because contents take \
+                     their size twice",
+                    total / 2
+                ),
+            });
+        }
+        fs::create_dir_all(directory).at("create", directory)?;
+        let (image, target) = (directory.join("pool.img"), directory.join("pool"));
+        if !mount::is_mountpoint(directory)? {
+            // A little more than the image, so that never the tmpfs is full under it.
+            mount::mount_tmpfs(directory, bytes.saturating_add(1 << 20))?;
+        }
+        if !image.exists() {
+            let unfinished = image.with_extension("img.new");
+            let file = File::create(&unfinished).at("create", &unfinished)?;
+            // Sparse: memory is taken as it is used.
+            file.set_len(bytes).at("set the size of", &unfinished)?;
+            format(&unfinished)?;
+            fs::rename(&unfinished, &image).at("rename", &unfinished)?;
+        }
+        fs::create_dir_all(&target).at("create", &target)?;
+        Self::mounted(Origin::Image { image, discard: Discard::Async }, &target)
     }
 
     /// The pool on a block device that carries btrfs, mounted at `target`.
     pub fn device(device: &Path, target: &Path) -> Result<Self> {
+        let origin = Origin::Device(device.to_owned());
         if !is_mounted(target)? {
-            mount_pool(device, target).map_err(|error| Error::Unsupported {
+            origin.mount(target).map_err(|error| Error::Unsupported {
                 what: format!("a pool on {}", device.display()),
                 remedy: format!("it does not mount as btrfs ({error}); make the file system with mkfs.btrfs first"),
             })?;
         }
-        Self::open(target)
+        Self::mounted(origin, target)
     }
 
     /// The pool in a directory of a mounted btrfs.
@@ -62,7 +131,8 @@ impl Btrfs {
             });
         }
         make_layout(root)?;
-        let pool = Self { root: root.to_owned() };
+        let quotas = Quotas::enable(root).map_err(|error| error.to_string());
+        let pool = Self { root: root.to_owned(), quotas, origin: None };
         pool.make_template()?;
         Ok(pool)
     }
@@ -95,8 +165,17 @@ impl Btrfs {
     }
 
     fn take(&self, from: &Path, parent: &Path, name: &str, read_only: bool) -> Result<()> {
-        sys::subvolume_snapshot(open(from)?.as_fd(), open(parent)?.as_fd(), name, read_only)
-            .at("make snapshot", parent.join(name))
+        match sys::subvolume_snapshot(open(from)?.as_fd(), open(parent)?.as_fd(), name, read_only) {
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => Err(Error::Full {
+                what: format!("pool {}", self.root.display()),
+                remedy: format!(
+                    "there is no room for {}; remove files from sessions, or delete sessions and checkpoints that are \
+                     not needed",
+                    parent.join(name).display()
+                ),
+            }),
+            other => other.at("make snapshot", parent.join(name)),
+        }
     }
 
     fn destroy(&self, parent: &Path, name: &str) -> Result<()> {
@@ -121,18 +200,35 @@ impl Pool for Btrfs {
         &self.root
     }
 
-    fn create(&self, session: &str) -> Result<()> {
+    fn create(&self, session: &str, medium: Medium) -> Result<()> {
+        if medium == Medium::Memory {
+            return Err(no_memory());
+        }
         self.take(&self.snapshots().join(TEMPLATE), &self.sessions(), session, false)
     }
 
     /// A snapshot writes back the subvolume's dirty data before it is taken: take one and throw it away.
-    fn flush(&self, session: &str) -> Result<()> {
+    fn flush(&self, session: &str, limits: Limits) -> Result<()> {
         let name = format!(".flush-{session}");
         let snapshots = self.snapshots();
         self.destroy(&snapshots, &name)?;
-        self.take(&self.session_dir(session), &snapshots, &name, true)?;
+        let mut attempts = 0;
+        while let Err(error) = self.take(&self.session_dir(session), &snapshots, &name, true) {
+            // Of a pool that was full, space that was freed is not at once space for metadata.
+            if !matches!(error, Error::Full { .. }) || attempts == RECLAIM_ATTEMPTS {
+                return Err(error);
+            }
+            attempts += 1;
+            sys::btrfs_sync(open(&self.root)?.as_fd()).at("sync", &self.root)?;
+            std::thread::sleep(RECLAIM_PAUSE);
+        }
         crash_point!("pool.flush.taken");
-        self.destroy(&snapshots, &name)
+        self.destroy(&snapshots, &name)?;
+        // After what was dirty was written, and so charged.
+        if let Ok(quotas) = &self.quotas {
+            quotas.before_snapshot(session, &self.session_dir(session), limits)?;
+        }
+        Ok(())
     }
 
     fn snapshot(&self, session: &str, snapshot: &str) -> Result<()> {
@@ -149,11 +245,67 @@ impl Pool for Btrfs {
     }
 
     fn delete_session(&self, session: &str) -> Result<()> {
+        if let Ok(quotas) = &self.quotas {
+            quotas.forget(session);
+        }
         self.destroy(&self.sessions(), session)
     }
 
     fn delete_snapshot(&self, snapshot: &str) -> Result<()> {
         self.destroy(&self.snapshots(), snapshot)
+    }
+
+    fn enforcement(&self) -> Result<String> {
+        match &self.quotas {
+            Ok(_) => Ok("btrfs simple quotas; inodes are counted".into()),
+            Err(why) => Err(Error::Unsupported {
+                what: "enforcing limits of sessions".into(),
+                remedy: format!("they are only counted: {why}"),
+            }),
+        }
+    }
+
+    fn remount(&self, vacate: &dyn Fn(&Path) -> Result<()>) -> Result<()> {
+        if !self.space_of(Medium::Disk)?.read_only {
+            return Ok(());
+        }
+        // Enough where somebody made it read-only; the kernel refuses it after an error.
+        let refused = match mount::remount_writable(&self.root) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        let Some(origin) = &self.origin else {
+            return Err(Error::Unsupported {
+                what: format!("mounting {} anew", self.root.display()),
+                remedy: format!(
+                    "it is a directory of a btrfs that something else mounted ({refused}); mount that anew"
+                ),
+            });
+        };
+        vacate(&self.root)?;
+        match mount::unmount(&self.root) {
+            Err(error) if error.io_kind() == Some(io::ErrorKind::ResourceBusy) => Err(Error::Busy {
+                what: format!("pool {}", self.root.display()),
+                by: "a process has a file of it open".into(),
+            }),
+            other => other,
+        }?;
+        origin.mount(&self.root)
+    }
+
+    fn usage(&self, session: &str) -> Result<Usage> {
+        let path = self.session_dir(session);
+        match &self.quotas {
+            Ok(quotas) => quotas.usage(session, &path),
+            Err(_) => walk_usage(&self.upper(session)).map(|(bytes, inodes)| Usage { bytes, inodes: Some(inodes) }),
+        }
+    }
+
+    fn keep(&self, session: &str, limits: Limits) -> Result<Usage> {
+        match &self.quotas {
+            Ok(quotas) => quotas.keep(session, &self.session_dir(session), limits),
+            Err(_) => self.usage(session),
+        }
     }
 
     fn sweep(&self) -> Result<usize> {
@@ -227,19 +379,34 @@ fn make_image(image: &Path, bytes: u64) -> Result<()> {
     let file = File::create(&unfinished).at("create", &unfinished)?;
     rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes).at("preallocate", &unfinished)?;
     crash_point!("pool.image.allocated");
-    // No discard: it would give the preallocated space back. One copy of metadata: both would lie on one disk.
-    let output = Command::new("mkfs.btrfs")
-        .args(["--quiet", "--nodiscard", "--metadata", "single", "--data", "single", "--label", "aether-pool"])
-        .arg(&unfinished)
-        .output()
-        .at("run mkfs.btrfs (package btrfs-progs) on", &unfinished)?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        return Err(Error::io("run mkfs.btrfs on", &unfinished, io::Error::other(said)));
-    }
+    format(&unfinished)?;
     file.sync_all().at("sync", &unfinished)?;
     fs::rename(&unfinished, image).at("rename", &unfinished)?;
     open(parent)?.sync_all().at("sync", parent)
+}
+
+/// Bytes of memory that the node has.
+fn node_memory() -> Result<u64> {
+    let path = Path::new("/proc/meminfo");
+    let text = fs::read_to_string(path).at("read", path)?;
+    let kilobytes = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB"));
+    kilobytes
+        .and_then(|number| Some(number.trim().parse::<u64>().ok()? << 10))
+        .ok_or_else(|| Error::Damaged { what: path.display().to_string(), detail: "it does not say MemTotal".into() })
+}
+
+/// Makes the file a btrfs. No discard: it would give preallocated space back. One copy of metadata: both would lie on one disk.
+fn format(image: &Path) -> Result<()> {
+    let output = Command::new("mkfs.btrfs")
+        .args(["--quiet", "--nodiscard", "--metadata", "single", "--data", "single", "--label", "aether-pool"])
+        .arg(image)
+        .output()
+        .at("run mkfs.btrfs (package btrfs-progs) on", image)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(Error::io("run mkfs.btrfs on", image, io::Error::other(said)))
 }
 
 /// The loop device of `image`: the one that it has (two devices on one image would destroy it), else a new one.
@@ -258,8 +425,8 @@ fn attach_image(image: &Path) -> Result<(File, PathBuf)> {
     sys::loop_attach(&file, image, false).at("attach to a loop device", image)
 }
 
-fn mount_pool(device: &Path, target: &Path) -> Result<()> {
-    mount::mount_btrfs(device, target)?;
+fn mount_pool(device: &Path, target: &Path, discard: Discard) -> Result<()> {
+    mount::mount_btrfs(device, target, discard)?;
     if let Err(error) = writeback::bound(device) {
         tracing::warn!(%error, "the pool may hold much back from disk");
     }

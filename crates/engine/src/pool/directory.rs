@@ -1,4 +1,7 @@
 //! The directory pool: any file system. A snapshot walks the upper and clones each file.
+//!
+//! Plain directories have no limits of their own: what a session takes up is counted and reported, and nothing stops
+//! its writers. Project quotas of ext4 and XFS could.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -12,7 +15,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Kind, Pool, dotted, make_layout};
+use super::{Kind, Limits, Medium, Pool, Usage, dotted, make_layout, no_memory, walk_usage};
 use crate::crash::crash_point;
 use crate::error::{Context, Error, Result};
 use crate::mount::{entry_path, xattrs};
@@ -92,7 +95,10 @@ impl Pool for Directory {
         &self.root
     }
 
-    fn create(&self, session: &str) -> Result<()> {
+    fn create(&self, session: &str, medium: Medium) -> Result<()> {
+        if medium == Medium::Memory {
+            return Err(no_memory());
+        }
         self.begin("sessions", session, |path| {
             for name in ["upper", "work"] {
                 fs::create_dir(path.join(name)).at("create", path.join(name))?;
@@ -103,7 +109,7 @@ impl Pool for Directory {
     }
 
     /// Cloning writes back what it clones; doing it before the writers are frozen keeps the freeze short.
-    fn flush(&self, session: &str) -> Result<()> {
+    fn flush(&self, session: &str, _: Limits) -> Result<()> {
         let path = self.session_dir(session);
         rustix::fs::syncfs(File::open(&path).at("open", &path)?).at("sync", &path)
     }
@@ -132,6 +138,31 @@ impl Pool for Directory {
 
     fn delete_snapshot(&self, snapshot: &str) -> Result<()> {
         self.delete("snapshots", snapshot)
+    }
+
+    fn enforcement(&self) -> Result<String> {
+        Err(Error::Unsupported {
+            what: "enforcing limits of sessions".into(),
+            remedy: "the pool is a plain directory, so they are only counted; use a btrfs pool".into(),
+        })
+    }
+
+    fn remount(&self, _: &dyn Fn(&Path) -> Result<()>) -> Result<()> {
+        if !self.space_of(Medium::Disk)?.read_only {
+            return Ok(());
+        }
+        Err(Error::Unsupported {
+            what: format!("mounting {} anew", self.root.display()),
+            remedy: "its file system is the node's own; remount it read-write".into(),
+        })
+    }
+
+    fn usage(&self, session: &str) -> Result<Usage> {
+        walk_usage(&self.upper(session)).map(|(bytes, inodes)| Usage { bytes, inodes: Some(inodes) })
+    }
+
+    fn keep(&self, session: &str, _: Limits) -> Result<Usage> {
+        self.usage(session)
     }
 
     fn sweep(&self) -> Result<usize> {

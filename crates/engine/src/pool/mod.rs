@@ -6,6 +6,9 @@
 
 mod btrfs;
 mod directory;
+mod limits;
+mod media;
+mod quota;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,6 +20,8 @@ use crate::error::{Context, Error, Result};
 pub use btrfs::Btrfs;
 pub(crate) use directory::copy_contents;
 pub use directory::{Directory, copy_tree};
+pub(crate) use limits::walk_usage;
+pub use limits::{Limits, Reached, Usage};
 
 /// How a pool keeps its sessions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +31,16 @@ pub enum Kind {
     Btrfs,
     /// Snapshots walk and clone.
     Directory,
+}
+
+/// What a session's changes are kept on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Medium {
+    /// The pool of the node: survives the end of the machine.
+    #[default]
+    Disk,
+    /// The node's memory: gone with the machine, except for what was uploaded.
+    Memory,
 }
 
 /// Where the pool lies.
@@ -60,6 +75,9 @@ pub struct Space {
     pub total_inodes: u64,
     /// Inodes that can still be made.
     pub available_inodes: u64,
+    /// It takes no writes: the kernel found its disk failing, or somebody remounted it.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// Makes, snapshots and deletes session directories.
@@ -71,10 +89,11 @@ pub trait Pool: Send + Sync {
     fn root(&self) -> &Path;
 
     /// Makes an empty session with `upper` and `work`.
-    fn create(&self, session: &str) -> Result<()>;
+    fn create(&self, session: &str, medium: Medium) -> Result<()>;
 
-    /// Brings what a session has not yet written back to disk, so that the snapshot after it is short.
-    fn flush(&self, session: &str) -> Result<()>;
+    /// Makes ready for a snapshot: brings what a session has not yet written back to disk, so that the snapshot is short, and
+    /// sees to it that what the snapshot will pin is not held against the session's `limits`.
+    fn flush(&self, session: &str, limits: Limits) -> Result<()>;
 
     /// Copies a session's upper as it is now. Writers may be held still meanwhile, so this does no more than it must;
     /// the snapshot is there when [`finish_snapshot`](Self::finish_snapshot) returns.
@@ -91,6 +110,25 @@ pub trait Pool: Send + Sync {
 
     /// Deletes a snapshot. Nothing there is success.
     fn delete_snapshot(&self, snapshot: &str) -> Result<()>;
+
+    /// By what the kernel enforces limits of sessions here; `Unsupported` says why they are only counted.
+    fn enforcement(&self) -> Result<String>;
+
+    /// As [`enforcement`](Self::enforcement), of a medium.
+    fn enforcement_of(&self, _: Medium) -> Result<String> {
+        self.enforcement()
+    }
+
+    /// Mounts a pool that the kernel has made read-only anew, after `vacate` has taken down what keeps it mounted; does
+    /// nothing to one that takes writes.
+    fn remount(&self, vacate: &dyn Fn(&Path) -> Result<()>) -> Result<()>;
+
+    /// What a session takes up. Costs the same however much that is, where limits are enforced; else walks the upper.
+    fn usage(&self, session: &str) -> Result<Usage>;
+
+    /// Sets the limits of a session, also while it is written to, and returns what it takes up. Called again from time
+    /// to time for every session that has limits: they are as exact as that is often, see each pool.
+    fn keep(&self, session: &str, limits: Limits) -> Result<Usage>;
 
     /// Deletes what a crash left under a dotted name. Returns how many there were.
     fn sweep(&self) -> Result<usize>;
@@ -123,15 +161,32 @@ pub trait Pool: Send + Sync {
         })
     }
 
-    /// Free space.
-    fn space(&self) -> Result<Space> {
+    /// What a snapshot is kept on.
+    fn medium_of_snapshot(&self, _: &str) -> Medium {
+        Medium::Disk
+    }
+
+    /// Space of a medium.
+    fn space_of(&self, medium: Medium) -> Result<Space> {
+        if medium == Medium::Memory {
+            return Err(no_memory());
+        }
         let stat = rustix::fs::statvfs(self.root()).at("read the free space of", self.root())?;
         Ok(Space {
             total_bytes: stat.f_blocks * stat.f_frsize,
             available_bytes: stat.f_bavail * stat.f_frsize,
             total_inodes: stat.f_files,
             available_inodes: stat.f_favail,
+            read_only: stat.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY),
         })
+    }
+}
+
+/// What is said where a session in memory is asked for and there is no place for it.
+fn no_memory() -> Error {
+    Error::Unsupported {
+        what: "a session in memory".into(),
+        remedy: "the driver was given no memory for sessions; set driver.pool.memorySize (--memory-size)".into(),
     }
 }
 
@@ -187,9 +242,17 @@ pub fn validate_name(kind: &'static str, name: &str) -> Result<()> {
     })
 }
 
-/// Opens the pool of the engine's directory `root`, making it on first use. A directory keeps the kind that it began
-/// with: `pool.kind` remembers it.
-pub fn open(root: &Path, config: &PoolConfig) -> Result<Box<dyn Pool>> {
+/// Opens the pool of the engine's directory `root`, making it on first use, and one of at most `memory` bytes in the
+/// node's memory if that is wanted. A directory keeps the kind that it began with: `pool.kind` remembers it.
+pub fn open(root: &Path, config: &PoolConfig, memory: Option<u64>) -> Result<Box<dyn Pool>> {
+    let disk = open_disk(root, config)?;
+    match memory {
+        None => Ok(disk),
+        Some(bytes) => Ok(Box::new(media::Media { disk, memory: Btrfs::memory(&root.join("memory"), bytes)? })),
+    }
+}
+
+fn open_disk(root: &Path, config: &PoolConfig) -> Result<Box<dyn Pool>> {
     fs::create_dir_all(root).at("create", root)?;
     let directory = root.join("pool");
     fs::create_dir_all(&directory).at("create", &directory)?;
