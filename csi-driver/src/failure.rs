@@ -129,6 +129,7 @@ impl From<Failure> for Status {
                 Engine::Busy { .. } => Self::failed_precondition(text),
                 Engine::Unsupported { .. } => Self::unimplemented(text),
                 Engine::Invalid { .. } => Self::invalid_argument(text),
+                Engine::Full { .. } => Self::resource_exhausted(text),
                 Engine::Damaged { .. } => Self::data_loss(text),
                 Engine::Store { .. } => Self::unavailable(text),
                 Engine::Io { .. } => Self::internal(text),
