@@ -9,7 +9,7 @@ use std::time::Duration;
 use aether_cas::tree::Owner;
 use aether_cas::{Blob, MemoryStore};
 use aether_engine::error::Result;
-use aether_engine::pool::PoolConfig;
+use aether_engine::pool::{self, PoolConfig};
 use aether_engine::scan::{self, Sink};
 use aether_engine::{Config, Engine};
 use bytes::Bytes;
@@ -24,14 +24,13 @@ pub(crate) enum Medium {
     Btrfs,
     /// Plain directories on the disk.
     Directory,
-    /// A btrfs image in memory.
+    /// A btrfs image in memory, beside one on the disk for contents.
     Memory,
 }
 
 /// Two nodes, a store between them, and a base.
 pub(crate) struct Lab {
     /// Where its pools lie.
-    #[allow(dead_code, reason = "not every test of several files asks")]
     pub(crate) medium: Medium,
     /// A directory for anything else, on the file system of the first node's pool.
     pub(crate) scratch: PathBuf,
@@ -79,18 +78,14 @@ impl Lab {
             fs::create_dir(&root).unwrap();
             let pool = match medium {
                 Medium::Directory => PoolConfig::Directory,
-                Medium::Btrfs => PoolConfig::Image { bytes: 400 << 20 },
-                Medium::Memory => {
-                    let flags = rustix::mount::MountFlags::empty();
-                    rustix::mount::mount("aether-test", &root, "tmpfs", flags, c"mode=0755").unwrap();
-                    PoolConfig::Image { bytes: 400 << 20 }
-                }
+                Medium::Btrfs | Medium::Memory => PoolConfig::Image { bytes: 400 << 20 },
             };
+            let memory = (medium == Medium::Memory).then_some(400 << 20);
             // Under load a freeze may take longer than anybody would want it to; what is tested here is what it keeps.
-            let config = Config { pool, freeze_limit: Duration::from_secs(60), ..Config::new(&root) };
+            let config = Config { pool, memory, freeze_limit: Duration::from_secs(60), ..Config::new(&root) };
             runtime.block_on(Engine::open(config)).unwrap()
         });
-        let scratch = root.join("node/pool/.test");
+        let scratch = root.join(if medium == Medium::Memory { "node/memory/pool/.test" } else { "node/pool/.test" });
         fs::create_dir(&scratch).unwrap();
         Self { medium, scratch, root: root.to_owned(), runtime, node, other, store, base, made: Cell::new(0) }
     }
@@ -112,7 +107,8 @@ impl Lab {
     fn session_of<'a>(&'a self, engine: &'a Engine, root: Blob) -> Session<'a> {
         let id = self.unused("session");
         let image = self.wait(engine.ensure_image(root, OWNER, &self.store, &|_| {}));
-        self.wait(engine.create_session(&id, &image));
+        let medium = if self.medium == Medium::Memory { pool::Medium::Memory } else { pool::Medium::Disk };
+        self.wait(engine.create_session_on(medium, &id, &image));
         self.published(engine, id)
     }
 
