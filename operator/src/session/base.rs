@@ -16,7 +16,7 @@ pub(super) enum Origin {
     Source(Option<AetherSource>),
     Checkpoint(Option<AetherCheckpoint>),
     /// The parent, and why the node that holds it counts as lost, if it does.
-    Parent(Option<AetherSession>, Option<String>),
+    Parent(Option<Box<AetherSession>>, Option<String>),
 }
 
 /// Where the session starts.
@@ -80,7 +80,7 @@ pub(super) async fn dereference(session: &AetherSession, client: &Client) -> Res
     // Once the moment is caught, the parent's node matters no more.
     let waits = session.status.as_ref().is_none_or(|status| status.forked_from.is_none());
     let lost = nodes::lost_holder(client, parent.as_ref().filter(|_| waits)).await?;
-    Ok(Origin::Parent(parent, lost))
+    Ok(Origin::Parent(parent.map(Box::new), lost))
 }
 
 /// Decides where the session starts.
@@ -89,7 +89,7 @@ pub(super) fn resolve(session: &AetherSession, origin: &Origin) -> std::result::
         Origin::Known => Ok(Start { base: None, forked_from: None, notice: None }),
         Origin::Source(source) => from_source(session, source.as_ref()),
         Origin::Checkpoint(checkpoint) => from_checkpoint(session, checkpoint.as_ref()),
-        Origin::Parent(parent, lost) => from_parent(session, parent.as_ref(), lost.as_deref()),
+        Origin::Parent(parent, lost) => from_parent(session, parent.as_deref(), lost.as_deref()),
     }
 }
 
@@ -347,7 +347,7 @@ mod tests {
         parent.status = Some(AetherSessionStatus { base: Some(base), head: Some(head), ..Default::default() });
         parent.metadata.uid = Some("p-1".into());
         let fork = session(AetherSessionSpec { session: Some("fix".into()), ..Default::default() });
-        let start = resolve(&fork, &Origin::Parent(Some(parent.clone()), None)).unwrap();
+        let start = resolve(&fork, &Origin::Parent(Some(Box::new(parent.clone())), None)).unwrap();
         let base = start.base.unwrap();
         assert_eq!(
             (base.root.as_deref(), base.revision_root.as_deref(), base.owner.uid),
@@ -357,12 +357,14 @@ mod tests {
 
         parent.status.as_mut().unwrap().attachment =
             Some(Attachment { node: Some("n1".into()), epoch: 1, since: None });
-        let waiting = resolve(&fork, &Origin::Parent(Some(parent.clone()), None)).unwrap_err();
+        let waiting = resolve(&fork, &Origin::Parent(Some(Box::new(parent.clone())), None)).unwrap_err();
         assert_eq!((waiting.reason, waiting.quiet), (reason::WAITING_FOR_NODE, true));
 
-        let saved =
-            resolve(&fork, &Origin::Parent(Some(parent.clone()), Some("node n1 does not exist any more".into())))
-                .unwrap();
+        let saved = resolve(
+            &fork,
+            &Origin::Parent(Some(Box::new(parent.clone())), Some("node n1 does not exist any more".into())),
+        )
+        .unwrap();
         assert!(
             saved.notice.is_some_and(|notice| notice.contains("n1")),
             "people are told that it is not the present moment"
@@ -381,7 +383,7 @@ mod tests {
             durable: false,
         };
         caught.status = Some(AetherSessionStatus { forked_from: Some(from), ..Default::default() });
-        let base = resolve(&caught, &Origin::Parent(Some(parent), None)).unwrap().base.unwrap();
+        let base = resolve(&caught, &Origin::Parent(Some(Box::new(parent)), None)).unwrap().base.unwrap();
         assert_eq!(
             (base.root, base.revision_root.as_deref()),
             (None, Some("b/2")),
