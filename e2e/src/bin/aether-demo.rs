@@ -181,13 +181,11 @@ fn keep(test: &Test) {
     }
     for line in [
         "kubectl get aether -A".to_owned(),
-        format!("kubectl -n {} aether get", test.namespace),
-        format!(
-            "kubectl -n {} aether create mine --source {}/kubernetes",
-            test.namespace, test.site.platform_namespace
-        ),
-        format!("kubectl -n {} aether fork mine second-attempt", test.namespace),
-        format!("kubectl -n {} aether run mine -- git log --oneline", test.namespace),
+        // Not in the namespace of the story, whose end is its last step.
+        format!("kubectl aether create mine --source {}/kubernetes", test.site.platform_namespace),
+        "kubectl aether fork mine second-attempt".to_owned(),
+        "kubectl aether run mine -- git log --oneline".to_owned(),
+        "kubectl aether get".to_owned(),
     ] {
         println!("  {line}");
     }
