@@ -298,8 +298,11 @@ fn machine(
     let mut ask = |name: &str, command: &mut Command| {
         let said = stage::run(command).unwrap_or_default();
         let text = String::from_utf8_lossy(&said).into_owned();
-        let version =
-            text.split_whitespace().find(|word| word.trim_start_matches('v').starts_with(|c: char| c.is_ascii_digit()));
+        // Some name the versions of their libraries first.
+        let after = text.find(name).map_or(text.as_str(), |at| &text[at..]);
+        let version = after
+            .split_whitespace()
+            .find(|word| word.trim_start_matches('v').starts_with(|c: char| c.is_ascii_digit()) && word.contains('.'));
         versions.insert(name.to_owned(), version.unwrap_or("unknown").to_owned());
     };
     ask("git", Command::new("git").arg("--version"));
