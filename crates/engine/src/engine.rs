@@ -28,6 +28,7 @@ use crate::error::{Context, Error, Result};
 use crate::freeze::Freezer;
 use crate::limits::{self, Limited};
 use crate::mount::{self, Overlay, Target};
+use crate::mounted::Shown;
 use crate::pool::{self, Kind, Medium, Pool, PoolConfig, Space};
 use crate::state::{Image, ImageId, State};
 use crate::warm::Warmer;
@@ -104,6 +105,7 @@ pub(crate) struct Inner {
     pub(crate) state: State,
     pub(crate) limited: Limited,
     pub(crate) freezer: Freezer,
+    pub(crate) shown: Shown,
     pub(crate) warmer: Warmer,
     locks: Locks,
     /// Held while an image is looked for and mounted: sessions of one image ask for it at once, and mounts at one
@@ -339,6 +341,7 @@ impl Inner {
             objects,
             state,
             freezer,
+            shown: Shown::default(),
             warmer: Warmer::new()?,
             locks: Locks::default(),
             mounting: Mutex::default(),

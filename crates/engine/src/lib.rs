@@ -23,6 +23,7 @@ pub mod image;
 pub mod kernel;
 pub mod limits;
 pub mod mount;
+mod mounted;
 pub mod pool;
 pub mod repair;
 pub mod restore;

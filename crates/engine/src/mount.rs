@@ -19,6 +19,7 @@ use rustix::mount::{
 };
 
 use crate::error::{Context, Error, Result};
+use crate::mounted;
 use crate::sys::{self, MountChange};
 
 /// The kernel copies at most this many bytes of an option's value, its end included (`strndup_user` in fsconfig(2)).
@@ -271,8 +272,8 @@ pub fn unmount_below(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether something is mounted at `path`, without reading the mount table. Only for paths under the engine's own
-/// directory, where no file system can hang.
+/// Whether something is mounted at `path`, without reading the mount table. The file system there is asked nothing: no
+/// field is wanted, and what it would have to fetch is not (a dead FUSE mount answers so).
 pub(crate) fn is_mountpoint(path: &Path) -> Result<bool> {
     let flags = AtFlags::NO_AUTOMOUNT | AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC;
     match rustix::fs::statx(CWD, path, flags, StatxFlags::empty()) {
@@ -451,7 +452,7 @@ fn unescape_path(field: &[u8]) -> PathBuf {
 }
 
 /// Space, tab, newline and backslash are written as a backslash and three octal digits.
-fn unescape_octal(field: &[u8]) -> Vec<u8> {
+pub(crate) fn unescape_octal(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((first, tail)) = rest.split_first() {
@@ -506,10 +507,10 @@ pub(crate) fn resolve(target: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Classifies the target of a publish call. A mount is recognised by the mount table alone, so that a dead file
-/// system behind it cannot hang the caller.
+/// Classifies the target of a publish call. A mount is recognised without asking its file system anything, so that a
+/// dead one behind it cannot hang the caller.
 pub fn classify(target: &Path) -> Result<Target> {
-    if let Some(entry) = find_mount(target)? {
+    if let Some(entry) = mounted::at(target)? {
         return Ok(Target::Mounted(Box::new(entry)));
     }
     match fs::symlink_metadata(target) {

@@ -4,7 +4,7 @@
 //! with a file system's options since 6.11 and its source since 6.13); where it does not, the table is read. Where a
 //! session is shown is remembered, and each place is looked at again before it is believed.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -93,7 +93,7 @@ fn parse(answer: &[u8]) -> Option<MountEntry> {
 #[derive(Debug, Default)]
 pub(crate) struct Shown {
     /// None until the mount table was read, once.
-    places: Mutex<Option<HashMap<PathBuf, BTreeSet<PathBuf>>>>,
+    places: Mutex<Option<HashMap<PathBuf, Vec<PathBuf>>>>,
 }
 
 impl Shown {
@@ -101,7 +101,7 @@ impl Shown {
     pub(crate) fn add(&self, session: &str, target: &Path) {
         // Before the table was read there is nothing to add to: it will be in there.
         if let Some(places) = &mut *self.places.lock().unwrap_or_else(PoisonError::into_inner) {
-            places.entry(session.into()).or_default().insert(target.to_owned());
+            remember(places, session.into(), target.to_owned());
         }
     }
 
@@ -131,12 +131,19 @@ impl Shown {
     }
 }
 
-fn read() -> Result<HashMap<PathBuf, BTreeSet<PathBuf>>> {
-    let mut places: HashMap<PathBuf, BTreeSet<PathBuf>> = HashMap::new();
+fn read() -> Result<HashMap<PathBuf, Vec<PathBuf>>> {
+    let mut places: HashMap<PathBuf, Vec<PathBuf>> = HashMap::new();
     for entry in mount::table()?.into_iter().filter(|entry| entry.fs_type == "overlay") {
-        places.entry(entry.source).or_default().insert(entry.target);
+        remember(&mut places, entry.source, entry.target);
     }
     Ok(places)
+}
+
+/// In the order in which they were made.
+fn remember(places: &mut HashMap<PathBuf, Vec<PathBuf>>, session: PathBuf, target: PathBuf) {
+    let known = places.entry(session).or_default();
+    known.retain(|known| *known != target);
+    known.push(target);
 }
 
 #[cfg(test)]

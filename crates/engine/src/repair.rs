@@ -6,11 +6,12 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::path::Path;
 
 use crate::engine::Inner;
 use crate::error::{Context, Error, Result};
 use crate::pool::Medium;
-use crate::state::ImageId;
+use crate::state::{ImageId, Session};
 use crate::{image, mount};
 
 /// Repairs. Called once, before anybody else uses the engine.
@@ -48,6 +49,13 @@ pub(crate) fn repair(inner: &Inner) -> Result<()> {
     for session in sessions.iter().filter(|session| session.deleting) {
         tracing::info!(session = session.id, "finishing a deletion");
         unless_busy(inner.finish_deletion(session))?;
+    }
+    for session in sessions.iter().filter(|session| session.generation == 0 && session.head.is_some()) {
+        let directory = &session.directory;
+        if holds_anything(&inner.pool.work(directory))? || holds_anything(&inner.pool.upper(directory))? {
+            tracing::info!(session = session.id, "forgetting the head of a session that a power cut made look unused");
+            inner.state.put_session(&Session { head: None, generation: 1, ..session.clone() })?;
+        }
     }
     let snapshots = inner.state.snapshots()?;
     let named: HashSet<&str> = snapshots.iter().map(|snapshot| snapshot.id.as_str()).collect();
@@ -103,6 +111,16 @@ fn require_records(inner: &Inner) -> Result<()> {
             listing.snapshots.len()
         ),
     })
+}
+
+/// Of a session that was never mounted both directories are empty. A mount makes a directory in the work directory; after
+/// a power cut a change that was synced may be there without it.
+fn holds_anything(directory: &Path) -> Result<bool> {
+    match fs::read_dir(directory) {
+        Ok(mut entries) => Ok(entries.next().is_some()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io("list", directory, error)),
+    }
 }
 
 /// What is still mounted somewhere is removed at a later start.

@@ -16,7 +16,7 @@ use crate::crash::crash_point;
 use crate::engine::{Engine, Inner, Lock};
 use crate::error::{Context, Error, Result};
 use crate::mount::{self, Overlay};
-use crate::pool::{Limits, Medium, validate_name, walk_usage};
+use crate::pool::{Kind, Limits, Medium, validate_name, walk_usage};
 use crate::state::{Image, ImageId, Session};
 
 /// A session as it is now.
@@ -151,6 +151,7 @@ impl Engine {
                 return Ok(());
             }
             mount::bind(&mountpoint, &target, read_only)?;
+            inner.shown.add(id, &target);
             crash_point!("session.published");
             inner.warmer.start(id, mountpoint);
             Ok(())
@@ -202,7 +203,7 @@ impl Engine {
     /// One session as it is now. Walks its upper.
     pub async fn session_status(&self, id: &str) -> Result<SessionStatus> {
         let id = id.to_owned();
-        self.run(move |inner| inner.status(inner.session(&id)?, &mount::table()?)).await
+        self.run(move |inner| inner.status(inner.session(&id)?, &inner.shown.mounts(&id)?)).await
     }
 
     /// All sessions of this node as they are now. Walks their uppers.
@@ -277,8 +278,31 @@ impl Inner {
     /// Makes an empty upper that looks like the root of the image: the merged root shows the upper's attributes.
     fn prepare_upper(&self, directory: &str, image: ImageId, medium: Medium) -> Result<()> {
         self.discard_directory(directory)?;
+        // All sessions of an image begin alike. Where a copy is one call that commits itself, it saves them the stamping and
+        // a sync each. Its name is the pool's own, so it goes at the next start, whatever becomes of the image.
+        let stamped = (self.pool.kind() == Kind::Btrfs).then(|| format!(".stamped-{image}-{medium:?}"));
+        if let Some(stamped) = &stamped
+            && self.pool.snapshot_upper(stamped).exists()
+        {
+            self.pool.fork(stamped, directory)?;
+            crash_point!("session.stamped");
+            return Ok(());
+        }
         self.pool.create(directory, medium)?;
         crash_point!("session.created");
+        self.stamp(directory, image)?;
+        if let Some(stamped) = &stamped {
+            match self.pool.snapshot(directory, stamped) {
+                // Another session of the image was as fast.
+                Err(error) if error.io_kind() == Some(std::io::ErrorKind::AlreadyExists) => {}
+                other => other?,
+            }
+        }
+        crash_point!("session.stamped");
+        Ok(())
+    }
+
+    fn stamp(&self, directory: &str, image: ImageId) -> Result<()> {
         let root = self
             .objects
             .directory(&image.root)
@@ -294,9 +318,7 @@ impl Inner {
         let time = Timespec { tv_sec: attributes.mtime.seconds, tv_nsec: attributes.mtime.nanos.into() };
         let times = Timestamps { last_access: time, last_modification: time };
         rustix::fs::utimensat(CWD, &upper, &times, rustix::fs::AtFlags::empty()).at("set times of", &upper)?;
-        File::open(&upper).and_then(|upper| upper.sync_all()).at("sync", &upper)?;
-        crash_point!("session.stamped");
-        Ok(())
+        File::open(&upper).and_then(|upper| upper.sync_all()).at("sync", &upper)
     }
 
     /// Deletes a directory that no record names: what a failed attempt left.
@@ -340,7 +362,11 @@ impl Inner {
         fs::create_dir_all(&mountpoint).at("create", &mountpoint)?;
         if mount::upper_in_use(&upper)? {
             // An earlier run of this process mounted it in a namespace that ended; what it published lives on.
-            let found = mount::table()?.into_iter().find(|entry| self.shows(entry, session));
+            let known = self.shown.mounts(&session.id)?.into_iter().find(|entry| self.shows(entry, session));
+            let found = match known {
+                Some(entry) => Some(entry),
+                None => mount::table()?.into_iter().find(|entry| self.shows(entry, session)),
+            };
             let Some(entry) = found else {
                 self.require_unused(&session.directory)?;
                 return Err(Error::Busy {
@@ -355,8 +381,9 @@ impl Inner {
         // Written first: from the mount on, the upper may be anything. Only a head must not come back after a power cut.
         let next = Session { head: None, generation: session.generation + 1, ..session.clone() };
         match session.head {
-            Some(_) => self.state.put_session(&next)?,
-            None => self.state.put_session_unsynced(&next)?,
+            // Of a session that was never mounted before, a repair tells by its work directory that it was.
+            Some(_) if session.generation > 0 => self.state.put_session(&next)?,
+            _ => self.state.put_session_unsynced(&next)?,
         }
         Overlay { name: session.id.clone(), lower, data: self.data_layers(), upper: Some((upper, work)) }
             .mount(&mountpoint)?;
@@ -374,7 +401,7 @@ impl Inner {
 
     /// Where the session is mounted besides its own mountpoint.
     fn targets(&self, session: &Session) -> Result<Vec<PathBuf>> {
-        Ok(self.targets_in(session, &mount::table()?))
+        Ok(self.targets_in(session, &self.shown.mounts(&session.id)?))
     }
 
     fn targets_in(&self, session: &Session, table: &[mount::MountEntry]) -> Vec<PathBuf> {
@@ -409,7 +436,9 @@ impl Inner {
         {
             return Err(Error::io("remove directory", &mountpoint, error));
         }
-        self.require_unused(&session.directory)
+        self.require_unused(&session.directory)?;
+        self.shown.forget(&session.id);
+        Ok(())
     }
 
     /// The rest of a deletion, from wherever it was interrupted.

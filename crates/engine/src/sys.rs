@@ -52,6 +52,38 @@ pub(crate) fn mount_setattr(mount: BorrowedFd<'_>, change: MountChange) -> io::R
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// `struct mnt_id_req` (include/uapi/linux/mount.h), in its first version.
+#[repr(C)]
+struct MountRequest {
+    size: u32,
+    spare: u32,
+    id: u64,
+    wanted: u64,
+}
+
+/// Not in `libc` for every architecture; the number is the same on all but Alpha.
+const SYS_STATMOUNT: libc::c_long = 457;
+
+/// `statmount(2)` on the mount with this unique id: a `struct statmount` with its strings. Fails with ENOSYS before
+/// Linux 6.8.
+pub(crate) fn statmount(id: u64, wanted: u64) -> io::Result<Vec<u8>> {
+    let request = MountRequest { size: size_of::<MountRequest>() as u32, spare: 0, id, wanted };
+    let mut answer = vec![0_u8; 4096];
+    loop {
+        // SAFETY: the kernel reads one `MountRequest` of the size in it, and writes at most `answer.len()` bytes.
+        let result = unsafe {
+            libc::syscall(SYS_STATMOUNT, &raw const request, answer.as_mut_ptr(), answer.len(), 0 as libc::c_uint)
+        };
+        match io::Error::last_os_error() {
+            _ if result == 0 => return Ok(answer),
+            error if error.raw_os_error() == Some(libc::EOVERFLOW) && answer.len() < 256 * 1024 => {
+                answer.resize(answer.len() * 4, 0);
+            }
+            error => return Err(error),
+        }
+    }
+}
+
 /// Makes `command` start in a mount namespace of its own.
 pub(crate) fn with_own_mounts(command: &mut Command) -> &mut Command {
     let unshare = || {
