@@ -13,6 +13,7 @@ pub mod checkpoint;
 pub mod command;
 pub mod conditions;
 pub mod names;
+pub mod quantity;
 pub mod restore;
 pub mod session;
 pub mod source;

@@ -62,9 +62,12 @@ pub const INLINE_OWNER: &str = "owner";
 /// The uid and gid that own a new session's files when nobody says otherwise.
 pub const DEFAULT_OWNER: (u32, u32) = (1000, 1000);
 
+/// How the names of sessions' PersistentVolumes begin.
+pub const VOLUME_PREFIX: &str = "aether-";
+
 /// The name of a session's PersistentVolume.
 pub fn volume_name(session_uid: &str) -> String {
-    format!("aether-{session_uid}")
+    format!("{VOLUME_PREFIX}{session_uid}")
 }
 
 /// The name of the checkpoint that keeps what a lost node had unsaved under lease epoch `epoch`.

@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 #[x_kube(validation = ("has(self.checkpoint) == has(oldSelf.checkpoint) && (!has(self.checkpoint) || self.checkpoint == oldSelf.checkpoint)", "checkpoint cannot be changed: make another session"))]
 #[x_kube(validation = ("has(self.session) == has(oldSelf.session) && (!has(self.session) || self.session == oldSelf.session)", "session cannot be changed: make another session"))]
 #[x_kube(validation = ("has(self.owner) == has(oldSelf.owner) && (!has(self.owner) || self.owner == oldSelf.owner)", "owner cannot be changed: make another session"))]
+#[x_kube(validation = ("has(self.medium) == has(oldSelf.medium) && (!has(self.medium) || self.medium == oldSelf.medium)", "medium cannot be changed: make another session"))]
 #[schemars(extend("oneOf" = [{"required": ["source"]}, {"required": ["checkpoint"]}, {"required": ["session"]}]))]
 pub struct AetherSessionSpec {
     /// Start from a revision of a source.
@@ -46,6 +47,13 @@ pub struct AetherSessionSpec {
     /// Who owns the files. A fork has its parent's owner unless it says otherwise; else 1000:1000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
+    /// What the session's changes are kept on while a node holds it: `Disk` when absent, and its parent's for a fork. What is in
+    /// `Memory` is gone with its node, except for checkpoints that are durable, and takes the node's memory twice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub medium: Option<Medium>,
+    /// The most that the session may write. May be raised and lowered while it is in use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
     /// Automatic checkpoints while a node holds the session. None when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoints: Option<AutomaticCheckpoints>,
@@ -81,6 +89,40 @@ pub struct Owner {
     /// Group id.
     #[schemars(range(max = 4294967294i64))]
     pub gid: u32,
+}
+
+/// What a session's changes are kept on.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq, JsonSchema)]
+pub enum Medium {
+    /// The node's pool on disk.
+    #[default]
+    Disk,
+    /// The node's memory.
+    Memory,
+}
+
+/// The most that a session may write. A writer gets EDQUOT (some file systems say ENOSPC); nobody else is bothered. Its
+/// base does not count, nor what a fork inherited, nor what only checkpoints and forks still keep.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, Eq, JsonSchema)]
+pub struct Limits {
+    /// Bytes on disk, such as `10Gi`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = crate::quantity::PATTERN))]
+    pub bytes: Option<String>,
+    /// Files, directories, symbolic links and fifos. On btrfs they are counted every few seconds; until then more can be made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub inodes: Option<i64>,
+}
+
+impl Limits {
+    /// The limit of bytes as a number.
+    ///
+    /// # Errors
+    /// Says what is wrong with it.
+    pub fn parsed_bytes(&self) -> Result<Option<u64>, String> {
+        self.bytes.as_deref().map(crate::quantity::parse).transpose()
+    }
 }
 
 /// Checkpoints that nobody has to ask for.

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 use std::time::{Duration, Instant, SystemTime};
 
 use aether_cas::tree::Directory;
@@ -43,7 +44,7 @@ pub struct RestoreReport {
 }
 
 impl Engine {
-    /// Freezes the cgroups (see [`crate::freeze::pod_cgroups`]), copies the session's upper under the name `snapshot`
+    /// Freezes the cgroups (see [`crate::freeze::pod_processes`]), copies the session's upper under the name `snapshot`
     /// and thaws. No cgroup given means that nobody writes; pass as `unfrozen` the reason why a writer cannot be
     /// frozen, and the snapshot is made and reports it. The same name again returns the snapshot that is there.
     ///
@@ -126,6 +127,7 @@ impl Engine {
     ) -> Result<RestoreReport> {
         let session = self.session(id).await?;
         let owner = session.image.id().owner();
+        let _hold = self.inner.cache.hold(target);
         hydrate::fetch_directories(target, remote, self.objects()).await?;
         // A first comparison while the writers run: it reads what changed and fetches contents, so that the freeze
         // need not.
@@ -220,6 +222,7 @@ impl Engine {
                 inner.objects.missing_contents(&wanted).map_err(|error| Error::store("look up contents", error))
             })
             .await?;
+        self.make_room(missing.iter().map(|blob| blob.size).sum(), remote).await?;
         let mut arrived = Vec::new();
         for blob in missing {
             let path = self.objects().temporary_path();
@@ -334,6 +337,7 @@ impl Inner {
             interpretation: Interpretation::default(),
         };
         let tree = upper.tree()?;
+        let _kept = self.cache.changing.read().unwrap_or_else(PoisonError::into_inner);
         self.keep_contents(&path, &tree.contents)?;
         self.keep_directories(&tree.directories)?;
         let digested = Digested {

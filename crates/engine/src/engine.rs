@@ -13,10 +13,10 @@
 //! goes on to its end if the caller stops waiting.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use aether_cas::transfer::{self, OnProgress, Transferred};
 use aether_cas::tree::Owner;
@@ -24,8 +24,10 @@ use aether_cas::{Blob, LocalConfig, LocalStore, Store};
 use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedMutexGuard;
 
+use crate::cache::Cache;
 use crate::error::{Context, Error, Result};
 use crate::freeze::Freezer;
+use crate::lazy::Lazy;
 use crate::limits::{self, Limited};
 use crate::mount::{self, Overlay, Target};
 use crate::mounted::Shown;
@@ -44,9 +46,14 @@ pub struct Config {
     pub root: PathBuf,
     /// Where writable directories lie.
     pub pool: PoolConfig,
+    /// Bytes of contents that the object cache keeps at most, if there is a limit. What sessions and snapshots of the node
+    /// need stays whatever it takes.
+    pub object_limit: Option<u64>,
     /// Bytes of the node's memory for sessions in memory, which take twice that when they are full; without it there
     /// are none.
     pub memory: Option<u64>,
+    /// Sessions may be mounted before their contents are here, over the lazy layer that is served for this directory.
+    pub lazy: bool,
     /// The longest that writers are held still for a snapshot. What cannot be done in this time is done unfrozen and
     /// reported as [`PerFile`](crate::Consistency::PerFile).
     pub freeze_limit: Duration,
@@ -55,12 +62,14 @@ pub struct Config {
 }
 
 impl Config {
-    /// Defaults: automatic pool, no sessions in memory, freezes of at most two seconds, restores in place of at most a minute.
+    /// Defaults: automatic pool, no sessions in memory, no limit on contents, freezes of at most two seconds, restores in place of at most a minute.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: root.into(),
             pool: PoolConfig::Auto,
+            object_limit: None,
             memory: None,
+            lazy: false,
             freeze_limit: Duration::from_secs(2),
             restore_limit: Duration::from_secs(60),
         }
@@ -103,6 +112,9 @@ pub(crate) struct Inner {
     pub(crate) pool: Box<dyn Pool>,
     pub(crate) objects: LocalStore,
     pub(crate) state: State,
+    pub(crate) cache: Cache,
+    /// Where it is configured, or was, so that what it was needed for is completed.
+    pub(crate) lazy: Option<Lazy>,
     pub(crate) limited: Limited,
     pub(crate) freezer: Freezer,
     pub(crate) shown: Shown,
@@ -151,8 +163,15 @@ impl Engine {
         on_progress: OnProgress<'_>,
     ) -> Result<Image> {
         let id = ImageId::new(root, owner);
+        if self.inner.state.incomplete(root)?.is_some() && self.inner.state.image(id)?.is_some() {
+            self.hydrate(root, remote, on_progress).await?;
+        }
         let guard = self.inner.lock(Lock::Image(root)).await;
+        let _hold = self.inner.cache.hold(root);
         if self.inner.state.image(id)?.is_none() {
+            hydrate::fetch_directories(root, remote, &self.inner.objects).await?;
+            let missing = self.run(move |inner| hydrate::missing_bytes(root, &inner.objects)).await?;
+            self.make_room(missing, remote).await?;
             hydrate::hydrate(root, remote, &self.inner.objects, on_progress).await?;
         }
         self.with(guard, move |inner| {
@@ -179,12 +198,14 @@ impl Engine {
         let (id, target) = (image.id(), mount::resolve(target)?);
         let guard = self.inner.lock(Lock::Image(id.root)).await;
         self.with(guard, move |inner| {
+            let _kept = inner.cache.changing.read().unwrap_or_else(PoisonError::into_inner);
+            inner.require_image(id)?;
             let lower = inner.mount_image(id)?;
             let name = id.to_string();
             if inner.prepare_target(&target, |entry| entry.source == Path::new(&name), true)? {
                 return Ok(());
             }
-            Overlay { name, lower, data: inner.data_layers(), upper: None }.mount(&target)
+            Overlay { name, lower, data: inner.data_layers(id.root)?, upper: None }.mount(&target)
         })
         .await
     }
@@ -214,6 +235,7 @@ impl Engine {
     /// # Errors
     /// `Store`; what was stored stays, and the next attempt goes on from there.
     pub async fn upload(&self, root: Blob, remote: &dyn Store, on_progress: OnProgress<'_>) -> Result<Transferred> {
+        let _hold = self.inner.cache.hold(root);
         transfer::upload_tree(root, Arc::new(self.inner.objects.clone()), remote, on_progress)
             .await
             .map_err(|error| Error::store(format!("upload tree {root}"), error))
@@ -332,14 +354,17 @@ impl Inner {
             inline_limit: 0,
         })
         .map_err(|error| Error::store(format!("open the objects of {}", root.display()), error))?;
+        let lazy = (config.lazy || !state.incompletes()?.is_empty()).then(|| Lazy::open(root)).transpose()?;
         let limited = Limited::read(&state)?;
         let inner = Self {
             config,
-            limited,
             report,
             pool,
             objects,
             state,
+            cache: Cache::default(),
+            lazy,
+            limited,
             freezer,
             shown: Shown::default(),
             warmer: Warmer::new()?,
@@ -363,10 +388,12 @@ impl Inner {
         self.config.root.join("mnt/image").join(id.to_string())
     }
 
-    /// The data-only layers, in the order in which the kernel asks them. A layer that fetches what is not here yet
-    /// goes last.
-    pub(crate) fn data_layers(&self) -> Vec<PathBuf> {
-        vec![self.pool.root().join("objects")]
+    /// An image that was removed meanwhile has lost its contents with it.
+    pub(crate) fn require_image(&self, id: ImageId) -> Result<()> {
+        match self.state.image(id)? {
+            Some(_) => Ok(()),
+            None => Err(Error::NotFound { kind: "image", name: id.to_string() }),
+        }
     }
 
     /// Mounts an image if it is not, building it if its file was collected, and returns its tree.
@@ -381,7 +408,10 @@ impl Inner {
                 self.state.put_image(&Image::new(id, summary, bytes))?;
             }
             fs::create_dir_all(&mountpoint).at("create", &mountpoint)?;
-            mount::mount_erofs(&image::path(&self.images(), id), &mountpoint)?;
+            let path = image::path(&self.images(), id);
+            // Its time says when it was last of use.
+            File::open(&path).and_then(|file| file.set_modified(SystemTime::now())).at("set the time of", &path)?;
+            mount::mount_erofs(&path, &mountpoint)?;
         }
         Ok(tree)
     }
@@ -434,6 +464,8 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
 pub(crate) enum Lock {
     /// One tree's images.
     Image(Blob),
+    /// The fetching of one tree's contents.
+    Hydration(Blob),
     /// One session.
     Session(String),
     /// One snapshot.

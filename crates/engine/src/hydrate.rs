@@ -1,8 +1,10 @@
 //! Brings a tree to the node: its directory messages, and the contents of its files.
 //!
-//! A session is mounted only when everything of its image is here, so that no read of a pod waits for a network.
+//! A session is mounted when everything of its image is here, so that no read of a pod waits for a network; or at once,
+//! where the [lazy layer](crate::lazy) is served.
 
 use aether_cas::transfer::{self, OnProgress, Transferred};
+use aether_cas::tree::walk;
 use aether_cas::{Blob, LocalStore, Store};
 
 use crate::error::{Error, Result};
@@ -30,4 +32,16 @@ pub async fn fetch_directories(root: Blob, remote: &dyn Store, local: &LocalStor
         .await
         .map_err(|error| Error::store(format!("fetch the directories of tree {root}"), error))?;
     Ok(fetched.directories)
+}
+
+/// Bytes of the tree's contents that `local` does not have; its directories must be there.
+pub fn missing_bytes(root: Blob, local: &LocalStore) -> Result<u64> {
+    let failed = |error| Error::store(format!("look up the contents of tree {root}"), error);
+    let mut contents = Vec::new();
+    walk(&root, local, |_, node| {
+        contents.extend(node.content());
+        Ok::<(), aether_cas::StoreError>(())
+    })
+    .map_err(failed)?;
+    Ok(local.missing_contents(&contents).map_err(failed)?.iter().map(|content| content.size).sum())
 }

@@ -11,6 +11,7 @@
 
 #![warn(missing_docs)]
 
+pub mod cache;
 pub mod checkpoint;
 pub mod crash;
 mod draft;
@@ -21,6 +22,7 @@ pub mod git;
 pub mod hydrate;
 pub mod image;
 pub mod kernel;
+pub mod lazy;
 pub mod limits;
 pub mod mount;
 mod mounted;
@@ -40,6 +42,7 @@ mod writeback;
 pub use checkpoint::RestoreReport;
 pub use engine::{Config, Engine, NodeStatistics};
 pub use error::{Error, Result};
+pub use lazy::Incomplete;
 pub use limits::{PoolState, SessionUsage};
 pub use session::SessionStatus;
 pub use state::{Consistency, Digested, Image, ImageId, Session, Snapshot};

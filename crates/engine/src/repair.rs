@@ -38,6 +38,12 @@ pub(crate) fn repair(inner: &Inner) -> Result<()> {
         }
     }
     forget_lost_memory(inner)?;
+    let images: HashSet<_> = inner.state.images()?.iter().map(|image| image.root).collect();
+    for incomplete in inner.state.incompletes()? {
+        if !images.contains(&incomplete.root) {
+            inner.state.remove_incomplete(incomplete.root)?;
+        }
+    }
     let sessions = inner.state.sessions()?;
     let named: HashSet<&str> = sessions.iter().map(|session| session.directory.as_str()).collect();
     for directory in inner.pool.listing()?.sessions {
@@ -74,8 +80,8 @@ pub(crate) fn repair(inner: &Inner) -> Result<()> {
     Ok(())
 }
 
-/// What was in memory went with the machine: it is not damage, and its records go too. Whoever wants such a session begins
-/// it again from its last durable tree.
+/// What was in memory went with the machine: it is not damage, and its records go too. Whoever wants such a session begins it again
+/// from its last durable tree.
 fn forget_lost_memory(inner: &Inner) -> Result<()> {
     let there: HashSet<String> = inner.pool.listing()?.sessions.into_iter().collect();
     let lost = inner.state.sessions()?.into_iter();
@@ -187,6 +193,11 @@ pub(crate) fn fsck(inner: &Inner) -> Result<Vec<String>> {
         [Some(snapshot.image.root), snapshot.digested.as_ref().map(|digested| digested.root)].into_iter().flatten()
     }));
     roots.extend(inner.state.sessions()?.iter().filter_map(|session| session.head));
+    // Of an incomplete tree, and of every tree that was made from it.
+    let mut on_their_way = HashSet::new();
+    for incomplete in inner.state.incompletes()? {
+        on_their_way.extend(inner.missing(incomplete.root, &[])?);
+    }
     for root in roots {
         let mut contents = Vec::new();
         let walked = aether_cas::tree::walk(&root, &inner.objects, |_, node| {
@@ -200,6 +211,9 @@ pub(crate) fn fsck(inner: &Inner) -> Result<Vec<String>> {
         contents.sort();
         contents.dedup();
         for missing in inner.objects.missing_contents(&contents).map_err(failed)? {
+            if on_their_way.contains(&missing) {
+                continue;
+            }
             problems.push(format!("tree {root}: content {missing} is not here; fetch the tree again"));
         }
     }
@@ -226,12 +240,11 @@ pub(crate) fn collect(inner: &Inner) -> Result<Vec<String>> {
         if mount::unmount(&mountpoint).is_err() {
             continue;
         }
-        if let Some(image) = inner.state.images()?.into_iter().find(|image| image.id().to_string() == name) {
-            inner.state.remove_image(image.id())?;
-        }
-        fs::remove_file(&path).at("remove", &path)?;
-        if mountpoint.exists() {
-            fs::remove_dir(&mountpoint).at("remove directory", &mountpoint)?;
+        let named = inner.state.images()?.into_iter().find(|image| image.id().to_string() == name);
+        match named {
+            Some(image) => inner.forget_image(image.id())?,
+            // A file without a record.
+            None => fs::remove_file(&path).at("remove", &path)?,
         }
         removed.push(format!("image {name}"));
     }

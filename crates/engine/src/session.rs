@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 
 use aether_cas::tree::Directories;
 use rustix::fs::{CWD, Timespec, Timestamps};
@@ -60,14 +61,15 @@ impl Engine {
                     session.image.id() == image.id() && session.medium == medium && session.forked_from.is_none()
                 });
             }
+            let _kept = inner.cache.changing.read().unwrap_or_else(PoisonError::into_inner);
             inner.prepare_upper(id, image.id(), medium)?;
             inner.record(Session::new(id, image, medium, None))
         })
         .await
     }
 
-    /// Makes the session `id` whose upper begins as a copy of the snapshot's, on the same medium. Not mounted yet.
-    /// Deleting the snapshot afterwards does not touch it.
+    /// Makes the session `id` whose upper begins as a copy of the snapshot's, on the same medium. Not mounted yet. Deleting the
+    /// snapshot afterwards does not touch it.
     ///
     /// # Errors
     /// `NotFound` without the snapshot; `AlreadyExists` for a session of that name that is no fork of it.
@@ -106,6 +108,7 @@ impl Engine {
             }
             inner.take_down(&session)?;
             // An upper belongs to one image for life, so another base means another directory.
+            let _kept = inner.cache.changing.read().unwrap_or_else(PoisonError::into_inner);
             let directory = format!("{id}.{}", &uuid::Uuid::new_v4().simple().to_string()[..8]);
             inner.prepare_upper(&directory, image.id(), session.medium)?;
             inner.pool.keep(&directory, session.limits)?;
@@ -277,6 +280,7 @@ impl Inner {
 
     /// Makes an empty upper that looks like the root of the image: the merged root shows the upper's attributes.
     fn prepare_upper(&self, directory: &str, image: ImageId, medium: Medium) -> Result<()> {
+        self.require_image(image)?;
         self.discard_directory(directory)?;
         // All sessions of an image begin alike. Where a copy is one call that commits itself, it saves them the stamping and
         // a sync each. Its name is the pool's own, so it goes at the next start, whatever becomes of the image.
@@ -385,8 +389,13 @@ impl Inner {
             Some(_) if session.generation > 0 => self.state.put_session(&next)?,
             _ => self.state.put_session_unsynced(&next)?,
         }
-        Overlay { name: session.id.clone(), lower, data: self.data_layers(), upper: Some((upper, work)) }
-            .mount(&mountpoint)?;
+        Overlay {
+            name: session.id.clone(),
+            lower,
+            data: self.data_layers(session.image.root)?,
+            upper: Some((upper, work)),
+        }
+        .mount(&mountpoint)?;
         crash_point!("session.mounted");
         Ok(mountpoint)
     }

@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
+use crate::lazy::Incomplete;
 use crate::pool::{Limits, Medium};
 use crate::upper::{Known, StatCache, StatKey};
 
@@ -171,6 +172,7 @@ const IMAGES: &str = "images";
 const SESSIONS: &str = "sessions";
 const SNAPSHOTS: &str = "snapshots";
 const FILES: &str = "files";
+const INCOMPLETE: &str = "incomplete";
 
 /// The records. Clones share the database.
 #[derive(Clone)]
@@ -189,8 +191,8 @@ impl State {
         options.set_write_buffer_size(4 << 20);
         options.set_keep_log_file_num(2);
         options.set_max_open_files(64);
-        let families =
-            [IMAGES, SESSIONS, SNAPSHOTS, FILES].map(|name| ColumnFamilyDescriptor::new(name, Options::default()));
+        let families = [IMAGES, SESSIONS, SNAPSHOTS, FILES, INCOMPLETE]
+            .map(|name| ColumnFamilyDescriptor::new(name, Options::default()));
         let db = DB::open_cf_descriptors(&options, path, families).map_err(|error| {
             if error.to_string().contains("lock") {
                 Error::Busy { what: path.display().to_string(), by: format!("another engine has it open ({error})") }
@@ -273,6 +275,22 @@ impl State {
 
     pub(crate) fn remove_image(&self, id: ImageId) -> Result<()> {
         self.remove(IMAGES, &id.to_string())
+    }
+
+    pub(crate) fn incomplete(&self, root: Blob) -> Result<Option<Incomplete>> {
+        self.get(INCOMPLETE, &root.to_string())
+    }
+
+    pub(crate) fn incompletes(&self) -> Result<Vec<Incomplete>> {
+        self.list(INCOMPLETE)
+    }
+
+    pub(crate) fn put_incomplete(&self, incomplete: &Incomplete) -> Result<()> {
+        self.put(INCOMPLETE, &incomplete.root.to_string(), incomplete)
+    }
+
+    pub(crate) fn remove_incomplete(&self, root: Blob) -> Result<()> {
+        self.remove(INCOMPLETE, &root.to_string())
     }
 
     pub(crate) fn session(&self, id: &str) -> Result<Option<Session>> {

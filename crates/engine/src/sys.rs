@@ -503,3 +503,16 @@ pub(crate) fn loop_backing(device: BorrowedFd<'_>) -> io::Result<(u64, u64)> {
     let _ = info.rest;
     Ok((info.device, info.inode))
 }
+
+/// Whether another open file description of the file `file` exists: a file that a mounted file system is on, for one.
+pub(crate) fn is_open_elsewhere(file: &File) -> io::Result<bool> {
+    // fcntl(2): a write lease is given only to who has the file open alone.
+    // SAFETY: the call takes two integers.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) } == 0 {
+        // SAFETY: as above. A lease that stays would make the next opener wait until `file` is closed.
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
+        return Ok(false);
+    }
+    let error = io::Error::last_os_error();
+    if error.kind() == io::ErrorKind::WouldBlock { Ok(true) } else { Err(error) }
+}

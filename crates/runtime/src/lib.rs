@@ -17,7 +17,7 @@ pub mod signals;
 pub mod tasks;
 
 pub use metrics::Metrics;
-pub use readiness::Readiness;
+pub use readiness::{Part, Readiness};
 pub use tasks::{Stage, Tasks};
 
 /// A clonable wish to end: cancelled once, never taken back.

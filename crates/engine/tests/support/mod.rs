@@ -24,12 +24,16 @@ pub(crate) struct Source {
 impl Source {
     /// `docs/readme`, `src/main.c`, `src/link` and forty files more.
     pub(crate) async fn new() -> Self {
-        let store = MemoryStore::new();
         let mut files =
             vec![("docs/readme".to_owned(), b"read me\n".to_vec()), ("src/main.c".to_owned(), b"int main;\n".to_vec())];
         files.extend((0..40).map(|n| (format!("src/part-{n:02}"), vec![n; 1000 * usize::from(n)])));
+        Self::of(MemoryStore::new(), &files).await
+    }
+
+    /// A tree of these files in `store`, two levels deep, some of them in `src`, and `src/link`.
+    pub(crate) async fn of(store: MemoryStore, files: &[(String, Vec<u8>)]) -> Self {
         let mut folders: BTreeMap<&str, Directory> = BTreeMap::new();
-        for (path, contents) in &files {
+        for (path, contents) in files {
             let (folder, file) = path.split_once('/').unwrap();
             let content = blob(contents);
             store.write(content, contents.clone().into()).await.unwrap();
