@@ -185,10 +185,11 @@ impl Driver {
                 }
                 Beginning::Tree(root) => {
                     let image = self.engine.ensure_image(root, owner(session), &*self.remote, &|_| {}).await?;
-                    self.engine.create_session(&uid, &image).await?;
+                    self.engine.create_session_on(self.medium(session), &uid, &image).await?;
                 }
             }
         }
+        self.apply_limits(session).await?;
         // What is known of another upper says nothing of a new one.
         let known = record.filter(|_| usable).cloned().unwrap_or_default();
         let put = SessionRecord {
@@ -214,8 +215,11 @@ impl Driver {
             && let Some(name) = &forked.snapshot
         {
             let snapshot = self.engine.snapshot_record(name).await.map(Some).or_else(absent)?;
-            // A fork with another owner needs another image, so it starts from the tree.
-            if snapshot.is_some_and(|snapshot| snapshot.image.id().owner() == owner(session)) {
+            // A fork with another owner needs another image, and on another medium it shares nothing: it starts from the tree.
+            let medium = self.engine.snapshot_medium(name).await?;
+            if snapshot.is_some_and(|snapshot| snapshot.image.id().owner() == owner(session))
+                && medium == self.medium(session)
+            {
                 return Ok(Some(Beginning::Snapshot(name.clone())));
             }
         }

@@ -57,6 +57,9 @@ pub(crate) struct Arguments {
     /// The block device of --pool=btrfs-device
     #[arg(long, env = "AETHER_POOL_DEVICE")]
     pool_device: Option<PathBuf>,
+    /// Memory for sessions of medium Memory, such as 4Gi; none without it. When full they take twice that
+    #[arg(long, env = "AETHER_MEMORY_SIZE")]
+    memory_size: Option<Size>,
     /// The cgroup below which the kubelet keeps its pods, as a directory, to hold them still during a snapshot; found
     /// by itself unless the node runs several kubelets
     #[arg(long, env = "AETHER_CGROUP_ROOT")]
@@ -116,22 +119,7 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let split = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
-        let (number, unit) = text.split_at(split);
-        let factor: u64 = match unit {
-            "" => 1,
-            "Ki" => 1 << 10,
-            "Mi" => 1 << 20,
-            "Gi" => 1 << 30,
-            "Ti" => 1 << 40,
-            "k" => 1_000,
-            "M" => 1_000_000,
-            "G" => 1_000_000_000,
-            "T" => 1_000_000_000_000,
-            other => return Err(format!("unit {other:?} is none of Ki, Mi, Gi, Ti, k, M, G, T")),
-        };
-        let number: u64 = number.parse().map_err(|_| format!("{text:?} does not begin with a number"))?;
-        number.checked_mul(factor).map(Self).ok_or_else(|| format!("{text} is too large"))
+        aether_api::quantity::parse(text).map(Self)
     }
 }
 
@@ -154,6 +142,8 @@ pub(crate) struct Config {
     pub kubelet_dir: PathBuf,
     pub store: String,
     pub pool: Pool,
+    /// Bytes for sessions in memory.
+    pub memory: Option<u64>,
     pub cgroup_root: Option<PathBuf>,
     pub http: SocketAddr,
     pub max_volumes: i64,
@@ -183,6 +173,11 @@ impl Config {
             }
             (PoolKind::Directory, None) => Pool::Directory,
         };
+        if let Some(size) = arguments.memory_size
+            && size.0 < 256 << 20
+        {
+            bail!("--memory-size={} is below the 256Mi that btrfs needs", size.0);
+        }
         let (node, store) = (arguments.node_name.unwrap_or_default(), arguments.store.unwrap_or_default());
         if node.is_empty() {
             bail!("--node-name is empty");
@@ -203,6 +198,7 @@ impl Config {
             kubelet_dir: arguments.kubelet_dir,
             store,
             pool,
+            memory: arguments.memory_size.map(|size| size.0),
             cgroup_root: arguments.cgroup_root,
             http: arguments.http,
             max_volumes: i64::from(arguments.max_volumes),
@@ -248,15 +244,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_read_as_kubernetes_writes_them() {
-        assert_eq!("20Gi".parse(), Ok(Size(20 << 30)));
-        assert_eq!("512".parse(), Ok(Size(512)));
-        assert_eq!("2G".parse(), Ok(Size(2_000_000_000)));
-        assert!("20GB".parse::<Size>().unwrap_err().contains("GB"));
-        assert!("Gi".parse::<Size>().unwrap_err().contains("number"));
-    }
-
-    #[test]
     fn a_waiting_publish_answers_before_the_deadline_of_its_caller() {
         assert_eq!(patience(None), Duration::from_secs(110));
         assert_eq!(patience(Some("119999999u")), Duration::from_micros(109_999_999));
@@ -276,6 +263,7 @@ mod tests {
         assert!(message(&["--pool=btrfs-device"]).contains("--pool-device"));
         assert!(message(&["--pool=directory", "--pool-device=/dev/x"]).contains("btrfs-device only"));
         assert!(message(&["--pool-size=1Mi"]).contains("256Mi"));
+        assert!(message(&["--memory-size=1Mi"]).contains("256Mi"));
     }
 
     #[test]

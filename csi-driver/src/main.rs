@@ -13,6 +13,7 @@ mod failure;
 mod identity;
 mod inline;
 mod lease;
+mod limits;
 mod metrics;
 mod moments;
 #[cfg(test)]
@@ -66,6 +67,7 @@ async fn main() -> anyhow::Result<()> {
     // Health is served before everything else, so that a slow start can be told from a dead one.
     let engine_ready = readiness.part("engine");
     let watches_ready = readiness.part("watches");
+    let pool_ready = readiness.part("pool");
     let (address, routes) = (config.http, http::routes(readiness.clone(), table.clone()));
     tasks.essential(Stage::Foundation, "http", move |stop| http::serve(address, routes, stop));
 
@@ -81,6 +83,8 @@ async fn main() -> anyhow::Result<()> {
     control::start(&driver, &tasks);
     let reporting = driver.clone();
     tasks.spawn(Stage::Work, "node report", driver.node(), move |stop| report::publish(reporting, stop));
+    let limiting = driver.clone();
+    tasks.essential(Stage::Work, "limits", move |stop| limits::run(limiting, pool_ready, stop));
     serve(&driver, &tasks, readiness)?;
     let waiting = driver.clone();
     tasks.spawn(Stage::Intake, "first lists", "the process", move |stop| async move {
@@ -101,6 +105,7 @@ async fn open_engine(config: &Config) -> anyhow::Result<Engine> {
         Pool::BtrfsDevice(device) => PoolConfig::Device(device.clone()),
         Pool::Directory => PoolConfig::Directory,
     };
+    setup.memory = config.memory;
     let engine = Engine::open(setup)
         .await
         .with_context(|| format!("cannot open the engine in {}", config.state_dir.display()))?;

@@ -1,6 +1,6 @@
 //! The driver's metrics, as a table: name, unit, what it tells.
 
-use aether_runtime::metrics::{Counter, Gauge, Labelled, Timer};
+use aether_runtime::metrics::{Counter, Gauge, Labelled, Timer, Unit};
 
 aether_runtime::label! {
     /// How a call ended.
@@ -30,6 +30,9 @@ pub(crate) struct Metrics {
     pub recovered: Counter,
     pub sessions: Gauge,
     pub published: Gauge,
+    pub at_limit: Gauge,
+    pub pool_available: Gauge,
+    pub pool_read_only: Gauge,
 }
 
 impl Metrics {
@@ -47,6 +50,13 @@ impl Metrics {
                 .counter("aether_driver_recovered", "Sessions lost with unsaved work, kept as a checkpoint"),
             sessions: table.gauge("aether_driver_sessions", None, "Sessions with an upper on this node"),
             published: table.gauge("aether_driver_published", None, "Mounts in pods"),
+            at_limit: table.gauge("aether_driver_sessions_at_limit", None, "Sessions whose writers a limit stops"),
+            pool_available: table.gauge(
+                "aether_driver_pool_available",
+                Some(Unit::Bytes),
+                "What can still be written to the pool",
+            ),
+            pool_read_only: table.gauge("aether_driver_pool_read_only", None, "1 while the pool takes no writes"),
         }
     }
 }

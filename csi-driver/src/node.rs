@@ -52,6 +52,7 @@ impl Node for NodeService {
             Capability::StageUnstageVolume,
             Capability::GetVolumeStats,
             Capability::VolumeCondition,
+            Capability::ExpandVolume,
             // So that access mode ReadWriteOncePod is offered.
             Capability::SingleNodeMultiWriter,
         ];
@@ -153,9 +154,17 @@ impl Node for NodeService {
 
     async fn node_expand_volume(
         &self,
-        _: Request<csi::NodeExpandVolumeRequest>,
+        request: Request<csi::NodeExpandVolumeRequest>,
     ) -> Result<Response<csi::NodeExpandVolumeResponse>, Status> {
-        Err(Status::unimplemented("a session has no size of its own: there is nothing to expand"))
+        let request = request.into_inner();
+        volume_id(&request.volume_id)?;
+        let path = path("volume_path", &request.volume_path)?;
+        let wanted = request.capacity_range.map_or(0, |range| range.required_bytes);
+        let wanted = u64::try_from(wanted)
+            .map_err(|_| Failure::Invalid(format!("capacity_range.required_bytes {wanted} is negative")))?;
+        let bytes = self.driver.expand(&request.volume_id, &path, wanted).await?;
+        let capacity_bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        Ok(Response::new(csi::NodeExpandVolumeResponse { capacity_bytes }))
     }
 }
 

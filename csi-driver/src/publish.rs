@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
 use aether_api::AetherSession;
+use aether_engine::SessionUsage;
+use aether_engine::pool::Limits;
 use aether_runtime::{CancellationToken, Stage};
 use kube::ResourceExt as _;
 use tokio::sync::oneshot;
@@ -14,11 +16,11 @@ use crate::attach::{absent, owner};
 use crate::cluster::Patience;
 use crate::driver::{Driver, parse_root};
 use crate::failure::{Failure, Result};
-use crate::inline;
 use crate::moments::{epoch_of, full_name, newer};
 use crate::records::{PublishRecord, Record as _, Upper};
 use crate::target::{self, Target};
 use crate::volume::{Volume, Wanted};
+use crate::{inline, limits};
 
 /// How the ids of engine sessions begin that are frozen views.
 pub(crate) const VIEW: &str = "view-";
@@ -310,25 +312,21 @@ impl Driver {
             .and_then(|uid| self.sessions.get(uid))
             .is_some_and(|session| matches!(session.upper, Upper::Fenced { .. }))
             .then(|| "another node has taken the session over".to_owned());
-        let space = self.engine.space().await?;
         let engine_id = record.view.clone().or_else(|| record.uid.clone().filter(|_| !record.read_only));
-        let (bytes, inodes) = match engine_id {
-            Some(id) => {
-                let status = self.engine.session_status(&id).await?;
-                (status.own_bytes, status.own_inodes)
-            }
+        let usage = match engine_id {
+            Some(id) => self.engine.usage(&id).await?,
             // A mount of an image: nothing of its own.
-            None => (0, 0),
+            None => SessionUsage {
+                usage: aether_engine::pool::Usage::default(),
+                limits: Limits::default(),
+                reached: None,
+                counted_only: None,
+                space: self.engine.space().await?,
+            },
         };
-        Ok(Statistics {
-            bytes: Usage { total: space.total_bytes, available: space.available_bytes, used: bytes },
-            inodes: (space.total_inodes > 0).then_some(Usage {
-                total: space.total_inodes,
-                available: space.available_inodes,
-                used: inodes,
-            }),
-            abnormal: fenced.or(abnormal),
-        })
+        let full = usage.reached.map(|limit| limits::said(limit).to_owned());
+        let stuck = usage.space.read_only.then(|| "the node's pool is read-only: see the node driver's log".to_owned());
+        Ok(Statistics { abnormal: fenced.or(abnormal).or(stuck).or(full), ..within(&usage) })
     }
 
     /// Forgets publishes whose pod is gone without an unpublish, as after a reboot, and goes on with what a kill
@@ -355,6 +353,23 @@ impl Driver {
             self.begin_end_own_session(record);
         }
     }
+}
+
+/// What a session takes up, of its limit where it has one, else of its pool.
+fn within(usage: &SessionUsage) -> Statistics {
+    let of = |limit: Option<u64>, used: u64, total: u64, available: u64| match limit {
+        Some(limit) => Usage { total: limit, available: available.min(limit.saturating_sub(used)), used },
+        None => Usage { total, available, used },
+    };
+    let (limits, space) = (usage.limits, usage.space);
+    let bytes = of(limits.bytes, usage.usage.bytes, space.total_bytes, space.available_bytes);
+    let makes_inodes_as_needed = space.total_inodes == 0;
+    let inodes = match usage.usage.inodes {
+        Some(used) if makes_inodes_as_needed => limits.inodes.map(|limit| of(Some(limit), used, limit, limit)),
+        Some(used) => Some(of(limits.inodes, used, space.total_inodes, space.available_inodes)),
+        None => None,
+    };
+    Statistics { bytes, inodes, abnormal: None }
 }
 
 impl Driver {

@@ -90,6 +90,21 @@ pub async fn create<K: Object>(api: &Api<K>, object: &K) -> Result<Option<K>> {
     }
 }
 
+/// Writes fields of an object as a merge patch, if it is still as it was read.
+///
+/// # Errors
+/// The refused write.
+pub async fn merge<K: Object>(api: &Api<K>, object: &K, change: &Value) -> Result<()> {
+    let mut change = change.clone();
+    change["metadata"] = json!({"resourceVersion": object.resource_version()});
+    let parameters = PatchParams { field_manager: Some(names::OPERATOR_MANAGER.into()), ..PatchParams::default() };
+    api.patch(&object.name_any(), &parameters, &Patch::Merge(&change)).await.map(drop).map_err(failed::<K>(
+        "change",
+        object.meta().namespace.as_deref(),
+        &object.name_any(),
+    ))
+}
+
 /// Deletes exactly this object, not a later one of the same name. Being gone already is no error.
 pub async fn delete<K: Object>(api: &Api<K>, object: &K) -> Result<()> {
     let name = object.name_any();

@@ -1,21 +1,25 @@
 //! Claims that ask for a session of their own: any claim whose StorageClass has the provisioner `csi.aether.dev` and
 //! whose annotation `aether.dev/source` names a source. The session is made here; it belongs to the claim and goes
-//! with it, and its own reconciler makes the volume.
+//! with it, and its own reconciler makes the volume. What the claim asks for is the session's limit, and asking for more raises it.
 //!
 //! A class that says itself what its volumes start from, and a claim with a data source (a snapshot, another claim), are
 //! left to the standard provisioner and the driver's CSI Controller service, so that no claim gets two volumes.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use aether_api::conditions::{Wanted, reason};
 use aether_api::names::{self, CLAIM_OWNER_ANNOTATION, CLAIM_SOURCE_ANNOTATION};
-use aether_api::session::{ClaimPolicy, Owner, SourceReference};
-use aether_api::{AetherSession, AetherSessionSpec};
-use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use aether_api::session::{ClaimPolicy, Limits, Owner, SourceReference};
+use aether_api::{AetherSession, AetherSessionSpec, quantity};
+use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
 use k8s_openapi::api::storage::v1::StorageClass;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::core::ObjectMeta;
 use kube::runtime::controller::Action;
+use kube::runtime::events::EventType;
 use kube::{Resource, ResourceExt};
+use serde_json::json;
 
 use crate::context::Context;
 use crate::error::Result;
@@ -26,6 +30,9 @@ use crate::objects;
 /// # Errors
 /// The read or write that failed.
 pub async fn reconcile(seen: Arc<PersistentVolumeClaim>, context: Arc<Context>) -> Result<Action> {
+    if is_bound_to_us(&seen) {
+        return expand(&seen, &context).await;
+    }
     if !may_ask(&seen) {
         return Ok(Action::await_change());
     }
@@ -54,6 +61,56 @@ pub async fn reconcile(seen: Arc<PersistentVolumeClaim>, context: Arc<Context>) 
         context.warn(seen.as_ref(), &Wanted::no(aether_api::conditions::READY, reason::NAME_TAKEN, message)).await;
     }
     Ok(Action::await_change())
+}
+
+/// Whether the claim has a volume of ours, and is of a class: other claims cannot be resized.
+fn is_bound_to_us(claim: &PersistentVolumeClaim) -> bool {
+    let spec = claim.spec.as_ref();
+    claim.meta().deletion_timestamp.is_none()
+        && spec.is_some_and(|spec| {
+            spec.storage_class_name.as_deref().is_some_and(|class| !class.is_empty())
+                && spec.volume_name.as_deref().is_some_and(|volume| volume.starts_with(names::VOLUME_PREFIX))
+        })
+}
+
+/// Gives a claim what it asks for more than it has: first the session's limit, which the node that holds it applies at
+/// once, then the volume's size, by which the kubelet knows that it must tell the claim.
+async fn expand(claim: &PersistentVolumeClaim, context: &Context) -> Result<Action> {
+    let Some(Ok(wanted)) = asked(claim) else { return Ok(Action::await_change()) };
+    let volumes = objects::cluster::<PersistentVolume>(&context.client);
+    let name = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone()).unwrap_or_default();
+    let Some(volume) = objects::get(&volumes, &name).await? else { return Ok(Action::await_change()) };
+    let has = volume.spec.as_ref().and_then(|spec| size(spec.capacity.as_ref())).unwrap_or(Ok(0));
+    if has.is_ok_and(|has| has >= wanted) {
+        return Ok(Action::await_change());
+    }
+    let text = requested(claim).map(|quantity| quantity.0.clone());
+    let sessions = objects::namespaced::<AetherSession>(&context.client, &claim.namespace().unwrap_or_default());
+    if let Some(session) = objects::get(&sessions, &claim.name_any()).await?
+        && objects::is_owned_by(&session, claim)
+    {
+        let limit = session.spec.limits.as_ref().and_then(|limits| limits.parsed_bytes().ok()?);
+        if limit.is_some_and(|limit| limit < wanted) {
+            objects::merge(&sessions, &session, &json!({"spec": {"limits": {"bytes": text}}})).await?;
+        }
+        objects::merge(&volumes, &volume, &json!({"spec": {"capacity": {"storage": text}}})).await?;
+        let note = format!("may write {} now", text.unwrap_or_default());
+        context.tell(claim, EventType::Normal, "Expanded", &note).await;
+    }
+    Ok(Action::await_change())
+}
+
+fn requested(claim: &PersistentVolumeClaim) -> Option<&Quantity> {
+    claim.spec.as_ref()?.resources.as_ref()?.requests.as_ref()?.get("storage")
+}
+
+/// The bytes that a claim asks for.
+fn asked(claim: &PersistentVolumeClaim) -> Option<std::result::Result<u64, String>> {
+    requested(claim).map(|quantity| quantity::parse(&quantity.0))
+}
+
+fn size(capacity: Option<&BTreeMap<String, Quantity>>) -> Option<std::result::Result<u64, String>> {
+    capacity?.get("storage").map(|quantity| quantity::parse(&quantity.0))
 }
 
 /// Whether a class says what its volumes start from.
@@ -106,6 +163,10 @@ fn build(claim: &PersistentVolumeClaim) -> std::result::Result<AetherSession, St
             "claim {name} asks for a block device, but a session is a directory: leave volumeMode out"
         ));
     }
+    if let Some(Err(wrong)) = asked(claim) {
+        return Err(format!("claim {name} asks for a size that cannot be the session's limit: {wrong}"));
+    }
+    let limits = requested(claim).map(|quantity| Limits { bytes: Some(quantity.0.clone()), inodes: None });
     Ok(AetherSession {
         metadata: ObjectMeta {
             name: claim.meta().name.clone(),
@@ -116,6 +177,7 @@ fn build(claim: &PersistentVolumeClaim) -> std::result::Result<AetherSession, St
         spec: AetherSessionSpec {
             source: Some(SourceReference { namespace: namespace.map(Into::into), name: source.into(), revision: None }),
             owner,
+            limits,
             claim: ClaimPolicy::Existing,
             ..AetherSessionSpec::default()
         },
@@ -132,7 +194,7 @@ fn parse_owner(text: &str) -> Option<Owner> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use k8s_openapi::api::core::v1::{PersistentVolumeClaimSpec, TypedLocalObjectReference};
+    use k8s_openapi::api::core::v1::{PersistentVolumeClaimSpec, TypedLocalObjectReference, VolumeResourceRequirements};
 
     fn claim(annotations: &[(&str, &str)]) -> PersistentVolumeClaim {
         PersistentVolumeClaim {
@@ -159,6 +221,27 @@ mod tests {
         assert!(objects::is_owned_by(&session, &claim(&[])), "it goes with the claim");
         let own = build(&claim(&[(CLAIM_SOURCE_ANNOTATION, "linux")])).unwrap();
         assert_eq!(own.spec.source.unwrap().namespace, None);
+    }
+
+    #[test]
+    fn what_the_claim_asks_for_is_the_limit() {
+        let asking = |size: &str| {
+            let mut claim = claim(&[(CLAIM_SOURCE_ANNOTATION, "linux")]);
+            let requests = BTreeMap::from([("storage".to_owned(), Quantity(size.into()))]);
+            claim.spec.as_mut().unwrap().resources =
+                Some(VolumeResourceRequirements { requests: Some(requests), ..Default::default() });
+            claim
+        };
+        let limits = build(&asking("7Gi")).unwrap().spec.limits.unwrap();
+        assert_eq!(limits.parsed_bytes(), Ok(Some(7 << 30)));
+        assert!(build(&asking("1e9")).unwrap_err().contains("1e9"));
+        assert_eq!(build(&claim(&[(CLAIM_SOURCE_ANNOTATION, "linux")])).unwrap().spec.limits, None);
+        let mut bound = asking("8Gi");
+        assert!(!is_bound_to_us(&bound));
+        bound.spec.as_mut().unwrap().volume_name = Some("aether-s-1".into());
+        assert!(is_bound_to_us(&bound));
+        bound.spec.as_mut().unwrap().storage_class_name = Some(String::new());
+        assert!(!is_bound_to_us(&bound), "Kubernetes resizes no claim without a class");
     }
 
     #[test]

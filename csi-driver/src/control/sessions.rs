@@ -31,6 +31,7 @@ pub(super) async fn reconcile(session: Arc<AetherSession>, driver: Arc<Driver>) 
     match record.upper {
         Upper::Dirty if driver.lost(&session, &record) => recover(&driver, &session).await,
         Upper::Fenced { .. } => recover(&driver, &session).await,
+        Upper::Dirty => driver.apply_limits(&session).await,
         Upper::Clean { .. } if held => driver.disclaim(&session).await,
         // The session has moved on elsewhere: the copy here is of no use any more.
         Upper::Clean { ref root } if outdated(&session, &record, root) => forget_copy(&driver, &session, &record).await,

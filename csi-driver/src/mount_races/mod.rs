@@ -1,6 +1,7 @@
 //! What races, kills and lost answers must not cost, with the real engine and an API server in memory. As root: it mounts.
 
 mod leaving;
+mod limits;
 mod publishing;
 mod restoring;
 

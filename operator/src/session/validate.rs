@@ -23,6 +23,14 @@ pub(super) fn violation(spec: &AetherSessionSpec) -> Option<String> {
     if spec.time_to_live.is_some_and(|time| time.is_negative()) {
         return Some("spec.timeToLive is negative: say a duration such as 8h".into());
     }
+    if let Some(limits) = &spec.limits {
+        if let Err(wrong) = limits.parsed_bytes() {
+            return Some(format!("spec.limits.bytes: {wrong}"));
+        }
+        if limits.inodes.is_some_and(|inodes| inodes < 1) {
+            return Some("spec.limits.inodes is under 1: leave it out for no limit".into());
+        }
+    }
     if let Some(checkpoints) = &spec.checkpoints {
         if checkpoints.interval.is_negative() || std::time::Duration::from(checkpoints.interval).as_secs() < 1 {
             return Some("spec.checkpoints.interval is under a second: say a duration such as 5m".into());
@@ -37,7 +45,7 @@ pub(super) fn violation(spec: &AetherSessionSpec) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use aether_api::session::SourceReference;
+    use aether_api::session::{Limits, SourceReference};
 
     #[test]
     fn exactly_one_start_is_asked_for() {
@@ -49,6 +57,14 @@ mod tests {
         assert!(
             violation(&AetherSessionSpec::default()).unwrap().contains("exactly one of source, checkpoint and session")
         );
+        let limited = |bytes: &str, inodes| AetherSessionSpec {
+            limits: Some(Limits { bytes: Some(bytes.into()), inodes }),
+            checkpoint: Some("before".into()),
+            ..Default::default()
+        };
+        assert_eq!(violation(&limited("10Gi", Some(1))), None);
+        assert!(violation(&limited("10GB", None)).unwrap().contains("spec.limits.bytes"));
+        assert!(violation(&limited("1Gi", Some(0))).unwrap().contains("spec.limits.inodes"));
         let empty = AetherSessionSpec { session: Some(String::new()), ..Default::default() };
         assert!(violation(&empty).unwrap().contains("empty name"));
     }
