@@ -194,7 +194,9 @@ fn parse_owner(text: &str) -> Option<Owner> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use k8s_openapi::api::core::v1::{PersistentVolumeClaimSpec, TypedLocalObjectReference, VolumeResourceRequirements};
+    use k8s_openapi::api::core::v1::{
+        PersistentVolumeClaimSpec, TypedLocalObjectReference, VolumeResourceRequirements,
+    };
 
     fn claim(annotations: &[(&str, &str)]) -> PersistentVolumeClaim {
         PersistentVolumeClaim {
