@@ -418,8 +418,10 @@ fn one_fetch_serves_all_and_what_is_here_needs_no_store() {
         let nothing = MemoryStore::new();
         let other = engine.ensure_image(source.root, Owner { uid: 5, gid: 5 }, &nothing, &quiet()).await.unwrap();
         assert_eq!(other.files, 42);
-        // An image that was collected is built anew from its directories.
+        // An image that was collected is built anew from its directories, by who asks for it: its contents may be gone.
         assert_eq!(engine.gc().await.unwrap().len(), 2);
+        assert!(matches!(engine.create_session("s", &other).await, Err(Error::NotFound { kind: "image", .. })));
+        engine.ensure_image(source.root, other.id().owner(), &nothing, &quiet()).await.unwrap();
         engine.create_session("s", &other).await.unwrap();
         assert_eq!(read_tree(&engine.mount_session("s").await.unwrap()), source.expected());
         let absent = aether_cas::Blob { size: 1, ..source.root };

@@ -199,7 +199,7 @@ fn chosen(names: &[String]) -> Result<Vec<&'static Step>> {
     if names.is_empty() {
         return Ok(STEPS.iter().collect());
     }
-    names
+    let mut steps = names
         .iter()
         .map(|name| {
             STEPS.iter().chain(MORE_STEPS).find(|step| step.name == name).with_context(|| {
@@ -207,7 +207,10 @@ fn chosen(names: &[String]) -> Result<Vec<&'static Step>> {
                 format!("there is no step {name}; there are {}", known.join(", "))
             })
         })
-        .collect()
+        .collect::<Result<Vec<_>>>()?;
+    // Its end is that of the namespace.
+    steps.sort_by_key(|step| step.name == "deletion");
+    Ok(steps)
 }
 
 /// `aether-cluster` lies beside this program.
