@@ -60,6 +60,9 @@ pub(crate) struct Arguments {
     /// Memory for sessions of medium Memory, such as 4Gi; none without it. When full they take twice that
     #[arg(long, env = "AETHER_MEMORY_SIZE")]
     memory_size: Option<Size>,
+    /// What contents that nothing here uses may fill together with those in use, such as 100Gi; no limit without it
+    #[arg(long, env = "AETHER_OBJECT_LIMIT")]
+    object_limit: Option<Size>,
     /// The cgroup below which the kubelet keeps its pods, as a directory, to hold them still during a snapshot; found
     /// by itself unless the node runs several kubelets
     #[arg(long, env = "AETHER_CGROUP_ROOT")]
@@ -144,6 +147,8 @@ pub(crate) struct Config {
     pub pool: Pool,
     /// Bytes for sessions in memory.
     pub memory: Option<u64>,
+    /// Bytes for the object cache.
+    pub object_limit: Option<u64>,
     pub cgroup_root: Option<PathBuf>,
     pub http: SocketAddr,
     pub max_volumes: i64,
@@ -199,6 +204,7 @@ impl Config {
             store,
             pool,
             memory: arguments.memory_size.map(|size| size.0),
+            object_limit: arguments.object_limit.map(|size| size.0),
             cgroup_root: arguments.cgroup_root,
             http: arguments.http,
             max_volumes: i64::from(arguments.max_volumes),

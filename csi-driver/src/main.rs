@@ -106,6 +106,7 @@ async fn open_engine(config: &Config) -> anyhow::Result<Engine> {
         Pool::Directory => PoolConfig::Directory,
     };
     setup.memory = config.memory;
+    setup.object_limit = config.object_limit;
     let engine = Engine::open(setup)
         .await
         .with_context(|| format!("cannot open the engine in {}", config.state_dir.display()))?;

@@ -65,7 +65,10 @@ fn forsaken(driver: &Driver, record: &SessionRecord) -> bool {
 async fn tidy(driver: &Arc<Driver>) -> Result<()> {
     driver.tidy_publishes().await?;
     drop_deleted(driver).await?;
-    drop_snapshots(driver).await
+    drop_snapshots(driver).await?;
+    // Checkpoints add contents whatever the limit is; what they need no more goes here.
+    driver.engine.make_room(0, &*driver.remote).await?;
+    Ok(())
 }
 
 /// Sessions whose object is gone. The API server is asked, since the cache may be behind.
