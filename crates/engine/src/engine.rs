@@ -174,20 +174,7 @@ impl Engine {
             self.make_room(missing, remote).await?;
             hydrate::hydrate(root, remote, &self.inner.objects, on_progress).await?;
         }
-        self.with(guard, move |inner| {
-            let image = match inner.state.image(id)? {
-                Some(image) => image,
-                None => {
-                    let (bytes, summary) = image::build(&inner.images(), id, &inner.objects)?;
-                    let image = Image::new(id, summary, bytes);
-                    inner.state.put_image(&image)?;
-                    image
-                }
-            };
-            inner.mount_image(id)?;
-            Ok(image)
-        })
-        .await
+        self.with(guard, move |inner| inner.finish_image(id)).await
     }
 
     /// Shows an image read-only at `target` (made if absent), without any session.
@@ -386,6 +373,21 @@ impl Inner {
 
     pub(crate) fn image_mountpoint(&self, id: ImageId) -> PathBuf {
         self.config.root.join("mnt/image").join(id.to_string())
+    }
+
+    /// Builds an image whose directories are here, records it and mounts it, as far as that is not done.
+    pub(crate) fn finish_image(&self, id: ImageId) -> Result<Image> {
+        let image = match self.state.image(id)? {
+            Some(image) => image,
+            None => {
+                let (bytes, summary) = image::build(&self.images(), id, &self.objects)?;
+                let image = Image::new(id, summary, bytes);
+                self.state.put_image(&image)?;
+                image
+            }
+        };
+        self.mount_image(id)?;
+        Ok(image)
     }
 
     /// An image that was removed meanwhile has lost its contents with it.

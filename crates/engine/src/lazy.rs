@@ -26,9 +26,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine::{Engine, Inner, Lock};
 use crate::error::{Context, Error, Result};
+use crate::hydrate;
 use crate::mount;
 use crate::state::{Image, ImageId};
-use crate::{hydrate, image};
 
 /// How long the lazy layer may take to say that it is there.
 const ANSWER: Duration = Duration::from_secs(2);
@@ -137,18 +137,10 @@ impl Engine {
         }
         let source = source.map(str::to_owned);
         self.with(guard, move |inner| {
-            let image = match inner.state.image(id)? {
-                Some(image) => image,
-                None => {
-                    inner.begin(root, source)?;
-                    let (bytes, summary) = image::build(&inner.images(), id, &inner.objects)?;
-                    let image = Image::new(id, summary, bytes);
-                    inner.state.put_image(&image)?;
-                    image
-                }
-            };
-            inner.mount_image(id)?;
-            Ok(image)
+            if inner.state.image(id)?.is_none() {
+                inner.begin(root, source)?;
+            }
+            inner.finish_image(id)
         })
         .await
     }
