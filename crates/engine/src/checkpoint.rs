@@ -154,7 +154,8 @@ impl Engine {
                 let frozen = inner.freezer.freeze(&cgroups, inner.config.restore_limit)?;
                 let now = inner.digest_now(&session)?;
                 let plan = restore::plan(&now, &target, &inner.objects)?;
-                let done = plan.apply(&mountpoint, owner, &inner.objects, None)?;
+                let left = inner.room_left(&session)?;
+                let done = plan.apply(&mountpoint, owner, &inner.objects, left)?;
                 let name = format!("restored-{}", uuid::Uuid::new_v4().simple());
                 inner.take_snapshot(&session, &name, &[], None, true)?;
                 let (held, whole) = frozen.thaw();

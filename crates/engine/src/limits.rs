@@ -13,6 +13,7 @@ use crate::engine::{Engine, Inner};
 use crate::error::{Error, Result};
 use crate::mount;
 use crate::pool::{Limits, Medium, Reached, Space, Usage};
+use crate::restore::Room;
 use crate::state::{Session, State};
 
 /// What a session takes up, of what it may.
@@ -165,6 +166,19 @@ impl Engine {
 }
 
 impl Inner {
+    /// What a session may still write, if anything limits it.
+    pub(crate) fn room_left(&self, session: &Session) -> Result<Option<Room>> {
+        if session.limits.is_none() {
+            return Ok(None);
+        }
+        let usage = self.pool.usage(&session.directory)?;
+        let left = |limit: Option<u64>, used| limit.map_or(u64::MAX, |limit| limit.saturating_sub(used));
+        Ok(Some(Room {
+            bytes: left(session.limits.bytes, usage.bytes),
+            inodes: left(session.limits.inodes, usage.inodes.unwrap_or(0)),
+        }))
+    }
+
     fn session_usage(&self, session: &Session, usage: Usage) -> Result<SessionUsage> {
         Ok(SessionUsage {
             usage,

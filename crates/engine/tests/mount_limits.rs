@@ -207,6 +207,29 @@ fn what_checkpoints_and_forks_keep_is_not_held_against_a_session() {
 }
 
 #[test]
+fn a_restore_that_would_pass_the_limit_touches_nothing() {
+    isolated_async("a_restore_that_would_pass_the_limit_touches_nothing", async |root| {
+        let source = Source::new().await;
+        let engine = engine(root, PoolConfig::Image { bytes: 512 * MIB }).await;
+        let view = session(&engine, &source, "s", bytes(64 * MIB)).await;
+        fs::write(view.join("large"), noise(1, 20 * MIB)).unwrap();
+        engine.snapshot("s", "large", &[], None).await.unwrap();
+        let large = engine.digest("large").await.unwrap().root;
+        engine.delete_snapshot("large").await.unwrap();
+        fs::remove_file(view.join("large")).unwrap();
+        fs::write(view.join("small"), noise(2, 5 * MIB)).unwrap();
+        let before = read_tree(&view);
+        engine.set_limits("s", bytes(15 * MIB)).await.unwrap();
+        let error = engine.restore_in_place("s", large, &[], &source.store).await.unwrap_err();
+        assert!(error.to_string().contains("raise the session's limit"), "{error}");
+        assert_eq!(read_tree(&view), before);
+        engine.set_limits("s", bytes(64 * MIB)).await.unwrap();
+        engine.restore_in_place("s", large, &[], &source.store).await.unwrap();
+        assert!(fs::read(view.join("large")).unwrap() == noise(1, 20 * MIB));
+    });
+}
+
+#[test]
 fn inodes_are_limited() {
     isolated_async("inodes_are_limited", async |root| {
         let source = Source::new().await;
