@@ -1,6 +1,7 @@
 //! Programs that others wrote, made available by the scripts of `third-party/`.
 
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -52,14 +53,16 @@ pub async fn kubernetes_repository() -> Result<PathBuf> {
 /// Runs a script; its progress goes to our standard error, its last line is the answer.
 async fn script(name: &str) -> Result<String> {
     let path = Paths::third_party().join(name);
-    let output = Command::new("bash")
+    // Not `output()`: tokio's captures standard error whatever was asked for, and with it the progress.
+    let running = Command::new("bash")
         .arg(&path)
-        .stdin(std::process::Stdio::null())
-        .stderr(std::process::Stdio::inherit())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
         .kill_on_drop(true)
-        .output()
-        .await
+        .spawn()
         .with_context(|| format!("cannot run {}", path.display()))?;
+    let output = running.wait_with_output().await.with_context(|| format!("cannot wait for {}", path.display()))?;
     anyhow::ensure!(output.status.success(), "{} failed ({}); what it said is above", path.display(), output.status);
     Ok(String::from_utf8_lossy(&output.stdout).lines().last().unwrap_or_default().to_owned())
 }

@@ -243,8 +243,8 @@ pub fn unmount_lazy(target: &Path) -> Result<()> {
     unmount_with(target, UnmountFlags::DETACH)
 }
 
-/// How long [`unmount`] waits for users that are about to let go.
-const PASSING_USE: Duration = Duration::from_millis(500);
+/// How long to wait for users that are about to let go.
+pub(crate) const PASSING_USE: Duration = Duration::from_millis(500);
 
 /// Unmounts `target`; fails with EBUSY while it is used. Nothing mounted there is success.
 ///

@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
+use std::time::{Duration, Instant};
 
 use aether_cas::tree::Directories;
 use rustix::fs::{CWD, Timespec, Timestamps};
@@ -337,18 +338,23 @@ impl Inner {
     /// `Busy` if the upper of a session directory is part of any overlay on this kernel.
     pub(crate) fn require_unused(&self, directory: &str) -> Result<()> {
         let upper = self.pool.upper(directory);
-        if !upper.exists() || !mount::upper_in_use(&upper)? {
-            return Ok(());
+        let began = Instant::now();
+        while upper.exists() && mount::upper_in_use(&upper)? {
+            let holders = mount::holders(&upper);
+            if holders.is_empty() && began.elapsed() < mount::PASSING_USE {
+                std::thread::sleep(Duration::from_millis(2));
+                continue;
+            }
+            return Err(Error::Busy {
+                what: format!("session directory {directory}"),
+                by: if holders.is_empty() {
+                    "a process keeps a file open in a mount that was taken away".into()
+                } else {
+                    holders.join(", ")
+                },
+            });
         }
-        let holders = mount::holders(&upper);
-        Err(Error::Busy {
-            what: format!("session directory {directory}"),
-            by: if holders.is_empty() {
-                "a process keeps a file open in a mount that was taken away".into()
-            } else {
-                holders.join(", ")
-            },
-        })
+        Ok(())
     }
 
     fn mount(&self, session: &Session) -> Result<PathBuf> {

@@ -26,8 +26,8 @@ const KIND: &str = "AETHER_TEST_KILL_POOL";
 const ROUND: &str = "AETHER_TEST_KILL_ROUND";
 /// For both pools together.
 const KILLS: u64 = 50;
-/// The longest time between the begin of an engine's work and its end.
-const LONGEST: u64 = 120;
+/// Milliseconds that an engine has at most for more than what is waited for.
+const LONGEST: u64 = 60;
 /// Bytes of a record in the writer's log.
 const RECORD: u64 = 16;
 /// Files that the writer replaces in turn.
@@ -53,10 +53,14 @@ struct Acknowledged {
     gone: BTreeMap<String, bool>,
 }
 
+fn journal(root: &Path) -> String {
+    fs::read_to_string(root.join("journal")).unwrap_or_default()
+}
+
 impl Acknowledged {
     fn read(root: &Path) -> Self {
         let mut all = Self::default();
-        let journal = fs::read_to_string(root.join("journal")).unwrap_or_default();
+        let journal = journal(root);
         // A line that a kill cut short was not acknowledged.
         for line in journal.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
             let words: Vec<&str> = line.split(' ').collect();
@@ -222,9 +226,12 @@ fn kill(root: &Path, kind: &str, round: u64, random: &mut StdRng) {
     // Every fifth is killed while it starts, repairs what the one before left included.
     let starting = random.random_ratio(1, 5);
     let deadline = Instant::now() + Duration::from_secs(60);
-    while !starting && fs::read_to_string(root.join("ready")).is_ok_and(|ready| ready != round.to_string()) {
+    // The others when they have done some of their work, however busy the machine is.
+    let wanted = random.random_range(0..6);
+    let begun = || fs::read_to_string(root.join("ready")).is_ok_and(|ready| ready == round.to_string());
+    while !starting && !(begun() && journal(root).lines().count() >= wanted) {
         assert!(child.try_wait().unwrap().is_none(), "{kind} pool, round {round}: it ended by itself\n{}", said());
-        assert!(Instant::now() < deadline, "{kind} pool, round {round}: it does not begin\n{}", said());
+        assert!(Instant::now() < deadline, "{kind} pool, round {round}: it does not get on\n{}", said());
         thread::sleep(Duration::from_millis(1));
     }
     thread::sleep(Duration::from_micros(random.random_range(0..LONGEST * 1000)));
@@ -305,13 +312,11 @@ async fn kill_again_and_again(root: &Path, kind: &str, random: &mut StdRng) {
     }
     let writer = Writer::start(root, target.clone());
     writer.goes_on();
-    let mut lines = 0;
     for round in 1..=KILLS / 2 {
         let began = Instant::now();
         kill(root, kind, round, random);
         let killed = began.elapsed();
-        let journal = fs::read_to_string(root.join("journal")).unwrap_or_default();
-        lines += journal.lines().count();
+        let journal = journal(root);
         check(root, kind, round).await;
         writer.goes_on();
         println!(
@@ -320,7 +325,6 @@ async fn kill_again_and_again(root: &Path, kind: &str, random: &mut StdRng) {
             began.elapsed() - killed
         );
     }
-    assert!(lines > 100, "the engines got to do something: {lines}");
     writer.end();
 
     let engine = engine(&root.join("engine"), pool(kind)).await;

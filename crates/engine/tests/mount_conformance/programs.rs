@@ -99,13 +99,16 @@ impl Program {
         for (key, value) in [
             ("GIT_CONFIG_NOSYSTEM", "1"),
             ("GIT_CONFIG_GLOBAL", "/dev/null"),
-            ("GIT_CONFIG_COUNT", "3"),
+            ("GIT_CONFIG_COUNT", "4"),
             ("GIT_CONFIG_KEY_0", "safe.directory"),
             ("GIT_CONFIG_VALUE_0", "*"),
             ("GIT_CONFIG_KEY_1", "user.name"),
             ("GIT_CONFIG_VALUE_1", "test"),
             ("GIT_CONFIG_KEY_2", "user.email"),
             ("GIT_CONFIG_VALUE_2", "test@example.com"),
+            // It would go on behind a command that has ended, in a copy that is to be taken away then.
+            ("GIT_CONFIG_KEY_3", "maintenance.auto"),
+            ("GIT_CONFIG_VALUE_3", "false"),
         ] {
             command.env(key, value);
         }
