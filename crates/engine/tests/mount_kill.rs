@@ -229,7 +229,8 @@ fn kill(root: &Path, kind: &str, round: u64, random: &mut StdRng) {
     // The others when they have done some of their work, however busy the machine is.
     let wanted = random.random_range(0..6);
     let begun = || fs::read_to_string(root.join("ready")).is_ok_and(|ready| ready == round.to_string());
-    while !starting && !(begun() && journal(root).lines().count() >= wanted) {
+    let enough = || starting || (begun() && journal(root).lines().count() >= wanted);
+    while !enough() {
         assert!(child.try_wait().unwrap().is_none(), "{kind} pool, round {round}: it ended by itself\n{}", said());
         assert!(Instant::now() < deadline, "{kind} pool, round {round}: it does not get on\n{}", said());
         thread::sleep(Duration::from_millis(1));
