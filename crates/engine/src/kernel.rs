@@ -97,6 +97,17 @@ impl fmt::Display for Report {
 const REDIRECT_MAX: u32 = 4096;
 const REDIRECT_MAX_FILE: &str = "/sys/module/overlay/parameters/redirect_max";
 
+/// Bytes of memory that the node has.
+pub(crate) fn memory() -> Result<u64> {
+    let path = Path::new("/proc/meminfo");
+    let text = fs::read_to_string(path).at("read", path)?;
+    // "MemTotal:        8131572 kB"
+    let kilobytes = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB"));
+    kilobytes
+        .and_then(|number| Some(number.trim().parse::<u64>().ok()? << 10))
+        .ok_or_else(|| Error::Damaged { what: path.display().to_string(), detail: "it does not say MemTotal".into() })
+}
+
 /// Probes everything, with scratch directories under `mounts` and in the pool. Raises overlayfs' `redirect_max`.
 ///
 /// # Errors

@@ -149,6 +149,10 @@ impl Engine {
                 return inner.pool_state();
             }
             let _limited = inner.limited.lock();
+            // What is looked at would make the unmounting wait.
+            for session in inner.state.sessions()? {
+                inner.warmer.stop(&session.id);
+            }
             let vacated = std::cell::Cell::new(false);
             let result = inner.pool.remount(&|pool| {
                 vacate(&inner.config.root, pool)?;

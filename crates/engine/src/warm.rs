@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use rustix::fs::{FileType, OFlags};
 
 use crate::error::{Context, Result};
-use crate::walk;
+use crate::{kernel, walk};
 
 /// The part of this machine's memory, one in so many, that all warmed sessions may take together.
 const SHARE: u64 = 16;
@@ -71,12 +71,7 @@ enum Stage {
 
 impl Warmer {
     pub(crate) fn new() -> Result<Self> {
-        let path = Path::new("/proc/meminfo");
-        let table = std::fs::read_to_string(path).at("read", path)?;
-        // "MemTotal:        8131572 kB"
-        let kilobytes = table.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next());
-        let kilobytes = kilobytes.and_then(|number| number.parse::<u64>().ok()).unwrap_or(0);
-        Self::with_room(kilobytes * 1024 / SHARE / NAME_BYTES)
+        Self::with_room(kernel::memory()? / SHARE / NAME_BYTES)
     }
 
     fn with_room(room: u64) -> Result<Self> {

@@ -311,7 +311,10 @@ fn sessions_in_memory_fork_are_limited_and_go_with_it() {
         fs::write(on_disk.join("kept"), "on disk").unwrap();
         File::open(on_disk.join("kept")).unwrap().sync_all().unwrap();
 
-        // The driver's end changes nothing: the memory stays mounted.
+        // The driver's end changes nothing: the memory stays mounted, also when the next driver is to have none.
+        drop(engine);
+        let engine = Engine::open(Config { memory: None, ..config() }).await.unwrap();
+        assert_eq!(engine.session("m").await.unwrap().medium, Medium::Memory);
         drop(engine);
         let engine = Engine::open(config()).await.unwrap();
         assert_eq!(fs::read_to_string(engine.mount_session("m").await.unwrap().join("later")).unwrap(), "unsaved");

@@ -16,7 +16,7 @@ use super::{Kind, Limits, Medium, Pool, Usage, dotted, make_layout, no_memory, w
 use crate::crash::crash_point;
 use crate::error::{Context, Error, Result};
 use crate::mount::Discard;
-use crate::{mount, sys, writeback};
+use crate::{kernel, mount, sys, writeback};
 
 /// `BTRFS_SUPER_MAGIC` (include/uapi/linux/magic.h).
 const MAGIC: u64 = 0x9123_683E;
@@ -81,7 +81,7 @@ impl Btrfs {
     /// after a reboot. Contents take their size twice, in the image and in the page cache, which the kernel can
     /// take back; space that is freed goes back to the node.
     pub fn memory(directory: &Path, bytes: u64) -> Result<Self> {
-        let total = node_memory()?;
+        let total = kernel::memory()?;
         if bytes < MINIMUM_IMAGE || bytes > total / 2 {
             return Err(Error::Unsupported {
                 what: format!("a pool of {bytes} bytes in memory"),
@@ -107,7 +107,13 @@ impl Btrfs {
             fs::rename(&unfinished, &image).at("rename", &unfinished)?;
         }
         fs::create_dir_all(&target).at("create", &target)?;
-        Self::mounted(Origin::Image { image, discard: Discard::Async }, &target)
+        Self::memory_again(directory)
+    }
+
+    /// The pool that [`memory`](Self::memory) made at `directory`, as large as it was made.
+    pub fn memory_again(directory: &Path) -> Result<Self> {
+        let origin = Origin::Image { image: directory.join("pool.img"), discard: Discard::Async };
+        Self::mounted(origin, &directory.join("pool"))
     }
 
     /// The pool on a block device that carries btrfs, mounted at `target`.
@@ -383,16 +389,6 @@ fn make_image(image: &Path, bytes: u64) -> Result<()> {
     file.sync_all().at("sync", &unfinished)?;
     fs::rename(&unfinished, image).at("rename", &unfinished)?;
     open(parent)?.sync_all().at("sync", parent)
-}
-
-/// Bytes of memory that the node has.
-fn node_memory() -> Result<u64> {
-    let path = Path::new("/proc/meminfo");
-    let text = fs::read_to_string(path).at("read", path)?;
-    let kilobytes = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB"));
-    kilobytes
-        .and_then(|number| Some(number.trim().parse::<u64>().ok()? << 10))
-        .ok_or_else(|| Error::Damaged { what: path.display().to_string(), detail: "it does not say MemTotal".into() })
 }
 
 /// Makes the file a btrfs. No discard: it would give preallocated space back. One copy of metadata: both would lie on one disk.

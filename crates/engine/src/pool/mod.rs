@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
+use crate::mount;
 
 pub use btrfs::Btrfs;
 pub(crate) use directory::copy_contents;
@@ -246,10 +247,14 @@ pub fn validate_name(kind: &'static str, name: &str) -> Result<()> {
 /// node's memory if that is wanted. A directory keeps the kind that it began with: `pool.kind` remembers it.
 pub fn open(root: &Path, config: &PoolConfig, memory: Option<u64>) -> Result<Box<dyn Pool>> {
     let disk = open_disk(root, config)?;
-    match memory {
-        None => Ok(disk),
-        Some(bytes) => Ok(Box::new(media::Media { disk, memory: Btrfs::memory(&root.join("memory"), bytes)? })),
-    }
+    let directory = root.join("memory");
+    let memory = match memory {
+        Some(bytes) => Btrfs::memory(&directory, bytes)?,
+        // Not wanted any more, but what sessions have there goes only with the machine.
+        None if mount::is_mountpoint(&directory)? => Btrfs::memory_again(&directory)?,
+        None => return Ok(disk),
+    };
+    Ok(Box::new(media::Media { disk, memory }))
 }
 
 fn open_disk(root: &Path, config: &PoolConfig) -> Result<Box<dyn Pool>> {
