@@ -157,7 +157,7 @@ impl Engine {
             mount::bind(&mountpoint, &target, read_only)?;
             inner.shown.add(id, &target);
             crash_point!("session.published");
-            inner.warmer.start(id, mountpoint);
+            inner.warmer.published(id, mountpoint);
             Ok(())
         })
         .await

@@ -5,6 +5,10 @@
 //! status` does, waits for that. So once a session is published, a thread of low priority looks at each name in it
 //! while the pod starts. Only attributes are asked for: no content is opened, and none is fetched.
 //!
+//! Nothing is warmed while sessions are being published one after the other: fifty pods that start together need the
+//! processor more, and niceness does not reach out of the driver's own control group. The warmer waits for a
+//! [lull](LULL), and a session that waited for [longer](PATIENCE) is left alone: its pod looks at it by now.
+//!
 //! What the kernel then keeps is about a kilobyte a name, which it gives up under pressure like any cache. All sessions
 //! together get a [share of memory](SHARE); whoever comes when that is used up is not warmed, and no worse off than
 //! before. A session that is taken down gives its share back, and never waits for more than one directory's listing.
@@ -14,6 +18,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, OFlags};
 
@@ -27,6 +32,11 @@ const NAME_BYTES: u64 = 1024;
 /// What a thread asks the scheduler for, so that it takes little from pods that start meanwhile. Not the idle class:
 /// a thread that never runs would keep the directory that it lists locked.
 const NICE: i32 = 10;
+/// How long nothing is published before the warmer works. A pod that starts alone takes longer until it runs, so its
+/// session is warm by then.
+const LULL: Duration = Duration::from_millis(250);
+/// How much longer a session may wait for its turn, or for the next lull.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Warms sessions one after the other.
 pub(crate) struct Warmer {
@@ -37,6 +47,8 @@ pub(crate) struct Warmer {
 struct Shared {
     /// Names that all sessions together may take.
     room: u64,
+    lull: Duration,
+    patience: Duration,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -47,23 +59,24 @@ struct State {
     sessions: HashMap<String, Progress>,
     /// Names of all sessions.
     used: u64,
+    /// When a session was published last.
+    published: Option<Instant>,
     closed: bool,
 }
 
-#[derive(Default)]
 struct Progress {
     stage: Stage,
     names: u64,
+    published: Instant,
 }
 
-#[derive(Default, PartialEq, Eq)]
+#[derive(PartialEq, Eq)]
 enum Stage {
-    #[default]
     Waiting,
     Walking,
     /// Everything was looked at.
     Whole,
-    /// The room was used up before that.
+    /// The room was used up before that, or its time.
     Partial,
     /// Asked to end.
     Stopping,
@@ -71,11 +84,12 @@ enum Stage {
 
 impl Warmer {
     pub(crate) fn new() -> Result<Self> {
-        Self::with_room(kernel::memory()? / SHARE / NAME_BYTES)
+        Self::with(kernel::memory()? / SHARE / NAME_BYTES, LULL, PATIENCE)
     }
 
-    fn with_room(room: u64) -> Result<Self> {
-        let shared = Arc::new(Shared { room, state: Mutex::default(), changed: Condvar::new() });
+    fn with(room: u64, lull: Duration, patience: Duration) -> Result<Self> {
+        let shared = Shared { room, lull, patience, state: Mutex::default(), changed: Condvar::new() };
+        let shared = Arc::new(shared);
         let work = shared.clone();
         let thread = std::thread::Builder::new()
             .name("warm".into())
@@ -84,11 +98,14 @@ impl Warmer {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Has the session's merged view at `view` looked at, if there is room. Asked already is no reason to do it again.
-    pub(crate) fn start(&self, session: &str, view: PathBuf) {
+    /// Takes note that a session was published, and has its merged view at `view` looked at once there is a lull, if
+    /// there is room. Asked already is no reason to do it again.
+    pub(crate) fn published(&self, session: &str, view: PathBuf) {
         let mut state = self.shared.lock();
+        let published = Instant::now();
+        state.published = Some(published);
         if state.used < self.shared.room && !state.sessions.contains_key(session) {
-            state.sessions.insert(session.to_owned(), Progress::default());
+            state.sessions.insert(session.to_owned(), Progress { stage: Stage::Waiting, names: 0, published });
             state.waiting.push_back((session.to_owned(), view));
             self.shared.changed.notify_all();
         }
@@ -101,6 +118,7 @@ impl Warmer {
         while let Some(progress) = state.sessions.get_mut(session) {
             if matches!(progress.stage, Stage::Walking | Stage::Stopping) {
                 progress.stage = Stage::Stopping;
+                self.shared.changed.notify_all();
                 state = self.shared.wait(state);
             } else {
                 state.forget(session);
@@ -194,6 +212,9 @@ impl Shared {
         let root = walk::open_root(view)?;
         let mut directories = vec![PathBuf::new()];
         while let Some(path) = directories.pop() {
+            if !self.may_go_on(session) {
+                return Ok(false);
+            }
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOATIME;
             let Ok(directory) = walk::open_beneath(root.as_fd(), &path, flags) else { continue };
             let Ok(names) = walk::names(directory.as_fd()) else { continue };
@@ -203,21 +224,39 @@ impl Shared {
                     directories.push(walk::join(&path, name));
                 }
             }
-            if !self.count(session, names.len() as u64) {
-                return Ok(false);
-            }
+            self.count(session, names.len() as u64);
         }
         Ok(true)
     }
 
-    /// Charges names to a session. Returns whether it may go on.
-    fn count(&self, session: &str, names: u64) -> bool {
+    /// Waits for a lull. Returns whether the session is to be looked at then: nobody asked to end, there is room, and
+    /// it has not waited too long.
+    fn may_go_on(&self, session: &str) -> bool {
         let mut state = self.lock();
-        let State { sessions, used, closed, .. } = &mut *state;
-        let Some(progress) = sessions.get_mut(session) else { return false };
-        progress.names += names;
-        *used += names;
-        *used < self.room && !*closed && progress.stage == Stage::Walking
+        loop {
+            let Some(progress) = state.sessions.get(session) else { return false };
+            if state.closed || progress.stage != Stage::Walking || state.used >= self.room {
+                return false;
+            }
+            let pause = state.published.map_or(Duration::ZERO, |last| self.lull.saturating_sub(last.elapsed()));
+            let late = progress.published.elapsed() + pause > self.lull + self.patience;
+            if late && (progress.names == 0 || !pause.is_zero()) {
+                return false;
+            }
+            if pause.is_zero() {
+                return true;
+            }
+            state = self.changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Charges names to a session.
+    fn count(&self, session: &str, names: u64) {
+        let mut state = self.lock();
+        if let Some(progress) = state.sessions.get_mut(session) {
+            progress.names += names;
+            state.used += names;
+        }
     }
 }
 
@@ -235,16 +274,39 @@ mod tests {
         root
     }
 
+    const LONG: Duration = Duration::from_secs(3600);
+
+    fn at_once(room: u64) -> Warmer {
+        Warmer::with(room, Duration::ZERO, LONG).unwrap()
+    }
+
+    #[test]
+    fn sessions_that_come_one_after_the_other_are_left_alone() {
+        let (warmer, root) = (Warmer::with(1000, LONG, LONG).unwrap(), tree(20));
+        warmer.published("a", root.path().to_owned());
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(warmer.shared.lock().used, 0, "there was no lull yet");
+        warmer.stop("a");
+
+        let warmer = Warmer::with(1000, Duration::from_secs(1), Duration::from_millis(800)).unwrap();
+        warmer.published("late", root.path().to_owned());
+        std::thread::sleep(Duration::from_millis(900));
+        warmer.published("last", root.path().to_owned());
+        assert!(!warmer.wait("late"), "its turn would come after its time");
+        assert!(warmer.wait("last"));
+        assert_eq!(warmer.shared.lock().used, 60);
+    }
+
     #[test]
     fn every_name_is_looked_at_once_and_counted_until_the_session_goes() {
-        let (warmer, root) = (Warmer::with_room(1000).unwrap(), tree(20));
+        let (warmer, root) = (at_once(1000), tree(20));
         assert!(!warmer.wait("a"), "nobody asked");
         for _ in 0..2 {
-            warmer.start("a", root.path().to_owned());
+            warmer.published("a", root.path().to_owned());
             assert!(warmer.wait("a"));
             assert_eq!(warmer.shared.lock().used, 60);
         }
-        warmer.start("gone", root.path().join("gone"));
+        warmer.published("gone", root.path().join("gone"));
         assert!(!warmer.wait("gone"));
         warmer.stop("a");
         warmer.stop("a");
@@ -253,23 +315,23 @@ mod tests {
 
     #[test]
     fn sessions_share_the_room_and_give_it_back() {
-        let (warmer, root) = (Warmer::with_room(50).unwrap(), tree(20));
-        warmer.start("a", root.path().to_owned());
+        let (warmer, root) = (at_once(50), tree(20));
+        warmer.published("a", root.path().to_owned());
         assert!(!warmer.wait("a"), "60 names do not fit");
-        warmer.start("b", root.path().to_owned());
+        warmer.published("b", root.path().to_owned());
         assert!(!warmer.shared.lock().sessions.contains_key("b"), "no room was left");
         warmer.stop("a");
         let small = tree(1);
-        warmer.start("b", small.path().to_owned());
+        warmer.published("b", small.path().to_owned());
         assert!(warmer.wait("b"));
     }
 
     #[test]
     fn stopping_waits_for_the_walk_and_leaves_nothing_open() {
-        let (warmer, root) = (Warmer::with_room(u64::MAX).unwrap(), tree(500));
+        let (warmer, root) = (at_once(u64::MAX), tree(500));
         let path = std::fs::canonicalize(root.path()).unwrap();
         for round in 0..50 {
-            warmer.start("a", root.path().to_owned());
+            warmer.published("a", root.path().to_owned());
             for _ in 0..round * 10 {
                 std::thread::yield_now();
             }
@@ -279,7 +341,7 @@ mod tests {
             assert_eq!(ours.count(), 0);
             assert_eq!(warmer.shared.lock().used, 0);
         }
-        warmer.start("a", path);
+        warmer.published("a", path);
         drop(warmer);
     }
 }
