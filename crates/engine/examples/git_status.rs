@@ -2,20 +2,20 @@
 //!
 //!     cargo run -p aether-engine --example git_status -- --repository PATH
 //!
-//! `--then COMMAND` runs a command in the shell afterwards, with the engine's directory in `$ROOT`, for strace and
-//! perf. Everything happens in a mount namespace and a temporary directory of its own. Needs root.
+//! `--cold` looks at sessions after the kernel's caches were dropped too. `--then COMMAND` runs a command in the shell
+//! afterwards, with the engine's directory in `$ROOT`, for strace and perf. Everything happens in a mount namespace and a
+//! temporary directory of its own. Needs root.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use aether_cas::MemoryStore;
 use aether_cas::tree::{Mtime, Owner};
-use aether_cas::{Blob, MemoryStore};
 use aether_engine::pool::PoolConfig;
-use aether_engine::{Config, Engine, Result, git, mount, scan, testing};
-use bytes::Bytes;
+use aether_engine::testing::{self, Keep};
+use aether_engine::{Config, Engine, git, mount, scan};
 
 const OWNER: Owner = Owner { uid: 0, gid: 0 };
 const MTIME: Mtime = Mtime { seconds: 1_600_000_000, nanos: 0 };
@@ -139,22 +139,6 @@ fn timed(command: &mut Command) -> Duration {
 fn forget() {
     rustix::fs::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").expect("caches are dropped");
-}
-
-struct Keep<'a>(&'a MemoryStore);
-
-impl scan::Sink for Keep<'_> {
-    fn content(&self, content: &Blob, _: &Path, file: &File) -> Result<()> {
-        let mut data = vec![0; usize::try_from(content.size).expect("it fits in memory")];
-        file.read_exact_at(&mut data, 0).expect("what was just hashed");
-        self.0.put(data);
-        Ok(())
-    }
-
-    fn directory(&self, _: &Blob, message: Bytes) -> Result<()> {
-        self.0.put(message);
-        Ok(())
-    }
 }
 
 fn median(mut times: Vec<Duration>) -> Duration {

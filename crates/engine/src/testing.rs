@@ -1,8 +1,16 @@
 //! Help for tests that mount: each runs in a process and a mount namespace of its own, so that nothing it mounts is
-//! seen outside or outlives it, whatever happens to it.
+//! seen outside or outlives it, whatever happens to it. And a place in memory for what a scan reads.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+
+use aether_cas::{Blob, MemoryStore};
+use bytes::Bytes;
+
+use crate::error::{Context, Result};
+use crate::scan::Sink;
 
 const INSIDE: &str = "AETHER_TEST_ISOLATED";
 
@@ -74,4 +82,32 @@ pub fn isolated(name: &str, body: impl FnOnce(&Path)) {
     eprintln!("{error}");
     assert!(output.status.success(), "{name} failed inside its namespace ({})", output.status);
     assert!(out.contains(&format!("isolated test {name} done")), "no test is called {name}");
+}
+
+/// As [`isolated`], for a body that waits.
+///
+/// # Panics
+/// As [`isolated`].
+pub fn isolated_async(name: &str, body: impl AsyncFnOnce(&Path)) {
+    isolated(name, |root| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(body(root));
+    });
+}
+
+/// Keeps everything that a scan hands out, and panics if any of it is not what it was hashed to.
+pub struct Keep<'a>(pub &'a MemoryStore);
+
+impl Sink for Keep<'_> {
+    fn content(&self, content: &Blob, path: &Path, file: &File) -> Result<()> {
+        let mut data = vec![0; usize::try_from(content.size).expect("it fits in memory")];
+        file.read_exact_at(&mut data, 0).at("read", path)?;
+        assert_eq!(self.0.put(data), *content, "{}", path.display());
+        Ok(())
+    }
+
+    fn directory(&self, blob: &Blob, message: Bytes) -> Result<()> {
+        assert_eq!(self.0.put(message), *blob);
+        Ok(())
+    }
 }

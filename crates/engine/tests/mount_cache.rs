@@ -11,8 +11,9 @@ use aether_cas::transfer::OnProgress;
 use aether_cas::{Blob, MemoryStore};
 use aether_engine::pool::PoolConfig;
 use aether_engine::state::Image;
+use aether_engine::testing::isolated_async;
 use aether_engine::{Config, Engine, Error, mount};
-use support::{OWNER, Source, isolated_async, read_tree};
+use support::{OWNER, Source, read_tree};
 
 const QUIET: OnProgress<'static> = &|_| {};
 /// Of every tree's own contents.
@@ -75,7 +76,7 @@ fn what_was_used_longest_ago_goes_first() {
         let engine = open(root, limit).await;
         image(&engine, &sources["b"]).await;
         assert_eq!(object_bytes(&engine).await, limit);
-        for (name, here) in [("a", true), ("b", true)] {
+        for (name, here) in [("a", true), ("b", true), ("c", true), ("d", false)] {
             let content = Blob::of(&name.bytes().cycle().take(OWN as usize).collect::<Vec<_>>());
             assert_eq!(engine.objects().contains(&content).unwrap(), here, "{name}");
         }

@@ -10,8 +10,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use aether_engine::pool::PoolConfig;
+use aether_engine::testing::isolated_async;
 use aether_engine::{Error, crash, mount};
-use support::{OWNER, Source, engine, isolated_async, read_tree};
+use support::{OWNER, Source, engine, read_tree};
 
 const TEST: &str = "what_was_acknowledged_survives_a_kill_at_every_crash_point";
 const ROOT: &str = "AETHER_TEST_CRASH_ROOT";

@@ -1,5 +1,9 @@
 //! Real kernel: the engine's facade from a tree in a store to a session, its copies and back.
 
+#[path = "support/cgroup.rs"]
+mod cgroup;
+#[path = "support/process.rs"]
+mod process;
 mod support;
 
 use std::fs;
@@ -10,8 +14,10 @@ use std::time::Duration;
 use aether_cas::MemoryStore;
 use aether_cas::tree::Owner;
 use aether_engine::pool::PoolConfig;
+use aether_engine::testing::isolated_async;
 use aether_engine::{Config, Consistency, Engine, Error, mount};
-use support::{OWNER, Source, engine, isolated_async, read_tree};
+use cgroup::Cgroup;
+use support::{OWNER, Source, engine, read_tree};
 
 fn quiet() -> impl Fn(aether_cas::transfer::Progress) + Send + Sync {
     |_| {}
@@ -248,45 +254,6 @@ fn many_sessions_at_once() {
     });
 }
 
-/// A cgroup of our own, in the v1 freezer or in v2.
-struct Cgroup(std::path::PathBuf);
-
-impl Cgroup {
-    fn new(hierarchy: &Path, name: &str) -> Self {
-        let path = hierarchy.join(format!("aether-test-{name}-{}", std::process::id()));
-        fs::create_dir(&path).unwrap();
-        Self(path)
-    }
-
-    /// Starts a shell script with one argument in it.
-    fn run(&self, script: &str, argument: &Path) -> Writer {
-        let writer = Writer(std::process::Command::new("sh").args(["-c", script, "sh"]).arg(argument).spawn().unwrap());
-        fs::write(self.0.join("cgroup.procs"), writer.0.id().to_string()).unwrap();
-        writer
-    }
-}
-
-/// A process that ends with the test, also when that fails.
-struct Writer(std::process::Child);
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        for _ in 0..200 {
-            if fs::remove_dir(&self.0).is_ok() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-}
-
 /// Creates and closes a file, then makes a directory that says so. Whoever sees the directory must see the file.
 const ORDERED_WRITER: &str =
     "cd \"$1\" && n=0 && while :; do printf 'contents of %s' $n > file-$n; mkdir marker-$n; n=$((n+1)); done";
@@ -310,8 +277,8 @@ fn a_copy_of_a_busy_session_is_one_moment() {
         let source = Source::new().await;
         let engine = engine(root, PoolConfig::Image { bytes: 400 << 20 }).await;
         let view = session(&engine, &source, "s").await;
-        let cgroup = Cgroup::new(&aether_engine::freeze::hierarchy().unwrap(), "ordered");
-        let _writer = cgroup.run(ORDERED_WRITER, &view);
+        let cgroup = Cgroup::new("ordered");
+        let _writer = cgroup.shell(ORDERED_WRITER, &view);
         while !view.join("marker-5").exists() {
             tokio::task::yield_now().await;
         }
@@ -354,9 +321,9 @@ fn whoever_was_frozen_runs_again_after_the_limit_and_after_a_crash() {
         assert!(!freezers().is_empty());
         for hierarchy in freezers() {
             println!("{}", hierarchy.display());
-            let cgroup = Cgroup::new(&hierarchy, "limit");
+            let cgroup = Cgroup::below(&hierarchy, "limit");
             let counter = root.join("counter");
-            let _writer = cgroup.run("while :; do echo >> \"$1\"; done", &counter);
+            let _writer = cgroup.shell("while :; do echo >> \"$1\"; done", &counter);
             let size = || fs::metadata(&counter).map_or(0, |metadata| metadata.len());
             let grows = || {
                 let before = size();
@@ -367,7 +334,7 @@ fn whoever_was_frozen_runs_again_after_the_limit_and_after_a_crash() {
             grows();
             let ledger = root.join("ledger");
             let freezer = aether_engine::freeze::Freezer::open(&ledger).unwrap();
-            let frozen = freezer.freeze(std::slice::from_ref(&cgroup.0), Duration::from_millis(200)).unwrap();
+            let frozen = freezer.freeze(std::slice::from_ref(&cgroup.0), Duration::from_secs(2)).unwrap();
             let before = size();
             std::thread::sleep(Duration::from_millis(50));
             assert_eq!(size(), before, "a frozen process wrote");

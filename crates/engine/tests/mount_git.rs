@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File, FileTimes};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -12,21 +12,15 @@ use std::time::{Duration, SystemTime};
 use aether_cas::tree::{Mtime, Node, Owner, walk};
 use aether_cas::{Blob, MemoryStore};
 use aether_engine::pool::PoolConfig;
-use aether_engine::{Config, Engine, git, scan, testing};
-use bytes::Bytes;
-use rustix::fs::{AtFlags, OFlags};
+use aether_engine::testing::{Keep, isolated_async};
+use aether_engine::{Config, Engine, git, scan};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 
 const OWNER: Owner = Owner { uid: 0, gid: 0 };
 const DIRECTORIES: usize = 60;
 const FILES: usize = 25;
 const MTIME: Mtime = Mtime { seconds: 1_600_000_000, nanos: 0 };
-
-fn isolated_async(name: &str, body: impl AsyncFnOnce(&Path)) {
-    testing::isolated(name, |root| {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        runtime.block_on(body(root));
-    });
-}
 
 async fn engine(root: &Path) -> Engine {
     let pool = PoolConfig::Image { bytes: 300 << 20 };
@@ -50,22 +44,6 @@ fn git(directory: &Path, arguments: &[&str]) -> String {
 
 fn status(view: &Path) -> String {
     git(view, &["status", "--porcelain"])
-}
-
-struct Keep<'a>(&'a MemoryStore);
-
-impl scan::Sink for Keep<'_> {
-    fn content(&self, content: &Blob, _: &Path, file: &File) -> aether_engine::Result<()> {
-        let mut data = vec![0; content.size as usize];
-        file.read_exact_at(&mut data, 0).expect("what was just hashed");
-        self.0.put(data);
-        Ok(())
-    }
-
-    fn directory(&self, _: &Blob, message: Bytes) -> aether_engine::Result<()> {
-        self.0.put(message);
-        Ok(())
-    }
 }
 
 /// A working copy as the importer leaves it, in a store.
@@ -163,23 +141,24 @@ fn status_opens_no_unchanged_content_wherever_the_session_comes_from() {
     });
 }
 
-/// CPU time that asking for the attributes of every path takes.
-fn look(view: &Path, paths: &[PathBuf]) -> Duration {
-    let now = || {
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-        Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+/// How many of these paths the kernel finds without asking a file system for any name.
+fn at_hand(view: &Path, paths: &[PathBuf]) -> usize {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW;
+    let root = rustix::fs::open(view, flags | OFlags::DIRECTORY, Mode::empty()).unwrap();
+    let is_known = |path: &&PathBuf| {
+        // The kernel also says no when the names change elsewhere just now.
+        (0..100).any(|_| match rustix::fs::openat2(&root, *path, flags, Mode::empty(), ResolveFlags::CACHED) {
+            Ok(_) => true,
+            Err(Errno::AGAIN) => false,
+            Err(error) => panic!("{}: {error}", path.display()),
+        })
     };
-    let root = rustix::fs::open(view, OFlags::PATH | OFlags::DIRECTORY, rustix::fs::Mode::empty()).unwrap();
-    let started = now();
-    for path in paths {
-        rustix::fs::statat(&root, path, AtFlags::SYMLINK_NOFOLLOW).unwrap();
-    }
-    now() - started
+    paths.iter().filter(is_known).count()
 }
 
 #[test]
-fn a_published_session_costs_no_more_at_the_first_look_than_later() {
-    isolated_async("a_published_session_costs_no_more_at_the_first_look_than_later", async |scratch| {
+fn a_published_session_has_every_name_at_hand_at_the_first_look() {
+    isolated_async("a_published_session_has_every_name_at_hand_at_the_first_look", async |scratch| {
         let (store, root) = source(scratch);
         let engine = engine(&scratch.join("engine")).await;
         let mut paths = Vec::new();
@@ -188,32 +167,27 @@ fn a_published_session_costs_no_more_at_the_first_look_than_later() {
                 paths.push(PathBuf::from(format!("directory-{directory:02}/inner/file-{file:02}")));
             }
         }
-        // The image's own inodes are there for all sessions after the first.
-        look(&session(&engine, &store, root, "first").await, &paths);
-        let (mut cold, mut warmed, mut later) = (Vec::new(), Vec::new(), Vec::new());
-        for round in 0..9 {
-            let view = session(&engine, &store, root, &format!("cold{round}")).await;
-            cold.push(look(&view, &paths));
-
+        let cold = session(&engine, &store, root, "cold").await;
+        assert_eq!(at_hand(&cold, &paths), 0, "nobody has looked");
+        let mut looked_at = 0;
+        for round in 0..50 {
             let id = format!("warm{round}");
-            let view = session(&engine, &store, root, &id).await;
+            session(&engine, &store, root, &id).await;
             let target = scratch.join("pod").join(&id);
             engine.publish(&id, &target, false).await.unwrap();
-            assert!(engine.wait_until_warm(&id).await.unwrap());
-            warmed.push(look(&target, &paths));
-            later.push(look(&view, &paths));
+            // On a machine that is too busy the engine gives up, and says so.
+            if engine.wait_until_warm(&id).await.unwrap() {
+                assert_eq!(at_hand(&target, &paths), paths.len());
+                looked_at += 1;
+            }
             engine.unpublish(&target).await.unwrap();
             engine.unmount_session(&id).await.unwrap();
             assert!(!engine.wait_until_warm(&id).await.unwrap(), "what is not mounted is not warm");
+            if looked_at == 3 {
+                return;
+            }
         }
-        let median = |mut times: Vec<Duration>| {
-            times.sort_unstable();
-            times[times.len() / 2]
-        };
-        let (cold, warmed, later) = (median(cold), median(warmed), median(later));
-        println!("{} names: first look {cold:?}, when published {warmed:?}, later {later:?}", paths.len());
-        assert!(warmed < later * 3 / 2, "{warmed:?} is more than 1.5 times {later:?}");
-        assert!(warmed < cold * 2 / 3, "{warmed:?} is hardly less than {cold:?} without warming");
+        panic!("of 50 sessions {looked_at} were warmed");
     });
 }
 

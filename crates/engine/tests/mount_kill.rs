@@ -1,6 +1,8 @@
 //! Real kernel: an engine that is killed at random times under a process that goes on writing. Whatever it was doing, what
 //! it had acknowledged is there afterwards, nothing is left that it had not, and the writer notices nothing.
 
+#[path = "support/process.rs"]
+mod process;
 mod support;
 
 use std::collections::BTreeMap;
@@ -15,10 +17,12 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use aether_engine::pool::PoolConfig;
+use aether_engine::testing::isolated_async;
 use aether_engine::{Engine, Error};
+use process::Running;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use support::{OWNER, Source, engine, isolated_async, read_tree};
+use support::{OWNER, Source, engine, read_tree};
 
 const TEST: &str = "an_engine_that_is_killed_under_a_writer_keeps_its_word";
 const ROOT: &str = "AETHER_TEST_KILL_ROOT";
@@ -214,7 +218,7 @@ fn has_all(view: &Path, written: u64, context: &str) {
 
 /// Starts an engine in a process of its own and kills it after a while.
 fn kill(root: &Path, kind: &str, round: u64, random: &mut StdRng) {
-    let mut child = Command::new(std::env::current_exe().unwrap())
+    let child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", TEST, "--nocapture", "--test-threads=1"])
         .envs([(ROOT, root.as_os_str()), (KIND, kind.as_ref()), (ROUND, round.to_string().as_ref())])
         .stdin(Stdio::null())
@@ -222,6 +226,7 @@ fn kill(root: &Path, kind: &str, round: u64, random: &mut StdRng) {
         .stderr(File::create(root.join("stderr")).unwrap())
         .spawn()
         .unwrap();
+    let mut child = Running(child);
     let said = || fs::read_to_string(root.join("stderr")).unwrap();
     // Every fifth is killed while it starts, repairs what the one before left included.
     let starting = random.random_ratio(1, 5);
@@ -231,14 +236,13 @@ fn kill(root: &Path, kind: &str, round: u64, random: &mut StdRng) {
     let begun = || fs::read_to_string(root.join("ready")).is_ok_and(|ready| ready == round.to_string());
     let enough = || starting || (begun() && journal(root).lines().count() >= wanted);
     while !enough() {
-        assert!(child.try_wait().unwrap().is_none(), "{kind} pool, round {round}: it ended by itself\n{}", said());
+        assert!(child.0.try_wait().unwrap().is_none(), "{kind} pool, round {round}: it ended by itself\n{}", said());
         assert!(Instant::now() < deadline, "{kind} pool, round {round}: it does not get on\n{}", said());
         thread::sleep(Duration::from_millis(1));
     }
     thread::sleep(Duration::from_micros(random.random_range(0..LONGEST * 1000)));
-    let ended = child.try_wait().unwrap();
-    child.kill().unwrap();
-    child.wait().unwrap();
+    let ended = child.0.try_wait().unwrap();
+    drop(child);
     assert!(ended.is_none(), "{kind} pool, round {round}: it ended by itself\n{}", said());
 }
 

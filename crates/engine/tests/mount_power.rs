@@ -3,6 +3,8 @@
 //! The disk is an ext4 whose shutdown (`EXT4_IOC_SHUTDOWN`, as file system tests use it) drops every write that was not
 //! brought to its log: dirty pages, sizes, names. The engine's directory lies on it, with its pool of either kind.
 
+#[path = "support/process.rs"]
+mod process;
 mod support;
 
 use std::collections::BTreeSet;
@@ -10,13 +12,15 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use aether_engine::mount;
 use aether_engine::pool::PoolConfig;
+use aether_engine::testing::isolated_async;
+use process::Running;
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use support::{OWNER, Source, engine, isolated_async, read_tree};
+use support::{OWNER, Source, engine, read_tree};
 
 const TEST: &str = "what_was_acknowledged_survives_a_power_cut";
 const ROOT: &str = "AETHER_TEST_POWER_ROOT";
@@ -45,7 +49,7 @@ impl Disk {
         let disk = Self { image: directory.join("disk"), mountpoint: directory.join("mounted") };
         File::create(&disk.image).unwrap().set_len(1 << 30).unwrap();
         fs::create_dir(&disk.mountpoint).unwrap();
-        // Times to the nanosecond, and a log that is committed by those who ask for it rather than by the clock.
+        // Times to the nanosecond.
         call("mkfs.ext4", &["-q", "-I", "256", disk.image.to_str().unwrap()]);
         disk.on();
         disk
@@ -53,6 +57,7 @@ impl Disk {
 
     fn on(&self) {
         let (image, mountpoint) = (self.image.to_str().unwrap(), self.mountpoint.to_str().unwrap());
+        // Its log is committed by those who ask for it rather than by the clock.
         call("mount", &["-t", "ext4", "-o", "loop,commit=300", image, mountpoint]);
     }
 
@@ -127,10 +132,12 @@ fn contents(name: &str) -> Vec<u8> {
     name.bytes().cycle().take(9_000).collect()
 }
 
-fn start(disk: &Disk, kind: &str) -> Child {
+/// Starts the script; what it says goes to a file beside the disk.
+fn start(disk: &Disk, kind: &str) -> Running {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", TEST, "--nocapture", "--test-threads=1"]).env(ROOT, &disk.mountpoint).env(KIND, kind);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    let said = File::create(disk.image.with_file_name("stderr")).unwrap();
+    Running(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said).spawn().unwrap())
 }
 
 /// Lets the script work for a while, takes its disk's power and ends it.
@@ -139,18 +146,17 @@ fn work_until_cut(disk: &Disk, kind: &str, journal: &Path, random: &mut StdRng) 
     let wanted = before + random.random_range(2..12);
     let mut child = start(disk, kind);
     let deadline = Instant::now() + Duration::from_secs(60);
+    let said = || fs::read_to_string(disk.image.with_file_name("stderr")).unwrap();
     while lines(journal).len() < wanted {
-        if let Some(status) = child.try_wait().unwrap() {
-            let said = std::io::read_to_string(child.stderr.take().unwrap()).unwrap();
-            panic!("the script ended by itself ({status}): {said}");
+        if let Some(status) = child.0.try_wait().unwrap() {
+            panic!("the script ended by itself ({status}): {}", said());
         }
-        assert!(Instant::now() < deadline, "the script does not get on");
+        assert!(Instant::now() < deadline, "the script does not get on: {}", said());
         std::thread::sleep(Duration::from_millis(1));
     }
     std::thread::sleep(Duration::from_micros(random.random_range(0..20_000)));
     disk.cut();
-    child.kill().unwrap();
-    child.wait().unwrap();
+    drop(child);
     disk.off();
     disk.on();
 }
@@ -208,8 +214,8 @@ fn what_was_acknowledged_survives_a_power_cut() {
         return runtime.block_on(script(Path::new(&disk), &kind));
     }
     isolated_async(TEST, async |directory| {
-        let seed = rand::random();
-        println!("seed {seed}");
+        let seed = std::env::var("AETHER_TEST_SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
+        println!("AETHER_TEST_SEED={seed} tries the same times again");
         let mut random = StdRng::seed_from_u64(seed);
         for kind in ["image", "directory"] {
             let directory = directory.join(kind);

@@ -11,6 +11,7 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use aether_cas::Digest;
 use aether_engine::testing::isolated;
@@ -18,8 +19,10 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::PipeFlags;
 
+use crate::cgroup::Cgroup;
+use crate::installed::programs;
 use crate::lab::{Lab, Medium, Session};
-use crate::process::{Cgroup, Running, programs};
+use crate::process::Running;
 
 /// Every operation there is. Maps stay dirty.
 const EVERYTHING: &str = r"
@@ -102,6 +105,7 @@ impl Exercise {
     fn rest(&mut self) {
         let call = format!("/proc/{}/syscall", self.process.0.id());
         let writing = format!("{} 0x2 ", libc::SYS_write);
+        let deadline = Instant::now() + Duration::from_secs(120);
         loop {
             let mut waiting = [PollFd::new(&self.packets, PollFlags::IN)];
             poll(&mut waiting, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap();
@@ -112,6 +116,7 @@ impl Exercise {
             if self.process.0.try_wait().unwrap().is_some() {
                 return;
             }
+            assert!(Instant::now() < deadline, "fsx neither rests nor ends after {} operations", self.done);
             std::thread::yield_now();
         }
     }

@@ -10,8 +10,8 @@ use aether_engine::mount::{bind, unmount};
 use aether_engine::testing::isolated;
 use rustix::mount::{MountFlags, mount};
 
+use crate::installed::programs;
 use crate::lab::{Lab, Medium};
-use crate::process::programs;
 
 /// Where in the session it works: a directory of the base, so that new names join old ones.
 const INSIDE: &str = "directory/of the base";

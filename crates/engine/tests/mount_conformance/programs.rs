@@ -8,8 +8,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use aether_engine::testing::isolated;
 
+use crate::cgroup::Cgroup;
+use crate::installed::programs;
 use crate::lab::{Lab, Medium};
-use crate::process::{Cgroup, Running, programs};
+use crate::process::Running;
 
 /// A program that works on its directory without end, and says after each piece of work how many are done.
 struct Program {
@@ -126,6 +128,7 @@ impl Program {
 
 fn copies_are_clean(root: &Path, medium: Medium, program: &Program) {
     const COPIES: u64 = 4;
+    // Brings git and Python too.
     programs();
     let lab = Lab::new(root, medium, |base| std::fs::create_dir(base.join("work")).unwrap());
     let session = lab.session();

@@ -10,9 +10,9 @@ use aether_cas::tree::Owner;
 use aether_cas::{Blob, MemoryStore};
 use aether_engine::error::Result;
 use aether_engine::pool::{self, PoolConfig};
-use aether_engine::scan::{self, Sink};
+use aether_engine::scan;
+use aether_engine::testing::Keep;
 use aether_engine::{Config, Engine};
-use bytes::Bytes;
 
 /// Owner of the sessions.
 pub(crate) const OWNER: Owner = Owner { uid: 1000, gid: 1001 };
@@ -41,23 +41,6 @@ pub(crate) struct Lab {
     store: MemoryStore,
     base: Blob,
     made: Cell<u32>,
-}
-
-struct Keep<'a>(&'a MemoryStore);
-
-impl Sink for Keep<'_> {
-    fn content(&self, content: &Blob, path: &Path, file: &fs::File) -> Result<()> {
-        use std::os::unix::fs::FileExt;
-        let mut data = vec![0; usize::try_from(content.size).unwrap()];
-        file.read_exact_at(&mut data, 0).unwrap();
-        assert_eq!(self.0.put(data), *content, "{}", path.display());
-        Ok(())
-    }
-
-    fn directory(&self, blob: &Blob, message: Bytes) -> Result<()> {
-        assert_eq!(self.0.put(message), *blob);
-        Ok(())
-    }
 }
 
 impl Lab {

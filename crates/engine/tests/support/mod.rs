@@ -8,7 +8,7 @@ use std::path::Path;
 use aether_cas::tree::{Attributes, Directory, Mtime, Name, Node, Owner};
 use aether_cas::{Blob, Digest, MemoryStore, Store};
 use aether_engine::pool::PoolConfig;
-use aether_engine::{Config, Engine, testing};
+use aether_engine::{Config, Engine};
 
 /// Owner of the sessions.
 pub(crate) const OWNER: Owner = Owner { uid: 1000, gid: 1001 };
@@ -106,12 +106,4 @@ pub(crate) fn read_tree(root: &Path) -> BTreeMap<String, String> {
 /// An engine in `root`.
 pub(crate) async fn engine(root: &Path, pool: PoolConfig) -> Engine {
     Engine::open(Config { pool, ..Config::new(root) }).await.unwrap()
-}
-
-/// [`testing::isolated`] for tests that wait.
-pub(crate) fn isolated_async(name: &str, body: impl AsyncFnOnce(&Path)) {
-    testing::isolated(name, |root| {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        runtime.block_on(body(root));
-    });
 }

@@ -10,31 +10,13 @@ use aether_cas::{Blob, MemoryStore, StoreError};
 use aether_engine::error::Result;
 use aether_engine::image;
 use aether_engine::mount::{Overlay, mount_erofs, unmount};
-use aether_engine::scan::{self, Scanned, Sink};
+use aether_engine::scan::{self, Scanned};
+use aether_engine::testing::Keep;
 use aether_engine::upper::{self, Interpretation, NoCache, Upper};
-use bytes::Bytes;
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
 
 /// Whose files need no mention; some operations give files to others.
 pub(crate) const OWNER: Owner = Owner { uid: 0, gid: 0 };
-
-/// Everything a scan hands out, kept in memory.
-pub(crate) struct Keep<'a>(pub(crate) &'a MemoryStore);
-
-impl Sink for Keep<'_> {
-    fn content(&self, content: &Blob, path: &Path, file: &fs::File) -> Result<()> {
-        use std::os::unix::fs::FileExt;
-        let mut data = vec![0; content.size as usize];
-        file.read_exact_at(&mut data, 0).expect("read what was just hashed");
-        assert_eq!(self.0.put(data), *content, "{} is what it was hashed to", path.display());
-        Ok(())
-    }
-
-    fn directory(&self, blob: &Blob, message: Bytes) -> Result<()> {
-        assert_eq!(self.0.put(message), *blob);
-        Ok(())
-    }
-}
 
 /// Reads a directory file by file.
 pub(crate) fn scanned(directory: &Path, store: &MemoryStore) -> Result<Scanned> {
