@@ -13,12 +13,13 @@ use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Extension, Json, Router};
-use futures::TryStreamExt;
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
 use http::header;
 use kube::api::Api;
 use serde::Deserialize;
 use serde_json::json;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::{info, warn};
 
@@ -161,28 +162,34 @@ async fn begin(
     );
 
     let (sender, receiver) = mpsc::channel(PIECES);
+    let (last_word, end) = oneshot::channel();
     let bytes = service.metrics.sent.clone();
     tokio::spawn(async move {
         let transfer = Transfer { spool: service.spool.as_deref(), patience: service.patience };
         let written = fast_import::write(service.store, &changes, &titles, transfer, &sender).await;
         service.metrics.requests.of((Outcome::of_stream(&written),)).inc();
-        // Before the last word, for which a stalled reader may take as long as it likes.
-        drop((permit, under_way));
-        if let Err(error) = written {
+        if let Err(error) = &written {
             warn!(namespace, checkpoint = name, "changes not sent to their end: {error}");
-            // Breaks the connection, so that nobody takes the part for the whole.
-            let _ = sender.send(Err(std::io::Error::other(error))).await;
         }
+        // Nothing here waits for the reader any more: a stalled one keeps the pieces that it did not take, and this.
+        drop((changes, under_way, permit));
+        let _ = last_word.send(written);
     });
-    let pieces = ReceiverStream::new(receiver).inspect_ok(move |piece| {
+    let pieces = ReceiverStream::new(receiver).map(Ok).inspect_ok(move |piece: &Bytes| {
         bytes.inc_by(piece.len() as u64);
+    });
+    // Anything but a whole stream breaks the connection, so that nobody takes the part for the whole.
+    let end = stream::once(end).filter_map(async |end| match end {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(Err(std::io::Error::other(error))),
+        Err(_) => Some(Err(std::io::Error::other("the stream broke off"))),
     });
     let headers = [
         (header::CONTENT_TYPE, FAST_IMPORT),
         (header::CACHE_CONTROL, "no-store"),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     ];
-    Ok((headers, Body::from_stream(pieces)).into_response())
+    Ok((headers, Body::from_stream(pieces.chain(end))).into_response())
 }
 
 fn unreadable(name: &str, error: &aether_cas::StoreError) -> ApiError {

@@ -44,7 +44,7 @@ pub enum Error {
 }
 
 /// Where a stream goes, piece by piece. Its capacity bounds what is in memory.
-pub type Pieces = mpsc::Sender<Result<Bytes, std::io::Error>>;
+pub type Pieces = mpsc::Sender<Bytes>;
 
 /// What the two commits are called.
 #[derive(Clone, Debug)]
@@ -201,7 +201,7 @@ impl Writer<'_> {
         if data.is_empty() {
             return Ok(());
         }
-        match timeout(self.patience, self.out.send(Ok(data))).await {
+        match timeout(self.patience, self.out.send(data)).await {
             Ok(sent) => sent.map_err(|_| Error::Gone),
             Err(_) => Err(Error::Stalled { patience: self.patience }),
         }
@@ -272,6 +272,7 @@ mod tests {
             assert_eq!(out, quoted.as_bytes());
         }
     }
+
     #[tokio::test]
     async fn a_reader_that_takes_nothing_is_given_up() {
         let store = aether_cas::MemoryStore::default();

@@ -10,7 +10,7 @@ use crate::status::ApiError;
 label! {
     /// How a request for the changes of a checkpoint ended.
     pub enum Outcome: "outcome" {
-        /// Everything was sent.
+        /// Everything was handed to the network.
         Sent = "sent",
         /// Whoever asked may not have it.
         Denied = "denied",
@@ -29,7 +29,7 @@ impl Outcome {
     /// Of a request that got an error for an answer.
     pub fn of_answer(error: &ApiError) -> Self {
         match error.code() {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Self::Denied,
+            StatusCode::FORBIDDEN => Self::Denied,
             code if code.is_client_error() => Self::Refused,
             _ => Self::Failed,
         }

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use aether_api::session::Durability;
 use aether_cas::tree::{Attributes, Directory, Mtime, Name, Node};
@@ -15,6 +16,7 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::BodyExt;
 use k8s_openapi::api::core::v1::ConfigMap;
+use tokio::sync::Semaphore;
 use tower::ServiceExt;
 
 use crate::cluster;
@@ -244,6 +246,37 @@ async fn how_requests_end_is_counted() {
     ] {
         assert!(text.contains(line), "{line} is not in\n{text}");
     }
+}
+
+#[tokio::test]
+async fn a_reader_that_takes_nothing_holds_up_nobody_and_is_not_told_that_it_has_all() {
+    let store = MemoryStore::new();
+    let large: Vec<u8> = (0..700_000u32).flat_map(u32::to_le_bytes).collect();
+    let base = directory(&store, vec![]);
+    let root = directory(&store, vec![(b"large", file(&store, large.clone(), 0o644))]);
+    let (mut service, _) = cluster::service(&store, vec![cluster::checkpoint("k", base, root)]);
+    let table = aether_runtime::Metrics::new();
+    service.metrics = aether_review::metrics::Metrics::new(&table);
+    service.patience = Duration::from_millis(50);
+    service.streams = Arc::new(Semaphore::new(1));
+    let response = get(service.clone(), "ada", "k/changes").await;
+    assert_eq!(response.status(), 200);
+    // The only permit comes back although nobody reads.
+    let permit = tokio::time::timeout(Duration::from_secs(60), service.streams.acquire()).await;
+    drop(permit.expect("the stream was given up").unwrap());
+    let text = table.render();
+    for line in ["aether_review_requests_total{outcome=\"stalled\"} 1", "aether_review_streams 0"] {
+        assert!(text.contains(line), "{line} is not in\n{text}");
+    }
+    let (mut body, mut taken) = (response.into_body(), 0);
+    let broken = loop {
+        match body.frame().await.expect("the part does not end like the whole") {
+            Ok(frame) => taken += frame.into_data().unwrap().len(),
+            Err(error) => break error,
+        }
+    };
+    assert!(taken > 0 && taken < large.len(), "{taken} bytes");
+    assert!(format!("{broken:?}").contains("Stalled"), "{broken:?}");
 }
 
 #[tokio::test]
