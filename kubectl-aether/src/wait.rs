@@ -186,13 +186,14 @@ mod tests {
             2 => Verdict::Waiting("importing".into()),
             _ => Verdict::Done(n),
         };
-        let grace = Duration::from_millis(20);
+        // Long, so that a stall between two items is none of it.
+        let grace = Duration::from_millis(700);
         let deadline = Deadline { grace, ..Deadline::after(Duration::from_secs(300)) };
         let error = watch_until(forever(vec![1]), "it", deadline, &Progress::silent(), judge).await.unwrap_err();
         assert_eq!(error.to_string(), "no such source");
         // It became unstuck, and then took longer than the grace.
         let slow = forever(vec![1, 2]).take(2).chain(stream::once(async {
-            tokio::time::sleep(grace * 3).await;
+            tokio::time::sleep(grace * 2).await;
             Ok(3)
         }));
         assert_eq!(watch_until(slow, "it", deadline, &Progress::silent(), judge).await.unwrap(), 3);

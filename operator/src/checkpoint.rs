@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aether_api::conditions::{self, DURABLE, FAILED, READY, Wanted, reason};
-use aether_api::names::{ORIGIN_AUTOMATIC, ORIGIN_LABEL, ORIGIN_RECOVERED};
+use aether_api::names::{ORIGIN_AUTOMATIC, ORIGIN_LABEL, ORIGIN_RECOVERED, SESSION_UID_LABEL};
 use aether_api::session::{Consistency, Durability};
 use aether_api::{AetherCheckpoint, AetherCheckpointStatus, AetherSession};
 use kube::runtime::controller::Action;
@@ -57,7 +57,7 @@ pub async fn reconcile(seen: Arc<AetherCheckpoint>, context: Arc<Context>) -> Re
     let generation = checkpoint.meta().generation;
     let mut failure = None;
     let unsettled = session.as_ref().filter(|_| !is_settled(&checkpoint));
-    let lost = nodes::lost_holder(&context.client, unsettled).await?;
+    let lost = context.nodes.lost_holder(unsettled).await?;
     let again = match judge(&checkpoint, session.as_ref(), lost.as_deref()) {
         Verdict::Taken => {
             if let Some(session) = session.filter(|_| is_automatic(&checkpoint)) {
@@ -175,12 +175,13 @@ fn judge(checkpoint: &AetherCheckpoint, session: Option<&AetherSession>, lost: O
     Verdict::Take(Box::new(status))
 }
 
-/// Deletes the automatic checkpoints that the session does not want to keep any longer.
+/// Deletes the automatic checkpoints that the session does not want to keep any longer. Those of an earlier session of the
+/// same name stay, and all of them once no more are asked for: they may be the only way back.
 async fn prune(checkpoints: &Api<AetherCheckpoint>, session: &AetherSession) -> Result<()> {
-    let keep = session.spec.checkpoints.as_ref().map_or(1, |automatic| automatic.keep);
-    let all = objects::list(checkpoints, &format!("{ORIGIN_LABEL}={ORIGIN_AUTOMATIC}")).await?;
-    let of_session = all.into_iter().filter(|checkpoint| checkpoint.spec.session == session.name_any()).collect();
-    for old in superfluous(of_session, keep as usize) {
+    let (Some(automatic), Some(uid)) = (&session.spec.checkpoints, session.uid()) else { return Ok(()) };
+    let selector = format!("{ORIGIN_LABEL}={ORIGIN_AUTOMATIC},{SESSION_UID_LABEL}={uid}");
+    let of_session = objects::list(checkpoints, &selector).await?;
+    for old in superfluous(of_session, automatic.keep as usize) {
         objects::delete(checkpoints, &old).await?;
     }
     Ok(())

@@ -10,6 +10,7 @@ use kube::Client;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 
 use crate::config::Config;
+use crate::nodes::Nodes;
 use crate::objects::Object;
 use crate::pins::Pins;
 
@@ -24,6 +25,8 @@ pub struct Context {
     pub config: Config,
     /// The store's pins.
     pub pins: Pins,
+    /// What was seen of the nodes.
+    pub nodes: Nodes,
     /// Keeps the progress of imports from being written more often than people can read.
     pub progress: Throttle,
     /// Keeps pods that the API server refuses from being asked for again at once.
@@ -42,6 +45,7 @@ impl Context {
             recorder: Recorder::new(client.clone(), reporter),
             progress: Throttle::new(Duration::from_secs(1)),
             refused: Throttle::new(REFUSED),
+            nodes: Nodes::new(client.clone()),
             client,
             config,
             pins,

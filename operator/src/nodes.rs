@@ -1,8 +1,16 @@
 //! Whether a node that holds a session still lives. The judge is the node's own Lease, which its kubelet renews.
+//!
+//! A Lease counts as expired when it stayed the same for as long as it lasts by this process' own clock. The times in it
+//! say nothing: after an outage of the API server those of all nodes are old, and clocks differ.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use aether_api::AetherSession;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::Client;
 
 use crate::error::Result;
@@ -10,18 +18,55 @@ use crate::objects;
 
 /// Where kubelets keep their Leases.
 const LEASE_NAMESPACE: &str = "kube-node-lease";
-/// How long a kubelet's Lease lasts when it does not say, in seconds: the kubelet's default.
-const DEFAULT_LEASE_SECONDS: i32 = 40;
+/// How long a kubelet's Lease lasts when it does not say: the kubelet's default.
+const DEFAULT_LEASE: Duration = Duration::from_secs(40);
 
-/// Why the node counts as lost; `None` while it lives.
-pub async fn lost(client: &Client, name: &str) -> Result<Option<String>> {
-    if objects::get::<Node>(&objects::cluster(client), name).await?.is_none() {
-        return Ok(Some(format!("node {name} does not exist any more")));
+/// What was seen of the nodes' Leases.
+pub struct Nodes {
+    client: Client,
+    seen: Mutex<HashMap<String, Seen>>,
+}
+
+/// A Lease, and since when it has been like this.
+#[derive(Clone, Debug, PartialEq)]
+struct Seen {
+    renewed: MicroTime,
+    since: Instant,
+}
+
+impl Nodes {
+    /// Has seen nothing yet.
+    pub fn new(client: Client) -> Self {
+        Self { client, seen: Mutex::default() }
     }
-    let lease = objects::get::<Lease>(&objects::namespaced(client, LEASE_NAMESPACE), name).await?;
-    Ok(lease
-        .and_then(|lease| expired(&lease, jiff::Timestamp::now()))
-        .map(|seconds| format!("node {name} has not been heard of for {seconds} s")))
+
+    /// Why the node counts as lost; `None` while it lives, and until it has been silent for long enough before our eyes.
+    ///
+    /// # Errors
+    /// The read that failed.
+    pub async fn lost(&self, name: &str) -> Result<Option<String>> {
+        if objects::get::<Node>(&objects::cluster(&self.client), name).await?.is_none() {
+            self.seen.lock().expect("no holder panics").remove(name);
+            return Ok(Some(format!("node {name} does not exist any more")));
+        }
+        let lease = objects::get::<Lease>(&objects::namespaced(&self.client, LEASE_NAMESPACE), name).await?;
+        let Some(lease) = lease else { return Ok(None) };
+        let mut all = self.seen.lock().expect("no holder panics");
+        let (seen, silent) = look(all.remove(name), &lease, Instant::now());
+        all.extend(seen.map(|seen| (name.to_owned(), seen)));
+        Ok(silent.map(|silent| format!("node {name} has not been heard of for {} s", silent.as_secs())))
+    }
+
+    /// Why the session's holder counts as lost; `None` while it lives, and when nobody holds the session.
+    ///
+    /// # Errors
+    /// The read that failed.
+    pub async fn lost_holder(&self, session: Option<&AetherSession>) -> Result<Option<String>> {
+        match session.and_then(AetherSession::holder) {
+            Some(node) => self.lost(node).await,
+            None => Ok(None),
+        }
+    }
 }
 
 /// What is in the way while a lost node holds a session, and what a person can do about it.
@@ -31,31 +76,27 @@ pub fn way_out(why: &str, session: &str) -> String {
     )
 }
 
-/// Why the session's holder counts as lost; `None` while it lives, and when nobody holds the session.
-pub async fn lost_holder(client: &Client, session: Option<&AetherSession>) -> Result<Option<String>> {
-    match session.and_then(AetherSession::holder) {
-        Some(node) => lost(client, node).await,
-        None => Ok(None),
-    }
-}
-
-/// For how many seconds a Lease has not been renewed, if that is longer than it lasts. A Lease without a time (a
-/// node that has just joined) has not expired.
-fn expired(lease: &Lease, now: jiff::Timestamp) -> Option<i64> {
-    let spec = lease.spec.as_ref()?;
-    let silent = now.duration_since(spec.renew_time.as_ref()?.0).as_secs();
-    (silent > i64::from(spec.lease_duration_seconds.unwrap_or(DEFAULT_LEASE_SECONDS))).then_some(silent)
+/// What is to be remembered of a Lease, and for how long it has not been renewed, if that is longer than it lasts. One
+/// without a time (of a node that has just joined) never expires.
+fn look(before: Option<Seen>, lease: &Lease, now: Instant) -> (Option<Seen>, Option<Duration>) {
+    let Some(spec) = &lease.spec else { return (None, None) };
+    let Some(renewed) = spec.renew_time.clone() else { return (None, None) };
+    let seen = before.filter(|before| before.renewed == renewed).unwrap_or(Seen { renewed, since: now });
+    let lasts = spec.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
+    let silent = now.duration_since(seen.since);
+    let expired = silent > lasts.map_or(DEFAULT_LEASE, Duration::from_secs);
+    (Some(seen), expired.then_some(silent))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use k8s_openapi::api::coordination::v1::LeaseSpec;
-    use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 
     #[test]
-    fn a_lease_expires_after_its_own_duration() {
-        let now = jiff::Timestamp::from_second(1_000).unwrap();
+    fn a_lease_expires_when_it_was_seen_unchanged_for_as_long_as_it_lasts() {
+        let start = Instant::now();
+        let at = |second| start + Duration::from_secs(second);
         let lease = |renewed: i64| Lease {
             spec: Some(LeaseSpec {
                 renew_time: Some(MicroTime(jiff::Timestamp::from_second(renewed).unwrap())),
@@ -64,8 +105,16 @@ mod tests {
             }),
             ..Default::default()
         };
-        assert_eq!(expired(&lease(970), now), None);
-        assert_eq!(expired(&lease(950), now), Some(50));
-        assert_eq!(expired(&Lease::default(), now), None);
+        // However old it is: the API server may have been away.
+        let (seen, silent) = look(None, &lease(0), at(0));
+        assert_eq!(silent, None);
+        let (seen, silent) = look(seen, &lease(0), at(40));
+        assert_eq!(silent, None);
+        let (again, silent) = look(seen.clone(), &lease(0), at(50));
+        assert_eq!((again.as_ref(), silent), (seen.as_ref(), Some(Duration::from_secs(50))));
+        let (seen, silent) = look(again, &lease(1), at(50));
+        assert_eq!(silent, None, "it was renewed");
+        assert_eq!(look(seen, &lease(1), at(100)).1, Some(Duration::from_secs(50)));
+        assert_eq!(look(None, &Lease::default(), at(0)), (None, None));
     }
 }

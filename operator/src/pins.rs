@@ -124,20 +124,17 @@ impl Pins {
         }
     }
 
-    /// The uids of the objects that pinned something at least `grace` ago.
+    /// What was pinned at least `grace` ago.
     ///
     /// # Errors
     /// What the store said.
-    pub async fn owners(&self, grace: Duration) -> Result<Vec<String>, tonic::Status> {
+    pub async fn taken(&self, grace: Duration) -> Result<Vec<Root>, tonic::Status> {
         let Some(client) = &self.client else { return Ok(Vec::new()) };
         let latest = jiff::Timestamp::now().as_second() - grace.as_secs() as i64;
-        let roots = client.clone().list_roots(ListRootsRequest::default()).await?.into_inner().roots;
+        let mut roots = client.clone().list_roots(ListRootsRequest::default()).await?.into_inner().roots;
         let kinds = [SOURCE_REVISION, SESSION_HEAD, CHECKPOINT];
-        let ours = roots.into_iter().filter(|root| root.pinned_at <= latest && kinds.contains(&root.kind.as_str()));
-        let mut owners: Vec<String> = ours.map(|root| root.owner_uid).collect();
-        owners.sort_unstable();
-        owners.dedup();
-        Ok(owners)
+        roots.retain(|root| root.pinned_at <= latest && kinds.contains(&root.kind.as_str()));
+        Ok(roots)
     }
 
     /// Forgets everything that the object pinned.

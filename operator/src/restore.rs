@@ -73,7 +73,7 @@ pub async fn reconcile(seen: Arc<AetherRestore>, context: Arc<Context>) -> Resul
     let (safety_name, safety_found) = find_safety(&restore, &checkpoints).await?;
     let found = Found {
         checkpoint: objects::get(&checkpoints, &restore.spec.checkpoint).await?,
-        lost: nodes::lost_holder(&context.client, session.as_ref()).await?,
+        lost: context.nodes.lost_holder(session.as_ref()).await?,
         session,
         safety_name,
         safety: safety_found,
@@ -273,6 +273,8 @@ fn moved(
     about.head = Some(Head { root: root.into(), durability: Durability::Durable, time: objects::now() });
     about.changed_files = target.and_then(|target| target.changed_files);
     about.own_bytes = target.and_then(|target| target.own_bytes);
+    // A checkpoint does not say; the node that mounts the session next counts.
+    about.shared_bytes = None;
     conditions::set(&mut about.conditions, restore.moved(), session.meta().generation);
     about
 }

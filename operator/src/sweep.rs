@@ -7,13 +7,14 @@ use std::time::Duration;
 use aether_api::checkpoint::DeletionPolicy;
 use aether_api::names;
 use aether_api::{AetherCheckpoint, AetherSession, AetherSource};
+use aether_proto::store::v1::Root;
 use k8s_openapi::api::core::v1::PersistentVolume;
 use kube::{Api, Resource, ResourceExt};
 
 use crate::context::Context;
 use crate::error::Result;
-use crate::objects;
 use crate::session::remains;
+use crate::{objects, pins};
 
 /// How often to sweep.
 pub const PERIOD: Duration = Duration::from_secs(5 * 60);
@@ -23,48 +24,54 @@ const PIN_GRACE: Duration = Duration::from_secs(10 * 60);
 /// A checkpoint made for the time of a diff and older than this was left behind by a client that was killed.
 const DIFF_GRACE: Duration = Duration::from_secs(60 * 60);
 
-/// Removes every stray there is.
+/// Removes every stray there is. One that cannot be removed keeps no other: the next sweep tries again.
 ///
 /// # Errors
-/// The list or delete that failed; the next sweep goes on.
+/// The list that failed.
 pub async fn sweep(context: &Arc<Context>) -> Result<()> {
     let client = &context.client;
     // What may be stray is listed before what it could belong to, so that nothing young is taken for a stray.
     let volumes: Api<PersistentVolume> = objects::cluster(client);
     let labelled = objects::list(&volumes, names::SESSION_UID_LABEL).await?;
     let checkpoints = objects::list::<AetherCheckpoint>(&Api::all(client.clone()), "").await?;
-    let pinning = context.pins.owners(PIN_GRACE).await;
+    let pinning = context.pins.taken(PIN_GRACE).await;
     let sessions = objects::list::<AetherSession>(&Api::all(client.clone()), "").await?;
     let sources = objects::list::<AetherSource>(&Api::all(client.clone()), "").await?;
 
     let session_uids: HashSet<String> = sessions.iter().filter_map(ResourceExt::uid).collect();
     for volume in labelled.into_iter().filter(|volume| is_stray_volume(volume, &session_uids)) {
-        remains::reconcile(Arc::new(volume), context.clone()).await?;
+        let name = volume.name_any();
+        if let Err(error) = remains::reconcile(Arc::new(volume), context.clone()).await {
+            tracing::warn!(volume = name, %error, "what is left of a session could not be removed");
+        }
     }
-    for checkpoint in checkpoints.iter().filter(|checkpoint| is_stray_checkpoint(checkpoint, &session_uids)) {
-        let namespace = checkpoint.namespace().unwrap_or_default();
-        tracing::info!(
-            checkpoint = checkpoint.name_any(),
-            namespace,
+    for checkpoint in &checkpoints {
+        let why = if is_stray_checkpoint(checkpoint, &session_uids) {
             "deleting a checkpoint that goes with its session, which is gone"
-        );
-        objects::delete(&objects::namespaced(client, &namespace), checkpoint).await?;
-    }
-    for checkpoint in checkpoints.iter().filter(|checkpoint| is_forgotten_diff(checkpoint)) {
-        let namespace = checkpoint.namespace().unwrap_or_default();
-        tracing::info!(
-            checkpoint = checkpoint.name_any(),
-            namespace,
+        } else if is_forgotten_diff(checkpoint) {
             "deleting a checkpoint that was left behind by a diff"
-        );
-        objects::delete(&objects::namespaced(client, &namespace), checkpoint).await?;
+        } else {
+            continue;
+        };
+        let (name, namespace) = (checkpoint.name_any(), checkpoint.namespace().unwrap_or_default());
+        tracing::info!(checkpoint = name, namespace, "{why}");
+        if let Err(error) = objects::delete(&objects::namespaced(client, &namespace), checkpoint).await {
+            tracing::warn!(checkpoint = name, namespace, %error, "a checkpoint could not be deleted");
+        }
     }
     let uids = sources.iter().filter_map(ResourceExt::uid).chain(checkpoints.iter().filter_map(ResourceExt::uid));
     let living: HashSet<String> = uids.chain(session_uids).collect();
     let forgotten = async {
-        for owner in pinning?.iter().filter(|owner| !living.contains(*owner)) {
+        let pinned = pinning?;
+        let gone: HashSet<&String> =
+            pinned.iter().map(|root| &root.owner_uid).filter(|owner| !living.contains(*owner)).collect();
+        for owner in gone {
             tracing::info!(owner, "the store need not keep what an object had pinned that is gone");
             context.pins.forget(owner).await?;
+        }
+        for root in pinned.iter().filter(|root| is_old_revision(root, &sources)) {
+            tracing::info!(owner = root.owner_uid, revision = root.name, "the store need not keep an old revision");
+            context.pins.forget_one(&root.owner_uid, pins::SOURCE_REVISION, &root.name).await?;
         }
         Ok::<(), tonic::Status>(())
     };
@@ -87,6 +94,16 @@ fn is_stray_checkpoint(checkpoint: &AetherCheckpoint, sessions: &HashSet<String>
     checkpoint.spec.deletion_policy == DeletionPolicy::WithSession
         && checkpoint.meta().deletion_timestamp.is_none()
         && uid.is_some_and(|uid| !sessions.contains(uid))
+}
+
+/// Whether a source that is there has pinned this and does not list it any more.
+fn is_old_revision(root: &Root, sources: &[AetherSource]) -> bool {
+    let source = sources.iter().find(|source| source.uid().as_ref() == Some(&root.owner_uid));
+    root.kind == pins::SOURCE_REVISION
+        && source.is_some_and(|source| {
+            let revisions = source.status.as_ref().map_or(&[][..], |status| &status.revisions);
+            revisions.iter().all(|revision| revision.name != root.name)
+        })
 }
 
 fn is_forgotten_diff(checkpoint: &AetherCheckpoint) -> bool {
@@ -113,6 +130,26 @@ mod tests {
         assert!(is_stray_volume(&volume(names::CSI_DRIVER, "s-2"), &sessions));
         assert!(!is_stray_volume(&volume(names::CSI_DRIVER, "s-1"), &sessions));
         assert!(!is_stray_volume(&volume("other.driver", "s-2"), &sessions));
+    }
+
+    #[test]
+    fn an_old_revision_is_one_that_its_source_does_not_list() {
+        let source: AetherSource = serde_json::from_value(json!({
+            "apiVersion": "aether.dev/v1alpha1", "kind": "AetherSource", "metadata": {"name": "linux", "uid": "s-1"}, "spec": {},
+            "status": {"revisions": [{"name": "r2", "root": "b/1", "files": 1, "bytes": 1, "time": "2026-01-01T00:00:00Z", "milliseconds": 1}]}
+        }))
+        .unwrap();
+        let root = |owner: &str, kind: &str, name: &str| Root {
+            owner_uid: owner.into(),
+            kind: kind.into(),
+            name: name.into(),
+            ..Root::default()
+        };
+        let old = |root| is_old_revision(&root, std::slice::from_ref(&source));
+        assert!(old(root("s-1", pins::SOURCE_REVISION, "r1")));
+        assert!(!old(root("s-1", pins::SOURCE_REVISION, "r2")));
+        assert!(!old(root("s-2", pins::SOURCE_REVISION, "r1")), "of a source that is not listed");
+        assert!(!old(root("s-1", pins::CHECKPOINT, "")));
     }
 
     #[test]

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use aether_api::conditions::{self, COMPLETE, FAILED, reason};
 use aether_api::session::Durability;
 use aether_api::{
-    AetherCheckpoint, AetherCheckpointSpec, AetherCommand, AetherCommandSpec, AetherCommandStatus, AetherRestore,
-    AetherRestoreSpec, AetherSession,
+    AetherCheckpoint, AetherCheckpointSpec, AetherCheckpointStatus, AetherCommand, AetherCommandSpec,
+    AetherCommandStatus, AetherRestore, AetherRestoreSpec, AetherSession, names,
 };
 use common::{NAMESPACE, Operator, short};
 use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt;
 use serde_json::json;
 
 async fn prepared() -> Operator {
@@ -170,6 +171,45 @@ async fn a_command_runs_once_and_its_exit_code_is_told() {
     operator.api.remove::<Pod>(NAMESPACE, "build");
     command(&operator).await;
     assert!(operator.api.take_writes().is_empty(), "it has run, and its pod is not made again");
+}
+
+#[tokio::test]
+async fn a_command_of_an_earlier_ones_name_takes_a_checkpoint_of_its_own() {
+    let operator = prepared().await;
+    for round in 1..=2 {
+        put_command(&operator, |spec| spec.checkpoint_after = true);
+        command(&operator).await;
+        pod_ends(&operator, 0);
+        let taken = command(&operator).await.checkpoint.unwrap();
+        assert_eq!(taken == "build", round == 1, "{taken}");
+        assert_eq!(operator.api.all::<AetherCheckpoint>().len(), round);
+        operator.api.remove::<AetherCommand>(NAMESPACE, "build");
+        operator.api.remove::<Pod>(NAMESPACE, "build");
+    }
+}
+
+#[tokio::test]
+async fn only_automatic_checkpoints_of_this_very_session_are_pruned() {
+    let operator = prepared().await;
+    let uid = operator.api.get::<AetherSession>(NAMESPACE, "fix").unwrap().uid().unwrap();
+    for (name, of) in [("a-old", "another"), ("b-old", &uid), ("c-new", &uid)] {
+        let mut checkpoint =
+            AetherCheckpoint::new(name, AetherCheckpointSpec { session: "fix".into(), ..Default::default() });
+        checkpoint.metadata.namespace = Some(NAMESPACE.into());
+        checkpoint.labels_mut().insert(names::ORIGIN_LABEL.into(), names::ORIGIN_AUTOMATIC.into());
+        checkpoint.labels_mut().insert(names::SESSION_UID_LABEL.into(), of.into());
+        operator.api.put(&checkpoint);
+        let status = AetherCheckpointStatus { durability: Some(Durability::Durable), ..Default::default() };
+        operator.api.change::<AetherCheckpoint>(NAMESPACE, name, |checkpoint| checkpoint.status = Some(status));
+    }
+    let left = || operator.api.all::<AetherCheckpoint>().iter().map(ResourceExt::name_any).collect::<Vec<_>>();
+    checkpoint(&operator, "c-new").await;
+    assert_eq!(left(), ["a-old", "b-old", "c-new"], "no more are asked for, which takes away none");
+    operator.api.change::<AetherSession>(NAMESPACE, "fix", |session| {
+        session.spec.checkpoints = Some(serde_json::from_value(json!({"interval": "1m", "keep": 1})).unwrap());
+    });
+    checkpoint(&operator, "c-new").await;
+    assert_eq!(left(), ["a-old", "c-new"]);
 }
 
 #[tokio::test]

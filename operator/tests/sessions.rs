@@ -8,7 +8,7 @@ use aether_api::names;
 use aether_api::session::{ClaimPolicy, SourceReference};
 use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherCheckpointStatus, AetherSession, AetherSessionSpec};
 use common::{NAMESPACE, Operator, now, short};
-use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim};
 use k8s_openapi::api::storage::v1::StorageClass;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
@@ -167,6 +167,14 @@ async fn a_fork_of_a_held_session_waits_for_its_node_and_then_costs_three_writes
         "the node stamps the root when it is digested"
     );
     assert_eq!(status.forked_from.unwrap().snapshot.as_deref(), Some("snap"));
+
+    // The only copy of the moment is on that node.
+    operator.api.remove::<Node>("", "n1");
+    operator.session("fork").await;
+    assert_eq!(ready_reason(&operator, "fork"), reason::WAITING_FOR_NODE);
+    operator.attach("fix", Some("n1"));
+    operator.session("fork").await;
+    assert_eq!(ready_reason(&operator, "fork"), reason::READY, "it came back");
 }
 
 #[tokio::test]

@@ -12,8 +12,6 @@ pub const DURABLE: &str = "Durable";
 pub const COMPLETE: &str = "Complete";
 /// A request or checkpoint ended badly, for good.
 pub const FAILED: &str = "Failed";
-/// A session: a node holds its writer's lease.
-pub const ATTACHED: &str = "Attached";
 
 /// A session: an AetherRestore moved its head while no node held it; which one, [`crate::AetherRestore::has_moved`] reads.
 pub const RESTORED: &str = "Restored";

@@ -8,8 +8,6 @@ pub const VERSION: &str = "v1alpha1";
 pub const REVIEW_GROUP: &str = "review.aether.dev";
 /// The CSI driver's name, as it registers with kubelets.
 pub const CSI_DRIVER: &str = "csi.aether.dev";
-/// The StorageClass whose claims get a session of their own.
-pub const STORAGE_CLASS: &str = "aether";
 
 /// Field manager of the operator's writes.
 pub const OPERATOR_MANAGER: &str = "aether-operator";
@@ -43,6 +41,8 @@ pub const CLAIM_SOURCE_ANNOTATION: &str = "aether.dev/source";
 pub const CLAIM_OWNER_ANNOTATION: &str = "aether.dev/owner";
 /// Annotation on a safety checkpoint: the uid of the restore that it was taken for.
 pub const RESTORE_UID_ANNOTATION: &str = "aether.dev/restore-uid";
+/// Annotation on a checkpoint: the uid of the command after which it was taken.
+pub const COMMAND_UID_ANNOTATION: &str = "aether.dev/command-uid";
 /// Annotation on a source: any new value asks for a new import.
 pub const REFRESH_ANNOTATION: &str = "aether.dev/refresh";
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aether_api::conditions::{self, COMPLETE, FAILED, Wanted, reason};
-use aether_api::names::{COMMAND_LABEL, DEFAULT_OWNER, ORIGIN_COMMAND, ORIGIN_LABEL};
+use aether_api::names::{COMMAND_LABEL, COMMAND_UID_ANNOTATION, DEFAULT_OWNER, ORIGIN_COMMAND, ORIGIN_LABEL};
 use aether_api::session::{ClaimPolicy, Owner};
 use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherCommand, AetherCommandStatus, AetherSession};
 use k8s_openapi::api::core::v1::Pod;
@@ -240,41 +240,50 @@ fn next_status(command: &AetherCommand, outcome: Outcome, checkpoint: Option<Str
     status
 }
 
-/// Takes the checkpoint that the command asks for; its name, unless one of that name is somebody else's.
+/// Takes the checkpoint that the command asks for; its name. One of the command's own name may be somebody else's: of an
+/// earlier command of that name, perhaps.
 async fn take_checkpoint(command: &AetherCommand, context: &Context) -> Result<Option<String>> {
     let checkpoints: Api<AetherCheckpoint> =
         objects::namespaced(&context.client, &command.namespace().unwrap_or_default());
-    let name = command.name_any();
-    let label = objects::label_value(&name);
-    let wanted = AetherCheckpoint {
+    let (name, uid) = (command.name_any(), command.uid().unwrap_or_default());
+    let another = objects::derived_name(&name, "after", &[&uid]);
+    for name in [name, another] {
+        if objects::create(&checkpoints, &checkpoint_after(command, &name, &uid)).await?.is_some() {
+            return Ok(Some(name));
+        }
+        let there = objects::get(&checkpoints, &name).await?;
+        if there.is_some_and(|there| there.annotations().get(COMMAND_UID_ANNOTATION) == Some(&uid)) {
+            return Ok(Some(name));
+        }
+    }
+    let message = format!(
+        "AetherCheckpoints {} and {} exist already and are not of this command, so none was taken",
+        command.name_any(),
+        objects::derived_name(&command.name_any(), "after", &[&uid])
+    );
+    context.warn(command, &Wanted::no(COMPLETE, reason::NAME_TAKEN, message)).await;
+    Ok(None)
+}
+
+fn checkpoint_after(command: &AetherCommand, name: &str, uid: &str) -> AetherCheckpoint {
+    let after = command.name_any();
+    let message = format!("after AetherCommand {after}: {}", command.spec.command.join(" "));
+    AetherCheckpoint {
         metadata: ObjectMeta {
-            name: Some(name.clone()),
+            name: Some(name.into()),
             namespace: command.namespace(),
             labels: Some(BTreeMap::from([
                 (ORIGIN_LABEL.into(), ORIGIN_COMMAND.into()),
-                (COMMAND_LABEL.into(), label.clone()),
+                (COMMAND_LABEL.into(), objects::label_value(&after)),
             ])),
+            annotations: Some(BTreeMap::from([(COMMAND_UID_ANNOTATION.into(), uid.into())])),
             ..ObjectMeta::default()
         },
         spec: AetherCheckpointSpec {
             session: command.spec.session.clone(),
-            message: Some(
-                format!("after AetherCommand {name}: {}", command.spec.command.join(" ")).chars().take(1000).collect(),
-            ),
+            message: Some(message.chars().take(1000).collect()),
             ..AetherCheckpointSpec::default()
         },
         status: None,
-    };
-    if objects::create(&checkpoints, &wanted).await?.is_some() {
-        return Ok(Some(name));
     }
-    let there = objects::get(&checkpoints, &name).await?;
-    if there.is_some_and(|there| {
-        there.labels().get(COMMAND_LABEL) == Some(&label) && there.spec.session == command.spec.session
-    }) {
-        return Ok(Some(name));
-    }
-    let message = format!("AetherCheckpoint {name} exists already and is not of this command, so none was taken");
-    context.warn(command, &Wanted::no(COMPLETE, reason::NAME_TAKEN, message)).await;
-    Ok(None)
 }

@@ -4,15 +4,19 @@ use aether_api::conditions::{self, FAILED, reason};
 use aether_api::names::DEFAULT_OWNER;
 use aether_api::session::{Base, Consistency, Durability, ForkedFrom, Owner};
 use aether_api::{AetherCheckpoint, AetherSession, AetherSessionStatus, AetherSource};
-use kube::{Client, ResourceExt};
+use kube::ResourceExt;
 
+use crate::context::Context;
 use crate::error::Result;
 use crate::{nodes, objects};
 
 /// What the spec names, as it is now.
 pub(super) enum Origin {
-    /// The status says already where the session started.
-    Known,
+    /// The status says already where the session started. With why the node counts as lost, if it does, that has the moment
+    /// of the fork and has not brought it to the store.
+    Known {
+        lost: Option<String>,
+    },
     Source(Option<AetherSource>),
     Checkpoint(Option<AetherCheckpoint>),
     /// The parent, and why the node that holds it counts as lost, if it does.
@@ -63,10 +67,16 @@ impl Waiting {
 }
 
 /// Reads what the spec names.
-pub(super) async fn dereference(session: &AetherSession, client: &Client) -> Result<Origin> {
+pub(super) async fn dereference(session: &AetherSession, context: &Context) -> Result<Origin> {
+    let client = &context.client;
     let namespace = session.namespace().unwrap_or_default();
     if session.status.as_ref().is_some_and(|status| status.base.is_some()) {
-        return Ok(Origin::Known);
+        let node = moment_under_way(session).and_then(|moment| moment.node.as_deref());
+        let lost = match node {
+            Some(node) => context.nodes.lost(node).await?,
+            None => None,
+        };
+        return Ok(Origin::Known { lost });
     }
     if let Some(source) = &session.spec.source {
         let namespace = source.namespace.as_deref().unwrap_or(&namespace);
@@ -79,14 +89,29 @@ pub(super) async fn dereference(session: &AetherSession, client: &Client) -> Res
     let parent = objects::get(&objects::namespaced(client, &namespace), parent).await?;
     // Once the moment is caught, the parent's node matters no more.
     let waits = session.status.as_ref().is_none_or(|status| status.forked_from.is_none());
-    let lost = nodes::lost_holder(client, parent.as_ref().filter(|_| waits)).await?;
+    let lost = context.nodes.lost_holder(parent.as_ref().filter(|_| waits)).await?;
     Ok(Origin::Parent(parent.map(Box::new), lost))
+}
+
+/// The moment of a fork that is on the parent's node alone.
+pub(super) fn moment_under_way(session: &AetherSession) -> Option<&ForkedFrom> {
+    session.status.as_ref()?.forked_from.as_ref().filter(|moment| !moment.durable && moment.snapshot.is_some())
+}
+
+/// The node that has the moment of the fork may come back, and then the fork goes on.
+fn moment_lost(session: &AetherSession, why: &str) -> Waiting {
+    let parent = session.spec.session.as_deref().unwrap_or_default();
+    let message = format!(
+        "{why}, and the moment of the fork was not brought to the store before: if the node does not come back, delete this session and fork AetherSession {parent} again"
+    );
+    Waiting::openly(reason::WAITING_FOR_NODE, message)
 }
 
 /// Decides where the session starts.
 pub(super) fn resolve(session: &AetherSession, origin: &Origin) -> std::result::Result<Start, Waiting> {
     match origin {
-        Origin::Known => Ok(Start { base: None, forked_from: None, notice: None }),
+        Origin::Known { lost: None } => Ok(Start { base: None, forked_from: None, notice: None }),
+        Origin::Known { lost: Some(why) } => Err(moment_lost(session, why)),
         Origin::Source(source) => from_source(session, source.as_ref()),
         Origin::Checkpoint(checkpoint) => from_checkpoint(session, checkpoint.as_ref()),
         Origin::Parent(parent, lost) => from_parent(session, parent.as_deref(), lost.as_deref()),

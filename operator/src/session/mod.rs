@@ -78,7 +78,7 @@ async fn apply(sessions: &Api<AetherSession>, session: AetherSession, context: &
         report(sessions, &session, context, "Failed", wanted).await?;
         return Ok(None);
     }
-    let start = match base::resolve(&session, &base::dereference(&session, &context.client).await?) {
+    let start = match base::resolve(&session, &base::dereference(&session, context).await?) {
         Ok(start) => start,
         Err(waiting) => return wait(sessions, &session, context, waiting, objects::age(&session)).await,
     };
@@ -97,7 +97,10 @@ async fn apply(sessions: &Api<AetherSession>, session: AetherSession, context: &
     if let Some(notice) = notice {
         context.tell(&session, EventType::Warning, "ForkedFromSaved", &notice).await;
     }
-    Ok(keep(&session, context).await)
+    let again = keep(&session, context).await;
+    // No event tells that a node is lost.
+    let under_way = base::moment_under_way(&session).is_some();
+    Ok(if under_way { schedule::sooner(again, LOOK_AGAIN) } else { again })
 }
 
 /// Whether the session was made by the driver for an inline volume, and lives and dies with its pod.

@@ -350,7 +350,7 @@ async fn keep(source: &AetherSource, before: &AetherSourceStatus, context: &Cont
                 source = source.name_any(),
                 revision = old.name,
                 said = status.message(),
-                "the store still keeps an old revision; it goes with the source"
+                "the store still keeps an old revision; the next sweep tries again"
             );
         }
     }
