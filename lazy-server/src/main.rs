@@ -2,8 +2,8 @@
 //!
 //! The process that is started mounts and holds the connection to the kernel; a child of it answers. When the child
 //! dies, another takes over, and readers notice nothing. The parent does next to nothing, so that nothing ends it but
-//! the wish that it ends: then what is missing on the node is fetched, as far as the time allows, and the layer is
-//! taken away.
+//! the wish that it ends: then what is missing on the node is fetched and, where an engine is at work, taken over by it,
+//! as far as the time allows, and the layer is taken away.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,8 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aether_cas::RemoteStore;
 use aether_cas::lazy::Places;
@@ -23,6 +22,8 @@ use aether_runtime::{CancellationToken, Readiness, http, logs, signals};
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 
+/// How often to see whether the engine has taken over what was fetched at the end.
+const TAKEN_OVER: Duration = Duration::from_millis(100);
 /// Beyond the deadline of a fetch, how long a reader waits for any server to answer.
 const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -52,6 +53,9 @@ struct Arguments {
     /// How long to go on fetching what is missing when asked to end, in seconds
     #[arg(long, default_value_t = 20, global = true)]
     grace: u64,
+    /// Most bytes in a second for what is fetched with nobody waiting for it; 0 for no limit
+    #[arg(long, default_value_t = 0, global = true)]
+    background_bandwidth: u64,
     /// Where to serve health and metrics
     #[arg(long, global = true)]
     http: Option<SocketAddr>,
@@ -79,9 +83,14 @@ fn main() -> anyhow::Result<()> {
         Some(Role::Serve) => serve(&arguments, &runtime),
         Some(Role::FetchRest) => {
             let _inside = runtime.enter();
-            let fetched = runtime.block_on(server::fetch_rest(setup(&arguments, &aether_runtime::Metrics::new())?))?;
-            tracing::info!(fetched, "fetched what was missing");
-            Ok(())
+            let setup = setup(&arguments, &aether_runtime::Metrics::new())?;
+            let rest = runtime.block_on(server::fetch_rest(setup, arguments.background_bandwidth))?;
+            tracing::info!(fetched = rest.fetched, failed = rest.failed, "fetched what was missing");
+            let missing = rest.fetched + rest.failed;
+            match rest.reason {
+                None => Ok(()),
+                Some(reason) => anyhow::bail!("{} of {missing} contents could not be fetched: {reason}", rest.failed),
+            }
         }
     }
 }
@@ -111,8 +120,14 @@ fn hold(arguments: &Arguments, runtime: &tokio::runtime::Runtime) -> anyhow::Res
             }
         }
     })?;
+    let began = Instant::now();
     if let Err(error) = runtime.block_on(fetch_rest(arguments)) {
         tracing::warn!(%error, "contents that are missing stay away until the layer is served again");
+    }
+    // Sessions look for what was fetched among the engine's objects, where only the engine puts it.
+    let needed = Places::new(&arguments.state_dir).needed();
+    while needed.exists() && began.elapsed() < Duration::from_secs(arguments.grace) {
+        std::thread::sleep(TAKEN_OVER);
     }
     aether_lazy::detach(&mountpoint).with_context(|| format!("cannot unmount {}", mountpoint.display()))?;
     Ok(())
@@ -134,6 +149,7 @@ fn child(arguments: &Arguments, role: &str) -> io::Result<Command> {
     command.arg(role).arg("--state-dir").arg(&arguments.state_dir).args(["--store", &arguments.store]);
     command.args(["--deadline", &arguments.deadline.to_string()]);
     command.args(["--concurrency", &arguments.concurrency.to_string()]);
+    command.args(["--background-bandwidth", &arguments.background_bandwidth.to_string()]);
     if let Some(http) = arguments.http {
         command.args(["--http", &http.to_string()]);
     }
@@ -177,16 +193,18 @@ fn serve(arguments: &Arguments, runtime: &tokio::runtime::Runtime) -> anyhow::Re
 
 fn setup(arguments: &Arguments, table: &aether_runtime::Metrics) -> anyhow::Result<Setup> {
     let deadline = Duration::from_secs(arguments.deadline);
+    let concurrency = usize::from(arguments.concurrency);
     let config = RemoteConfig {
         stall: deadline,
         patience: deadline,
-        concurrency: usize::from(arguments.concurrency),
+        // The layer itself sees to it that large contents keep nobody waiting: no bound below its own.
+        concurrency: 2 * concurrency,
         ..RemoteConfig::new(&arguments.store)
     };
     Ok(Setup {
         places: Places::new(&arguments.state_dir),
-        fetch: Arc::new(RemoteStore::lazy(&config).context("--store")?),
-        limits: Limits { deadline, concurrency: usize::from(arguments.concurrency), ..Limits::default() },
+        store: RemoteStore::lazy(&config).context("--store")?,
+        limits: Limits { deadline, concurrency, ..Limits::default() },
         metrics: Metrics::new(table),
     })
 }

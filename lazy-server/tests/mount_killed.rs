@@ -1,63 +1,34 @@
-//! The program as it runs on a node: its server is killed again and again while readers wait.
+//! The program as it runs on a node: its server is killed again and again while readers wait, and it leaves nothing
+//! behind.
 
+mod program;
 #[path = "../../crates/lazy/tests/support/mod.rs"]
 mod support;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use aether_cas::Blob;
 use aether_engine::mount;
 use aether_engine::testing::isolated;
-use rustix::process::{Pid, Signal, kill_process};
-use support::World;
+use program::{Program, command};
+use support::{World, wait_for};
 
 const FILES: usize = 400;
 const READERS: usize = 4;
 const KILLS: usize = 25;
 
-/// The program; killed with the test if that fails.
-struct Program(Child);
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 fn start(world: &World) -> Program {
-    let program = Command::new(env!("CARGO_BIN_EXE_aether-lazy"))
-        .arg("--state-dir")
-        .arg(&world.root)
-        .args(["--store", &world.uri, "--grace", "5"])
-        .spawn()
-        .unwrap();
-    let program = Program(program);
-    wait_for("the layer is mounted", || mount::find_mount(&world.places.mountpoint()).unwrap().is_some());
-    program
+    Program::start(&world.root, &world.uri, &["--grace", "20"])
 }
 
-fn wait_for(what: &str, condition: impl Fn() -> bool) {
-    let began = Instant::now();
-    while !condition() {
-        assert!(began.elapsed() < Duration::from_secs(60), "waited in vain until {what}");
-        thread::sleep(Duration::from_millis(2));
-    }
-}
-
-/// The child of the program that serves, if there is one now.
-fn server_of(program: &Program) -> Option<Pid> {
-    let id = program.0.id();
-    let children = fs::read_dir(format!("/proc/{id}/task"))
-        .ok()?
-        .filter_map(|task| fs::read_to_string(task.ok()?.path().join("children")).ok());
-    let all: Vec<i32> =
-        children.flat_map(|line| line.split(' ').filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect();
-    all.first().copied().and_then(Pid::from_raw)
+/// What a test sees of the contents that were fetched.
+fn fetched(world: &World, name: &str) -> Option<Vec<u8>> {
+    let folder = world.places.fetched_now().unwrap();
+    fs::read(folder.join(Blob::of(&world.files[name]).digest.object_path())).ok()
 }
 
 #[test]
@@ -92,11 +63,7 @@ fn readers_get_their_bytes_however_often_the_server_is_killed() {
                 while kills < KILLS && !done.load(Ordering::SeqCst) {
                     random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                     thread::sleep(Duration::from_millis((random >> 33) % 300));
-                    if let Some(server) = server_of(&program)
-                        && kill_process(server, Signal::KILL).is_ok()
-                    {
-                        kills += 1;
-                    }
+                    kills += usize::from(program.kill_server());
                 }
                 kills
             });
@@ -116,7 +83,11 @@ fn readers_get_their_bytes_however_often_the_server_is_killed() {
         assert_eq!(bytes, world.files["f000"]);
         assert_eq!(fs::read(view.join("f000")).unwrap(), world.files["f000"], "opened again beside the open one");
         drop(first);
-        end(&mut program);
+        let folders = fs::read_dir(world.places.fetched_now().unwrap()).unwrap();
+        let unfinished =
+            folders.filter(|entry| entry.as_ref().unwrap().file_name().as_encoded_bytes().starts_with(b"."));
+        assert!(unfinished.count() <= 1, "what the killed ones had begun is gone");
+        program.end();
     });
 }
 
@@ -131,13 +102,12 @@ fn a_reader_that_is_blocked_across_a_kill_gets_its_bytes() {
         let path = view.join("one");
         let reader = thread::spawn(move || fs::read(path));
         wait_for("the content is asked for", || behaviour.whole.load(Ordering::SeqCst) == 1);
-        let server = server_of(&program).unwrap();
-        kill_process(server, Signal::KILL).unwrap();
+        assert!(program.kill_server());
         wait_for("the next server asks again", || behaviour.whole.load(Ordering::SeqCst) == 2);
-        assert_ne!(server_of(&program), Some(server));
+        assert!(program.server().is_some(), "another one");
         behaviour.hang(false);
         assert_eq!(reader.join().unwrap().unwrap(), world.files["one"]);
-        end(&mut program);
+        program.end();
     });
 }
 
@@ -146,15 +116,13 @@ fn what_is_missing_is_fetched_before_it_leaves() {
     isolated("what_is_missing_is_fetched_before_it_leaves", |root| {
         let files = (0..30).map(|n| (format!("f{n}"), vec![n; 3000])).collect();
         let world = World::new(root, files);
-        let mut program = start(&world);
+        let program = start(&world);
         let view = world.session("a");
-        end(&mut program);
+        program.end();
         assert!(mount::find_mount(&world.places.mountpoint()).unwrap().is_none());
         // The engine takes over what was fetched; this does it in its place.
-        let fetched = world.places.fetched_now().unwrap();
         for (name, bytes) in &world.files {
-            let path = aether_cas::Blob::of(bytes).digest.object_path();
-            assert_eq!(&fs::read(fetched.join(&path)).unwrap(), bytes, "{name}");
+            assert_eq!(&fetched(&world, name).unwrap(), bytes, "{name}");
             world.put_object(name);
         }
         mount::rebind(&view).unwrap();
@@ -164,9 +132,39 @@ fn what_is_missing_is_fetched_before_it_leaves() {
     });
 }
 
-/// Asks the program to end, and sees that it does.
-fn end(program: &mut Program) {
-    kill_process(Pid::from_child(&program.0), Signal::TERM).unwrap();
-    let status = program.0.wait().unwrap();
-    assert!(status.success(), "{status}");
+#[test]
+fn the_bandwidth_of_the_background_is_not_that_of_readers() {
+    isolated("the_bandwidth_of_the_background_is_not_that_of_readers", |root| {
+        let mut files: BTreeMap<_, _> = (0..20).map(|n| (format!("f{n}"), vec![n; 5000])).collect();
+        files.insert("read".into(), vec![99; 5_000_000]);
+        let world = World::new(root, files);
+        let program = Program::start(&world.root, &world.uri, &["--grace", "60", "--background-bandwidth", "50000"]);
+        let began = Instant::now();
+        assert!(fs::read(world.session("a").join("read")).unwrap() == world.files["read"]);
+        assert!(began.elapsed() < Duration::from_secs(20), "100 s with the limit: {:?}", began.elapsed());
+        let began = Instant::now();
+        program.end();
+        assert!(began.elapsed() >= Duration::from_millis(1900), "19 are paid for: {:?}", began.elapsed());
+        for (name, bytes) in &world.files {
+            assert_eq!(fetched(&world, name).as_ref(), Some(bytes), "{name}");
+        }
+    });
+}
+
+#[test]
+fn what_could_not_be_fetched_is_told() {
+    isolated("what_could_not_be_fetched_is_told", |root| {
+        let files = (0..5).map(|n| (format!("f{n}"), vec![n; 3000])).collect();
+        let world = World::new(root, files);
+        world.server.forget(&world.files["f1"]);
+        world.server.forget(&world.files["f3"]);
+        let output = command(&world.root, &world.uri).arg("fetch-rest").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{said}");
+        assert!(said.contains("2 of 5 contents could not be fetched"), "{said}");
+        let named = ["f1", "f3"].map(|name| Blob::of(&world.files[name]).to_string());
+        assert!(named.iter().any(|blob| said.contains(blob)), "one of them is named: {said}");
+        let there = world.files.keys().filter(|name| fetched(&world, name).is_some()).count();
+        assert_eq!(there, 3, "the others are here");
+    });
 }

@@ -4,8 +4,9 @@
 //! the questions that it left: a reader that was blocked across the kill gets its bytes. (The kernel could repeat them
 //! by itself, by `FUSE_NOTIFY_RESEND`, since Linux 6.9; who stands between needs nothing of the kernel.)
 //!
-//! Nobody waits for ever: who was killed while he waited is let go at once, and a question that no server has answered
-//! within the limit is answered with EIO.
+//! Nobody waits for ever: who was killed while he waited is let go at once, a question that no server has answered
+//! within the limit is answered with EIO, and a server that had all of that time is replaced. Nothing here waits for a
+//! server to read: that is done by a thread of each server's own.
 //!
 //! The kernel wants every open of an inode to name the same backing file as long as one is open, whichever server
 //! answered. So the exchange counts what is open and tells it to a new server.
@@ -15,17 +16,19 @@ use std::fs;
 use std::io::{self, IoSlice, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv,
-    send, sendmsg, shutdown, socketpair,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType,
+    recv, send, sendmsg, shutdown, socketpair,
 };
 
+use crate::lock;
 use crate::protocol::{self, Answer, Request};
 use crate::server;
 
@@ -64,15 +67,14 @@ struct State {
     /// Opens that were answered before the server did, and their inodes.
     abandoned: HashMap<u64, u64>,
     opens: HashMap<u64, Opens>,
-    server: Option<Arc<OwnedFd>>,
+    server: Option<Arc<Running>>,
     ended: bool,
-    starts: u64,
     /// Questions that a server has answered.
     answers: u64,
 }
 
 struct Outstanding {
-    packet: Vec<u8>,
+    packet: Bytes,
     opcode: u32,
     node: u64,
     pid: u32,
@@ -109,11 +111,6 @@ impl Exchange {
         Ok(Self { shared, threads })
     }
 
-    /// How many servers were started so far.
-    pub fn starts(&self) -> u64 {
-        self.shared.lock().starts
-    }
-
     /// Whether the file system is no longer mounted anywhere.
     pub fn has_ended(&self) -> bool {
         self.shared.lock().ended
@@ -129,7 +126,7 @@ impl Exchange {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// From the kernel to the server.
@@ -146,37 +143,33 @@ impl Shared {
                     return self.end();
                 }
             };
-            let packet = &buffer[..length];
-            let Some(request) = Request::parse(packet) else { continue };
+            let Some(request) = Request::parse(&buffer[..length]) else { continue };
             match request.opcode {
                 // The server keeps nothing that could be forgotten.
                 protocol::FORGET | protocol::BATCH_FORGET => {}
                 protocol::INTERRUPT => self.interrupt(request.target),
-                _ => self.ask(&request, packet),
+                _ => self.ask(&request, Bytes::copy_from_slice(&buffer[..length])),
             }
         }
     }
 
-    fn ask(&self, request: &Request, packet: &[u8]) {
+    fn ask(&self, request: &Request, packet: Bytes) {
         let outstanding = Outstanding {
-            packet: packet.to_vec(),
+            packet: packet.clone(),
             opcode: request.opcode,
             node: request.node,
             pid: request.pid,
             since: Instant::now(),
             interrupted: false,
         };
-        let server = {
-            let mut state = self.lock();
-            if state.outstanding.is_empty() {
-                self.changed.notify_all();
-            }
-            state.outstanding.insert(request.unique, outstanding);
-            state.server.clone()
-        };
-        if let Some(server) = server {
-            // A server that has just died: the next one gets it.
-            let _ = send(&server, packet, SendFlags::NOSIGNAL);
+        let mut state = self.lock();
+        if state.outstanding.is_empty() {
+            self.changed.notify_all();
+        }
+        state.outstanding.insert(request.unique, outstanding);
+        // Else the next one gets it.
+        if let Some(server) = &state.server {
+            server.send(packet);
         }
     }
 
@@ -230,7 +223,12 @@ impl Shared {
                 .filter(|(_, question)| question.interrupted)
                 .map(|(unique, question)| (*unique, question.pid))
                 .collect();
+            let stuck = state.server.clone().filter(|server| !late.is_empty() && server.since.elapsed() > self.limit);
             drop(state);
+            if let Some(server) = stuck {
+                tracing::error!(limit = ?self.limit, "the server does not answer; another one takes its place");
+                server.disconnect();
+            }
             for unique in late {
                 tracing::error!(limit = ?self.limit, "no server has answered a reader within the limit: EIO");
                 self.refuse(unique, libc::EIO);
@@ -249,7 +247,7 @@ impl Shared {
         let mut state = self.lock();
         state.ended = true;
         if let Some(server) = state.server.take() {
-            let _ = shutdown(&server, rustix::net::Shutdown::Both);
+            server.disconnect();
         }
         self.changed.notify_all();
     }
@@ -277,16 +275,16 @@ impl Shared {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         self.hand_over(&ours)?;
         let wait = launch.launch(theirs)?;
-        let ours = Arc::new(ours);
-        if self.introduce(&ours).is_ok() {
-            self.answers(&ours);
+        let server = Arc::new(Running::new(ours)?);
+        if self.introduce(&server) {
+            self.answers(&server);
         }
         {
             let mut state = self.lock();
             state.server = None;
             state.abandoned.clear();
         }
-        drop(ours);
+        server.disconnect();
         Ok(wait())
     }
 
@@ -307,35 +305,31 @@ impl Shared {
         Ok(())
     }
 
-    /// Greets the server in the kernel's name and gives it what the last one left.
-    fn introduce(&self, socket: &Arc<OwnedFd>) -> io::Result<()> {
-        send(socket, &protocol::greeting(), SendFlags::NOSIGNAL)?;
-        if receive(socket, &mut vec![0; 4096])? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+    /// Greets the server in the kernel's name and gives it what the last one left, unless the end has come.
+    fn introduce(&self, server: &Arc<Running>) -> bool {
+        let mut state = self.lock();
+        if state.ended {
+            return false;
         }
-        let left: Vec<Vec<u8>> = {
-            let mut state = self.lock();
-            if state.ended {
-                return Err(io::ErrorKind::NotConnected.into());
-            }
-            state.server = Some(socket.clone());
-            state.starts += 1;
-            state.outstanding.values().map(|question| question.packet.clone()).collect()
-        };
-        send_aside(socket.clone(), left)
+        server.send(protocol::greeting().into());
+        for question in state.outstanding.values() {
+            server.send(question.packet.clone());
+        }
+        state.server = Some(server.clone());
+        true
     }
 
-    fn answers(&self, socket: &Arc<OwnedFd>) {
+    fn answers(&self, server: &Running) {
         let mut buffer = vec![0; protocol::BUFFER];
         loop {
-            match receive(socket, &mut buffer) {
+            match receive(&server.socket, &mut buffer) {
                 Ok(0) | Err(_) => return,
-                Ok(length) => self.answer(socket, &buffer[..length]),
+                Ok(length) => self.answer(server, &buffer[..length]),
             }
         }
     }
 
-    fn answer(&self, socket: &Arc<OwnedFd>, packet: &[u8]) {
+    fn answer(&self, server: &Running, packet: &[u8]) {
         let Some(answer) = Answer::parse(packet) else { return };
         if answer.unique == 0 {
             // A notice; that the kernel has forgotten what it speaks of is no fault.
@@ -344,13 +338,14 @@ impl Shared {
         }
         let (question, abandoned) = {
             let mut state = self.lock();
-            state.answers += 1;
-            (state.outstanding.remove(&answer.unique), state.abandoned.remove(&answer.unique))
+            let question = state.outstanding.remove(&answer.unique);
+            state.answers += u64::from(question.is_some());
+            (question, state.abandoned.remove(&answer.unique))
         };
         let opened = (answer.error == 0).then(|| protocol::opened(packet)).flatten();
         let take_back = |node: u64| {
             if let Some((handle, _)) = opened {
-                let _ = send_aside(socket.clone(), vec![protocol::release(node, handle)]);
+                server.send(protocol::release(node, handle).into());
             }
         };
         let Some(question) = question else {
@@ -382,16 +377,39 @@ impl State {
     }
 }
 
-/// Sends by a thread of its own: who reads a server's answers must not wait until it reads its questions.
-fn send_aside(socket: Arc<OwnedFd>, packets: Vec<Vec<u8>>) -> io::Result<()> {
-    let work = move || {
-        for packet in packets {
-            if send(&socket, &packet, SendFlags::NOSIGNAL).is_err() {
-                return;
+/// A server at work, as it is seen from here.
+struct Running {
+    socket: Arc<OwnedFd>,
+    /// What it is to be told, in order.
+    packets: mpsc::Sender<Bytes>,
+    since: Instant,
+}
+
+impl Running {
+    fn new(socket: OwnedFd) -> io::Result<Self> {
+        let socket = Arc::new(socket);
+        let (packets, queue) = mpsc::channel::<Bytes>();
+        let other_end = socket.clone();
+        let work = move || {
+            for packet in queue {
+                if send(&other_end, &packet, SendFlags::NOSIGNAL).is_err() {
+                    return;
+                }
             }
-        }
-    };
-    thread::Builder::new().name("lazy-send".into()).spawn(work).map(|_| ())
+        };
+        thread::Builder::new().name("lazy-send".into()).spawn(work)?;
+        Ok(Self { socket, packets, since: Instant::now() })
+    }
+
+    /// Never waits. What a server that has just died does not get, the next one is asked.
+    fn send(&self, packet: Bytes) {
+        let _ = self.packets.send(packet);
+    }
+
+    /// Ends the conversation, also for a server that neither reads nor answers.
+    fn disconnect(&self) {
+        let _ = shutdown(&self.socket, Shutdown::Both);
+    }
 }
 
 fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {

@@ -15,14 +15,21 @@
 #![warn(missing_docs)]
 
 pub mod exchange;
-pub mod fetch;
 mod mount;
 mod objects;
+mod pace;
 mod protocol;
 pub mod server;
+mod workshop;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use exchange::{Exchange, Launch};
-pub use fetch::Fetch;
 pub use mount::{detach, mount};
-pub use objects::Limits;
+pub use objects::{Limits, Rest};
 pub use server::Metrics;
+
+/// What a thread that panicked left is as good as what any other left: each change is made whole under the lock.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -10,11 +10,11 @@ use std::io::{self, IoSliceMut, Read as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use aether_cas::lazy::{self, Catalog, Places};
-use aether_cas::{Blob, Digest, StoreError};
+use aether_cas::{Blob, Digest, RemoteStore, StoreError};
 use aether_runtime::metrics::{Counter, Labelled};
 use fuser::{
     BackingId, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
@@ -25,8 +25,9 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use tokio::runtime::Handle;
 
 use crate::exchange::Opens;
-use crate::fetch::Fetch;
-use crate::objects::{Content, Failure, Limits, Objects, read_at};
+use crate::lock;
+use crate::objects::{Content, Failure, Limits, Objects, Rest};
+use crate::pace::Pace;
 use crate::protocol::MOST_BYTES;
 
 /// Names and attributes never change: a content has one name.
@@ -115,7 +116,7 @@ pub struct Setup {
     /// Where the files of the node are.
     pub places: Places,
     /// Where contents come from.
-    pub fetch: Arc<dyn Fetch>,
+    pub store: RemoteStore,
     /// Limits of fetching.
     pub limits: Limits,
     /// What to count in.
@@ -126,10 +127,10 @@ pub struct Setup {
 /// on `runtime`.
 ///
 /// # Errors
-/// When the other end does not say what it must, or the catalog cannot be read.
+/// When the other end does not say what it must, or a file of the node cannot be read.
 pub fn serve(socket: OwnedFd, setup: Setup, runtime: Handle) -> io::Result<()> {
     let (device, opens) = take_over(&socket)?;
-    let objects = Objects::new(setup.places.clone(), setup.fetch, setup.limits, setup.metrics.clone());
+    let objects = Objects::new(&setup.places, setup.store, setup.limits, setup.metrics.clone())?;
     let layer = Layer(Arc::new(Inner {
         catalog: Mutex::new(Catalog::open(&setup.places.catalog())?),
         places: setup.places,
@@ -148,14 +149,15 @@ pub fn serve(socket: OwnedFd, setup: Setup, runtime: Handle) -> io::Result<()> {
     Ok(())
 }
 
-/// Fetches what of the catalog is not on this node, and returns how much that was; for a node on which nobody will serve
-/// any more.
+/// Fetches what of the catalog is not on this node, at no more than `bytes_per_second` (0 for no bound); for a node on
+/// which nobody will serve any more.
 ///
 /// # Errors
-/// When the catalog cannot be read.
-pub async fn fetch_rest(setup: Setup) -> io::Result<usize> {
+/// When a file of the node cannot be read. What could not be fetched is in the answer.
+pub async fn fetch_rest(setup: Setup, bytes_per_second: u64) -> io::Result<Rest> {
     let blobs = Catalog::open(&setup.places.catalog())?.blobs().to_vec();
-    Ok(Objects::new(setup.places, setup.fetch, setup.limits, setup.metrics).fetch_all(blobs).await)
+    let objects = Objects::new(&setup.places, setup.store, setup.limits, setup.metrics)?;
+    Ok(objects.fetch_all(blobs, &Pace::new(bytes_per_second)).await)
 }
 
 /// Agrees with the kernel on a new connection.
@@ -391,8 +393,11 @@ impl Inner {
                 backing.into_raw();
             }
             None => {
+                // Parts are not verified: what the kernel keeps of them is not for those who come later.
+                let verified = self.blob(node).is_some_and(|blob| !self.objects.comes_in_parts(blob));
                 lock(&self.reading).insert(node, content);
-                reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+                let flags = if verified { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
+                reply.opened(FileHandle(0), flags);
             }
         }
     }
@@ -452,22 +457,15 @@ impl Inner {
     async fn read(&self, node: u64, offset: u64, size: u64) -> Result<bytes::Bytes, Failure> {
         let known = lock(&self.reading).get(&node).cloned();
         let content = match known {
-            Some(Content::Arriving(arriving)) if arriving.is_over() => None,
-            known => known,
-        };
-        let content = match content {
             Some(content) => content,
-            // It was opened by an earlier server, or has arrived or failed since.
+            // It was opened by an earlier server.
             None => {
                 let content = self.content(node).await?;
                 lock(&self.reading).insert(node, content.clone());
                 content
             }
         };
-        match content {
-            Content::Whole(file) => read_at(file, offset, size).await,
-            Content::Arriving(arriving) => arriving.read(offset, size).await,
-        }
+        content.read(offset, size).await
     }
 
     /// Remembers the order in which contents are first opened: the next session of the source wants them in that order.
@@ -486,10 +484,6 @@ impl Inner {
         let reader = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         tracing::error!(pid, reader = reader.trim(), error = %failure, "content {content} cannot be had: EIO");
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// `FUSE_DEV_IOC_BACKING_CLOSE`, `_IOW(229, 2, __u32)`; fuser closes only what it opened on its own descriptor.

@@ -15,7 +15,7 @@ use aether_engine::pool::PoolConfig;
 use aether_engine::testing::isolated;
 use aether_engine::{Config, Engine, mount};
 use aether_lazy::{Exchange, Limits, Metrics};
-use support::{Server, start};
+use support::{Server, control, start};
 use tokio::runtime::Runtime;
 
 const OWNER: Owner = Owner { uid: 1000, gid: 1000 };
@@ -153,7 +153,7 @@ fn sessions_outlive_a_lazy_layer_that_fails_and_new_ones_do_without() {
         assert_eq!(fs::read(view.join(name(2))).unwrap_err().raw_os_error(), Some(libc::EIO));
         // It is gone, and its connection too.
         let layer = Places::new(&node.engine.config().root).mountpoint();
-        abort(&layer);
+        fs::write(control(&layer).join("abort"), "1").unwrap();
         node.lazy.take().unwrap().0.join();
         let error = fs::read(view.join(name(5))).unwrap_err();
         assert_ne!(error.kind(), std::io::ErrorKind::NotFound, "a dead layer is no deleted file");
@@ -179,17 +179,6 @@ fn sessions_outlive_a_lazy_layer_that_fails_and_new_ones_do_without() {
         assert_eq!(node.runtime.block_on(node.engine.incomplete()).unwrap().len(), 1);
         node.finish(root);
     });
-}
-
-/// Ends the connection of a FUSE file system as the kernel's administrator does.
-fn abort(mountpoint: &Path) {
-    let device = mount::find_mount(mountpoint).unwrap().unwrap().device;
-    let minor = device.split(':').nth(1).unwrap();
-    let control = mountpoint.parent().unwrap().join("control");
-    fs::create_dir_all(&control).unwrap();
-    let mounted = std::process::Command::new("mount").args(["-t", "fusectl", "none"]).arg(&control).status().unwrap();
-    assert!(mounted.success());
-    fs::write(control.join(minor).join("abort"), "1").unwrap();
 }
 
 #[test]

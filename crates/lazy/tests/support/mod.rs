@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use aether_cas::lazy::{Places, append_to_catalog};
 use aether_cas::remote::RemoteConfig;
@@ -36,8 +37,12 @@ const PIECE: usize = 256 * 1024;
 pub(crate) struct Behaviour {
     /// Does not answer.
     pub(crate) hang: AtomicBool,
-    /// Turns a bit of each answer.
+    /// Turns a bit of each whole content.
     pub(crate) flip: AtomicBool,
+    /// Turns a bit of each part.
+    pub(crate) flip_parts: AtomicBool,
+    /// Has no whole contents; parts go on.
+    pub(crate) refuse: AtomicBool,
     /// Stops in the middle of whole contents; parts go on.
     pub(crate) stop_in_the_middle: AtomicBool,
     /// Whole contents that were asked for.
@@ -76,6 +81,9 @@ impl ByteStream for Server {
         let behaviour = self.behaviour.clone();
         let whole = request.read_limit == 0;
         if whole { &behaviour.whole } else { &behaviour.parts }.fetch_add(1, Ordering::SeqCst);
+        if whole && behaviour.refuse.load(Ordering::SeqCst) {
+            return Err(Status::internal("no whole contents today"));
+        }
         let waiting = behaviour.clone();
         until(|| !waiting.hang.load(Ordering::SeqCst)).await;
         let hash = request.resource_name.split('/').rev().nth(1).unwrap_or_default().to_owned();
@@ -85,7 +93,7 @@ impl ByteStream for Server {
         let end = if whole { content.len() } else { (offset + request.read_limit as usize).min(content.len()) };
         let mut data = content[offset..end].to_vec();
         drop(contents);
-        if behaviour.flip.load(Ordering::SeqCst)
+        if if whole { &behaviour.flip } else { &behaviour.flip_parts }.load(Ordering::SeqCst)
             && let Some(byte) = data.last_mut()
         {
             *byte ^= 1;
@@ -121,6 +129,10 @@ impl Server {
         let blob = Blob::of(bytes);
         self.contents.lock().unwrap().insert(blob.digest.to_string(), bytes.to_vec());
         blob
+    }
+
+    pub(crate) fn forget(&self, bytes: &[u8]) {
+        self.contents.lock().unwrap().remove(&Blob::of(bytes).digest.to_string());
     }
 
     /// Serves on an address of its own, which it returns.
@@ -217,23 +229,46 @@ pub(crate) struct Threads {
 impl Launch for Threads {
     fn launch(&mut self, socket: OwnedFd) -> std::io::Result<Box<dyn FnOnce() -> String + Send>> {
         let (setup, runtime) = (self.setup.clone(), self.runtime.clone());
-        let thread = std::thread::spawn(move || server::serve(socket, setup, runtime));
+        let thread = thread::spawn(move || server::serve(socket, setup, runtime));
         Ok(Box::new(move || format!("{:?}", thread.join())))
+    }
+}
+
+impl Threads {
+    /// Servers that get their contents from `uri`, and what they count in.
+    pub(crate) fn new(places: &Places, uri: &str, runtime: &Runtime, limits: Limits) -> (Self, Metrics) {
+        let metrics = Metrics::new(&aether_runtime::Metrics::new());
+        let config = RemoteConfig { stall: Duration::from_secs(600), ..RemoteConfig::new(uri) };
+        let _inside = runtime.enter();
+        let store = RemoteStore::lazy(&config).unwrap();
+        let setup = Setup { places: places.clone(), store, limits, metrics: metrics.clone() };
+        (Self { setup, runtime: runtime.handle().clone() }, metrics)
     }
 }
 
 /// The lazy layer in this process.
 pub(crate) fn start(places: &Places, uri: &str, runtime: &Runtime, limits: Limits) -> (Exchange, Metrics) {
-    let metrics = Metrics::new(&aether_runtime::Metrics::new());
-    let config = RemoteConfig { stall: Duration::from_secs(600), ..RemoteConfig::new(uri) };
-    let _inside = runtime.enter();
-    let setup = Setup {
-        places: places.clone(),
-        fetch: Arc::new(RemoteStore::lazy(&config).unwrap()),
-        limits,
-        metrics: metrics.clone(),
-    };
+    let (threads, metrics) = Threads::new(places, uri, runtime, limits);
     let device = aether_lazy::mount(&places.mountpoint()).unwrap();
-    let threads = Threads { setup, runtime: runtime.handle().clone() };
     (Exchange::start(device, Duration::from_secs(120), threads).unwrap(), metrics)
+}
+
+/// Where the kernel tells of the connection of a FUSE file system and takes orders.
+pub(crate) fn control(mountpoint: &Path) -> PathBuf {
+    let device = mount::find_mount(mountpoint).unwrap().unwrap().device;
+    let all = mountpoint.with_file_name("control");
+    if mount::find_mount(&all).unwrap().is_none() {
+        fs::create_dir_all(&all).unwrap();
+        let mounted = std::process::Command::new("mount").args(["-t", "fusectl", "none"]).arg(&all).status().unwrap();
+        assert!(mounted.success());
+    }
+    all.join(device.split(':').nth(1).unwrap())
+}
+
+pub(crate) fn wait_for(what: &str, condition: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !condition() {
+        assert!(began.elapsed() < Duration::from_secs(60), "waited in vain until {what}");
+        thread::sleep(Duration::from_millis(2));
+    }
 }
