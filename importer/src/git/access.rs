@@ -86,9 +86,12 @@ impl Access {
         }
         let known_hosts = directory.join("known_hosts");
         if !known_hosts.is_file() {
+            let secret = self.secret();
             return Err(Failure::new(
                 Reason::SecretInvalid,
-                "the Secret lacks known_hosts, without which no host can be trusted: add the output of ssh-keyscan HOST",
+                format!(
+                    "{secret} lacks known_hosts, without which no host can be trusted: add the output of ssh-keyscan HOST"
+                ),
             ));
         }
         // ssh refuses a key that others may read, and one without a last newline.
@@ -106,15 +109,22 @@ impl Access {
                 .write_all(contents.as_bytes())
         };
         write().map_err(|error| Failure::other("keep the key for ssh", error))?;
-        check_key(&private)?;
+        check_key(&private, &self.secret())?;
         self.ssh = format!("{SSH} -o UserKnownHostsFile={} -i {}", quoted(&known_hosts)?, quoted(&private)?);
         Ok(())
     }
 
+    /// The Secret, for messages.
+    fn secret(&self) -> String {
+        self.secret_name.as_ref().map_or("the Secret in spec.git.secretRef".into(), |name| format!("Secret {name}"))
+    }
+
     /// Reads a secret file; its contents will not be seen in messages.
     fn hide(&mut self, file: &Path) -> Result<String, Failure> {
-        let contents = fs::read_to_string(file)
-            .map_err(|error| Failure::new(Reason::SecretInvalid, format!("cannot read {}: {error}", file.display())))?;
+        let contents = fs::read_to_string(file).map_err(|error| {
+            let message = format!("cannot read {} of {}: {error}", file.display(), self.secret());
+            Failure::new(Reason::SecretInvalid, message)
+        })?;
         let secret = contents.trim();
         // A word as short as this says nothing and may be part of any other.
         if secret.len() >= 4 {
@@ -131,7 +141,7 @@ impl Access {
 }
 
 /// Whether the key can be used. ssh itself would only say that the host refused it.
-fn check_key(private: &Path) -> Result<(), Failure> {
+fn check_key(private: &Path, secret: &str) -> Result<(), Failure> {
     let checked = Command::new("ssh-keygen").args(["-y", "-P", "", "-f"]).arg(private).stdin(Stdio::null()).output();
     let checked = checked.map_err(|error| Failure::other("run ssh-keygen, which must be installed", error))?;
     if checked.status.success() {
@@ -142,7 +152,7 @@ fn check_key(private: &Path) -> Result<(), Failure> {
     } else {
         "is not a private key: put in what ssh-keygen made, from its BEGIN line to its END line"
     };
-    Err(Failure::new(Reason::SecretInvalid, format!("ssh-privatekey of the Secret {problem}")))
+    Err(Failure::new(Reason::SecretInvalid, format!("ssh-privatekey of {secret} {problem}")))
 }
 
 /// Whether a URL holds a secret: over http a user alone may be a token; elsewhere it takes a password.
@@ -257,8 +267,10 @@ mod tests {
         assert!(status.unwrap().success());
         let pasted = fs::read_to_string(&key).unwrap().trim_end().to_owned();
         let lonely = secret(&[("ssh-privatekey", &pasted)]);
-        let failure = Access::prepare(&asked("git@example.org:a", &lonely), lonely.path()).unwrap_err();
+        let named = Git { secret_name: Some("platform/key".into()), ..asked("git@example.org:a", &lonely) };
+        let failure = Access::prepare(&named, lonely.path()).unwrap_err();
         assert_eq!(failure.reason, Reason::SecretInvalid);
+        assert!(failure.message.starts_with("Secret platform/key lacks known_hosts"), "{failure}");
         let secret = secret(&[("ssh-privatekey", &pasted), ("known_hosts", "h")]);
         let scratch = tempfile::tempdir().unwrap();
         let access = Access::prepare(&asked("git@example.org:a", &secret), scratch.path()).unwrap();

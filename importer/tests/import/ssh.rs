@@ -72,7 +72,7 @@ async fn each_refusal_says_what_to_mend() {
     for unusable in ["not a key", &read("locked")] {
         let failure = refusal(asked(), unusable, &known).await;
         assert_eq!(failure.reason, Reason::SecretInvalid, "{failure}");
-        assert!(failure.message.contains("ssh-privatekey"), "{failure}");
+        assert!(failure.message.contains("ssh-privatekey of Secret platform/key"), "{failure}");
         assert_eq!(failure.message.contains("passphrase"), unusable != "not a key", "{failure}");
     }
     let elsewhere = of(sshd.url("/nosuch/repository".as_ref()), None);

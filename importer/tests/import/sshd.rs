@@ -1,10 +1,11 @@
 //! A real ssh server: Debian's, as an ordinary process on a port of loopback, with keys of its own.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -14,9 +15,40 @@ const PROGRAM: &str = "/usr/sbin/sshd";
 /// Where it confines its unprivileged part when root runs it; its service makes this at each boot.
 const CONFINEMENT: &str = "/run/sshd";
 
+/// That directory for as long as a server needs it.
+struct Confinement;
+
+/// How many servers need it, and whether it is here for their sake alone.
+static CONFINED: Mutex<(usize, bool)> = Mutex::new((0, false));
+
+impl Confinement {
+    fn make() -> Self {
+        let mut confined = CONFINED.lock().unwrap_or_else(PoisonError::into_inner);
+        if confined.0 == 0 {
+            confined.1 = match fs::create_dir(CONFINEMENT) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+                made => made.map(|()| true).unwrap(),
+            };
+        }
+        confined.0 += 1;
+        Self
+    }
+}
+
+impl Drop for Confinement {
+    fn drop(&mut self) {
+        let mut confined = CONFINED.lock().unwrap_or_else(PoisonError::into_inner);
+        confined.0 -= 1;
+        if *confined == (0, true) {
+            let _ = fs::remove_dir(CONFINEMENT);
+        }
+    }
+}
+
 /// A running server; ends when dropped.
 pub(crate) struct Sshd {
     process: Child,
+    _confinement: Option<Confinement>,
     directory: TempDir,
     port: u16,
     user: String,
@@ -31,9 +63,7 @@ impl Sshd {
             key(&at(name));
         }
         let user = output(Command::new("id").arg("-un"));
-        if user == "root" {
-            fs::create_dir_all(CONFINEMENT).unwrap();
-        }
+        let confinement = (user == "root").then(Confinement::make);
         // Free a moment ago; the server itself cannot be asked to choose one.
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let config = format!(
@@ -52,7 +82,7 @@ impl Sshd {
             .stderr(log)
             .spawn()
             .expect("Debian's openssh-server is installed (e2e/third-party/build-packages.sh)");
-        let mut server = Self { process, directory, port, user };
+        let mut server = Self { process, _confinement: confinement, directory, port, user };
         server.wait();
         server
     }
