@@ -4,6 +4,7 @@
 //! <root>/lazy/mnt            where the lazy layer is mounted
 //! <root>/lazy/catalog        objects that it may be asked for: 32 bytes of digest, 8 of size (little endian), each
 //! <root>/lazy/opened         numbers of objects in the order in which they were first opened through it, 8 bytes each
+//! <root>/lazy/needed         an empty file: there are sessions whose contents are not all in the engine's objects
 //! <pool>/lazy/<boot>/ab/cd…  contents that it has fetched and the engine has not taken over yet
 //! ```
 //!
@@ -59,6 +60,11 @@ impl Places {
     /// The list of what was opened.
     pub fn opened(&self) -> PathBuf {
         self.root.join("opened")
+    }
+
+    /// What is there as long as a session depends on the layer; the engine writes and removes it.
+    pub fn needed(&self) -> PathBuf {
+        self.root.join("needed")
     }
 
     /// The objects of the engine: only it writes there.

@@ -13,9 +13,8 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use aether_cas::lazy::{Catalog, Places, append_to_catalog, read_opened};
@@ -55,8 +54,12 @@ pub struct Incomplete {
 /// The lazy layer as the engine sees it.
 pub(crate) struct Lazy {
     places: Places,
+    /// Held by who asks whether the layer answers: one question at a time, and who comes meanwhile waits for his turn.
+    turn: Mutex<()>,
     /// A question that was never answered.
     asking: Arc<AtomicBool>,
+    /// Held while trees become incomplete or complete and the layer is told.
+    telling: Mutex<()>,
 }
 
 impl Lazy {
@@ -74,11 +77,12 @@ impl Lazy {
                 fs::remove_dir_all(&path).at("remove", &path)?;
             }
         }
-        Ok(Self { places, asking: Arc::default() })
+        Ok(Self { places, turn: Mutex::default(), asking: Arc::default(), telling: Mutex::default() })
     }
 
     /// Whether the layer is mounted and answers in time.
     fn answers(&self) -> bool {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         if self.asking.swap(true, Ordering::SeqCst) {
             return false;
         }
@@ -108,6 +112,11 @@ impl Lazy {
 }
 
 impl Engine {
+    /// Whether sessions can be mounted before their contents are here: the lazy layer is configured, mounted and answers.
+    pub async fn lazy_layer_answers(&self) -> Result<bool> {
+        self.run(|inner| Ok(inner.config.lazy && inner.lazy.as_ref().is_some_and(Lazy::answers))).await
+    }
+
     /// As [`ensure_image`](Self::ensure_image), but the contents may come later: they are fetched when they are first read,
     /// and by [`hydrate`](Self::hydrate), which is to be called for what [`incomplete`](Self::incomplete) lists. `source`
     /// names whose sessions want the tree.
@@ -125,7 +134,7 @@ impl Engine {
         on_progress: OnProgress<'_>,
     ) -> Result<Image> {
         let id = ImageId::new(root, owner);
-        let answers = self.run(|inner| Ok(inner.config.lazy && inner.lazy.as_ref().is_some_and(Lazy::answers))).await?;
+        let answers = self.lazy_layer_answers().await?;
         let there = |inner: &Inner| Ok::<_, Error>(inner.state.image(id)?.is_some());
         if !answers || (there(&self.inner)? && self.inner.state.incomplete(root)?.is_none()) {
             return self.ensure_image(root, owner, remote, on_progress).await;
@@ -215,7 +224,24 @@ impl Inner {
         }
         let catalog = lazy.places.catalog();
         append_to_catalog(&catalog, missing).at("write the catalog", &catalog)?;
+        let _telling = lazy.telling.lock().unwrap_or_else(PoisonError::into_inner);
+        let needed = lazy.places.needed();
+        fs::write(&needed, []).at("write", &needed)?;
         self.state.put_incomplete(&Incomplete { root, source, since: jiff::Timestamp::now().as_second() })
+    }
+
+    /// Tells the lazy layer when nothing here depends on it any more.
+    pub(crate) fn tell_whether_needed(&self) -> Result<()> {
+        let Some(lazy) = &self.lazy else { return Ok(()) };
+        let _telling = lazy.telling.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.state.incompletes()?.is_empty() {
+            return Ok(());
+        }
+        let needed = lazy.places.needed();
+        match fs::remove_file(&needed) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &needed, error)),
+            _ => Ok(()),
+        }
     }
 
     /// The contents of a tree that are not here: first those of `first`, then in order of path.
@@ -267,7 +293,8 @@ impl Inner {
                 tracing::warn!(%error, "what sessions opened first is not remembered");
             }
         }
-        self.rebind(root)
+        self.rebind(root)?;
+        self.tell_whether_needed()
     }
 
     /// Remembers what sessions of the tree's source opened first.
