@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use aether_api::names;
 use aether_proto::csi::v1::identity_server::Identity;
 use aether_proto::csi::v1::plugin_capability::{self, service};
 use aether_proto::csi::v1::{
@@ -11,10 +12,7 @@ use aether_proto::csi::v1::{
 use aether_runtime::Readiness;
 use tonic::{Request, Response, Status};
 
-/// Name of the driver, in CSIDriver objects, volumes and socket paths.
-pub(crate) const DRIVER: &str = "csi.aether.dev";
-
-/// Answers for [`DRIVER`]. On a node it advertises no plugin capability: the Controller service is another process, and there
+/// Answers for [`names::CSI_DRIVER`]. On a node it advertises no plugin capability: the Controller service is another process, and there
 /// is no topology, because a session can be mounted anywhere.
 #[derive(Clone, Debug)]
 pub(crate) struct IdentityService {
@@ -43,7 +41,7 @@ impl Identity for IdentityService {
         _: Request<GetPluginInfoRequest>,
     ) -> Result<Response<GetPluginInfoResponse>, Status> {
         Ok(Response::new(GetPluginInfoResponse {
-            name: DRIVER.into(),
+            name: names::CSI_DRIVER.into(),
             vendor_version: env!("CARGO_PKG_VERSION").into(),
             manifest: HashMap::new(),
         }))

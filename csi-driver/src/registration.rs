@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use aether_api::names::CSI_DRIVER;
 use aether_proto::registration::registration_server::{Registration, RegistrationServer};
 use aether_proto::registration::{InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse};
 use anyhow::{Context, anyhow};
@@ -16,7 +17,6 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 use tracing::{error, info};
 
-use crate::identity::DRIVER;
 use crate::transport::Socket;
 
 /// Type of a CSI plugin, as the kubelet spells it.
@@ -43,8 +43,8 @@ impl Paths {
     /// For a kubelet whose root directory, usually `/var/lib/kubelet`, is at the same path here.
     #[must_use]
     pub(crate) fn below(kubelet: &Path) -> Paths {
-        let csi = kubelet.join("plugins").join(DRIVER).join("csi.sock");
-        let registration = kubelet.join("plugins_registry").join(format!("{DRIVER}-reg.sock"));
+        let csi = kubelet.join("plugins").join(CSI_DRIVER).join("csi.sock");
+        let registration = kubelet.join("plugins_registry").join(format!("{CSI_DRIVER}-reg.sock"));
         Paths { endpoint: csi.clone(), csi, registration }
     }
 }
@@ -73,7 +73,7 @@ pub(crate) async fn serve(paths: &Paths, token: CancellationToken) -> anyhow::Re
     // The kubelet keeps its connection as long as it likes; what counts is that it got its answer.
     let _ = tokio::time::timeout(LINGER, server).await;
     match reason {
-        Some(reason) => Err(anyhow!("the kubelet refused to register {DRIVER}: {reason}")),
+        Some(reason) => Err(anyhow!("the kubelet refused to register {CSI_DRIVER}: {reason}")),
         None => Ok(()),
     }
 }
@@ -89,7 +89,7 @@ impl Registration for Service {
     async fn get_info(&self, _: Request<InfoRequest>) -> Result<Response<PluginInfo>, Status> {
         Ok(Response::new(PluginInfo {
             r#type: PLUGIN_TYPE.into(),
-            name: DRIVER.into(),
+            name: CSI_DRIVER.into(),
             endpoint: self.endpoint.clone(),
             supported_versions: vec![CSI_VERSION.into()],
         }))
@@ -101,9 +101,9 @@ impl Registration for Service {
     ) -> Result<Response<RegistrationStatusResponse>, Status> {
         let status = request.into_inner();
         if status.plugin_registered {
-            info!(driver = DRIVER, "registered with the kubelet");
+            info!(driver = CSI_DRIVER, "registered with the kubelet");
         } else {
-            error!(driver = DRIVER, "the kubelet refused to register the driver: {}", status.error);
+            error!(driver = CSI_DRIVER, "the kubelet refused to register the driver: {}", status.error);
             self.refused.send_replace(Some(status.error));
         }
         Ok(Response::new(RegistrationStatusResponse {}))

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use aether_api::conditions::{self, COMPLETE, FAILED, Wanted, reason};
 use aether_api::names::{ORIGIN_LABEL, ORIGIN_SAFETY, RESTORE_UID_ANNOTATION, SESSION_UID_LABEL};
+use aether_api::restore::foreign;
 use aether_api::session::{Durability, Head};
 use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherRestore, AetherRestoreStatus, AetherSession};
 use kube::core::ObjectMeta;
@@ -220,18 +221,8 @@ fn next(restore: &AetherRestore, found: &Found) -> Step {
             format!("AetherCheckpoint {checkpoint_name} is not in the store yet"),
         );
     };
-    let source = |base: Option<&aether_api::session::Base>| {
-        base.and_then(|base| Some((base.source_namespace.clone()?, base.source_name.clone()?)))
-    };
-    let (ours, theirs) =
-        (source(session.status.as_ref().and_then(|about| about.base.as_ref())), source(target.base.as_ref()));
-    if ours.is_some() && theirs.is_some() && ours != theirs {
-        return Step::Fail(
-            reason::INVALID,
-            format!(
-                "AetherCheckpoint {checkpoint_name} is of another source than AetherSession {name}: make a session from the checkpoint instead"
-            ),
-        );
+    if let Some(why) = foreign(session, checkpoint) {
+        return Step::Fail(reason::INVALID, why);
     }
     if session.head_root().is_none() {
         return Step::Wait(reason::SESSION_NOT_READY, format!("AetherSession {name} has no tree in the store yet"));

@@ -5,8 +5,9 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::AetherSession;
 use crate::conditions::{self, RESTORED, Wanted, reason};
+use crate::session::Base;
+use crate::{AetherCheckpoint, AetherSession};
 
 /// Takes a session back to a checkpoint, once, after a safety checkpoint. Works on a mounted session too.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
@@ -97,10 +98,26 @@ impl AetherRestore {
     }
 }
 
+/// Why a session cannot be taken back to a checkpoint: each says which source it began with, and it is not the same one.
+pub fn foreign(session: &AetherSession, checkpoint: &AetherCheckpoint) -> Option<String> {
+    let of =
+        |base: Option<&Base>| base.and_then(|base| Some((base.source_namespace.clone()?, base.source_name.clone()?)));
+    let ours = of(session.status.as_ref().and_then(|status| status.base.as_ref()))?;
+    let theirs = of(checkpoint.status.as_ref().and_then(|status| status.base.as_ref()))?;
+    let name = |name: &Option<String>| name.clone().unwrap_or_default();
+    (ours != theirs).then(|| {
+        format!(
+            "AetherCheckpoint {} is of another source than AetherSession {}: make a session from the checkpoint instead",
+            name(&checkpoint.metadata.name),
+            name(&session.metadata.name)
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::AetherSessionStatus;
+    use crate::{AetherCheckpointStatus, AetherSessionStatus};
 
     #[test]
     fn a_session_tells_which_restore_moved_it() {
@@ -120,5 +137,30 @@ mod tests {
         assert!(!restore("back", Some("r-2")).has_moved(&session), "another of the same name");
         assert!(!restore("back", Some("1")).has_moved(&session), "the end of its uid");
         assert!(!restore("back", None).has_moved(&session), "one that is not made yet");
+    }
+
+    #[test]
+    fn a_session_is_not_taken_to_a_checkpoint_of_another_source() {
+        let base = |source: Option<&str>| Base {
+            root: None,
+            source_namespace: source.map(|_| "platform".into()),
+            source_name: source.map(Into::into),
+            revision: None,
+            revision_root: None,
+            owner: Default::default(),
+        };
+        let between = |ours: Option<&str>, theirs: Option<&str>| {
+            let mut session = AetherSession::new("fix", Default::default());
+            session.status = Some(AetherSessionStatus { base: Some(base(ours)), ..Default::default() });
+            let mut checkpoint = AetherCheckpoint::new("good", Default::default());
+            checkpoint.status = Some(AetherCheckpointStatus { base: Some(base(theirs)), ..Default::default() });
+            foreign(&session, &checkpoint)
+        };
+        let said = between(Some("linux"), Some("windows")).unwrap();
+        assert!(said.contains("good") && said.contains("fix"), "{said}");
+        assert_eq!(between(Some("linux"), Some("linux")), None);
+        // One that says nothing, as an older one may, is not refused.
+        assert_eq!(between(Some("linux"), None), None);
+        assert_eq!(between(None, Some("windows")), None);
     }
 }

@@ -91,6 +91,19 @@ pub struct Owner {
     pub gid: u32,
 }
 
+impl std::str::FromStr for Owner {
+    type Err = String;
+
+    /// `UID:GID`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.split_once(':')
+            .and_then(|(uid, gid)| Some(Self { uid: uid.parse().ok()?, gid: gid.parse().ok()? }))
+            // The kernel means "do not change" by the greatest id.
+            .filter(|owner| owner.uid != u32::MAX && owner.gid != u32::MAX)
+            .ok_or_else(|| format!("owner {text:?} is not of the form UID:GID, such as 1000:1000"))
+    }
+}
+
 /// What a session's changes are kept on.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq, JsonSchema)]
 pub enum Medium {
@@ -295,5 +308,19 @@ impl AetherSession {
     pub fn head_root(&self) -> Option<&str> {
         let status = self.status.as_ref()?;
         status.head.as_ref().map(|head| head.root.as_str()).or_else(|| status.base.as_ref()?.root.as_deref())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_owner_is_two_numbers_that_the_kernel_takes() {
+        assert_eq!("1000:5".parse(), Ok(Owner { uid: 1000, gid: 5 }));
+        for text in ["", "1000", "root:root", "-1:0", "1:2:3", "1000:4294967295", "4294967295:0"] {
+            let said = text.parse::<Owner>().unwrap_err();
+            assert!(said.contains("UID:GID") && said.contains(text), "{said}");
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use aether_api::names::CSI_DRIVER;
 use aether_proto::csi::v1::identity_client::IdentityClient;
 use aether_proto::csi::v1::identity_server::IdentityServer;
 use aether_proto::csi::v1::{GetPluginInfoRequest, ProbeRequest};
@@ -15,7 +16,7 @@ use tonic::transport::{Channel, Endpoint, Server, Uri};
 use super::authority::{Authority, HIGH_WATER, MAX_BLOCK, MAX_FRAME, MAX_LIST, Violation};
 use super::frame::{CONTINUATION, END_HEADERS, END_STREAM, HEADERS, Header, PADDED, PRIORITY};
 use super::*;
-use crate::identity::{DRIVER, IdentityService};
+use crate::identity::IdentityService;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const SOCKET: &[u8] = b"/var/lib/kubelet/plugins_registry/csi.aether.dev-reg.sock";
@@ -512,7 +513,7 @@ async fn a_tonic_client_works_and_the_socket_goes_with_its_server() {
         async move { served(&path, true, token).await }
     });
     let mut client = IdentityClient::new(channel(path.clone()).await);
-    assert_eq!(client.get_plugin_info(GetPluginInfoRequest {}).await.unwrap().into_inner().name, DRIVER);
+    assert_eq!(client.get_plugin_info(GetPluginInfoRequest {}).await.unwrap().into_inner().name, CSI_DRIVER);
     assert_eq!(client.probe(ProbeRequest {}).await.unwrap().into_inner().ready, Some(true));
     assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     drop(client);
@@ -584,7 +585,7 @@ async fn registration_answers_and_reports_a_refusal() {
         let target = paths.registration.clone();
         let mut client = RegistrationClient::new(channel(target).await);
         let info = client.get_info(InfoRequest {}).await.unwrap().into_inner();
-        assert_eq!((&*info.r#type, &*info.name), ("CSIPlugin", DRIVER));
+        assert_eq!((&*info.r#type, &*info.name), ("CSIPlugin", CSI_DRIVER));
         assert_eq!(info.endpoint, scratch.0.join("plugins/csi.aether.dev/csi.sock").display().to_string());
         let status =
             RegistrationStatus { plugin_registered: refusal.is_none(), error: refusal.unwrap_or_default().into() };
