@@ -184,7 +184,7 @@ impl Driver {
                     self.engine.fork_session(&uid, &snapshot).await?;
                 }
                 Beginning::Tree(root) => {
-                    let image = self.engine.ensure_image(root, owner(session), &*self.remote, &|_| {}).await?;
+                    let image = self.image(root, owner(session), &self.wanted(session)).await?;
                     self.engine.create_session_on(self.medium(session), &uid, &image).await?;
                 }
             }
@@ -203,7 +203,7 @@ impl Driver {
             uid: uid.clone(),
         };
         self.sessions.put(put).await?;
-        self.engine.mount_session(&uid).await?;
+        self.mount_session(&uid, session).await?;
         Ok(())
     }
 
@@ -251,7 +251,7 @@ impl Driver {
             Upper::Fenced { .. } => false,
         });
         if !here && let Some(Beginning::Tree(root)) = self.beginning(session).await? {
-            self.engine.ensure_image(root, owner(session), &*self.remote, &|_| {}).await?;
+            self.image(root, owner(session), &self.wanted(session)).await?;
         }
         Ok(())
     }

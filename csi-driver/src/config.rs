@@ -63,6 +63,13 @@ pub(crate) struct Arguments {
     /// What contents that nothing here uses may fill together with those in use, such as 100Gi; no limit without it
     #[arg(long, env = "AETHER_OBJECT_LIMIT")]
     object_limit: Option<Size>,
+    /// Mount sessions before their contents are here, over the lazy layer that aether-lazy serves in the state directory.
+    /// While it does not answer, contents are fetched before the mount
+    #[arg(long, env = "AETHER_LAZY")]
+    lazy: bool,
+    /// What the background may fetch in a second while nobody waits for it, such as 64Mi; no limit without it
+    #[arg(long, env = "AETHER_HYDRATION_BANDWIDTH")]
+    hydration_bandwidth: Option<Size>,
     /// The cgroup below which the kubelet keeps its pods, as a directory, to hold them still during a snapshot; found
     /// by itself unless the node runs several kubelets
     #[arg(long, env = "AETHER_CGROUP_ROOT")]
@@ -149,6 +156,10 @@ pub(crate) struct Config {
     pub memory: Option<u64>,
     /// Bytes for the object cache.
     pub object_limit: Option<u64>,
+    /// Whether sessions may be mounted over the lazy layer.
+    pub lazy: bool,
+    /// Bytes a second for the background.
+    pub hydration_bandwidth: Option<u64>,
     pub cgroup_root: Option<PathBuf>,
     pub http: SocketAddr,
     pub max_volumes: i64,
@@ -183,6 +194,11 @@ impl Config {
         {
             bail!("--memory-size={} is below the 256Mi that btrfs needs", size.0);
         }
+        if let Some(size) = arguments.hydration_bandwidth
+            && size.0 < 1 << 20
+        {
+            bail!("--hydration-bandwidth={} is below 1Mi, with which contents never arrive", size.0);
+        }
         let (node, store) = (arguments.node_name.unwrap_or_default(), arguments.store.unwrap_or_default());
         if node.is_empty() {
             bail!("--node-name is empty");
@@ -205,6 +221,8 @@ impl Config {
             pool,
             memory: arguments.memory_size.map(|size| size.0),
             object_limit: arguments.object_limit.map(|size| size.0),
+            lazy: arguments.lazy,
+            hydration_bandwidth: arguments.hydration_bandwidth.map(|size| size.0),
             cgroup_root: arguments.cgroup_root,
             http: arguments.http,
             max_volumes: i64::from(arguments.max_volumes),
@@ -270,6 +288,7 @@ mod tests {
         assert!(message(&["--pool=directory", "--pool-device=/dev/x"]).contains("btrfs-device only"));
         assert!(message(&["--pool-size=1Mi"]).contains("256Mi"));
         assert!(message(&["--memory-size=1Mi"]).contains("256Mi"));
+        assert!(message(&["--hydration-bandwidth=1Ki"]).contains("1Mi"));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::cluster::Cluster;
 use crate::config::Config;
 use crate::events::Events;
 use crate::failure::{Failure, Result, chain};
+use crate::hydration::Background;
 use crate::lease;
 use crate::metrics::Metrics;
 use crate::moments::Moments;
@@ -43,6 +44,8 @@ pub(crate) struct Driver {
     /// Bounds digests and uploads.
     pub workers: Semaphore,
     pub moments: Moments,
+    /// The fetching of contents that sessions are mounted without.
+    pub background: Background,
     /// Wakes the automatic checkpoints when a session is attached or let go here.
     pub attached: watch::Sender<u64>,
     /// Every task of the process.
@@ -72,6 +75,7 @@ impl Driver {
             target_locks: Locks::default(),
             underway: Mutex::default(),
             moments: Moments::default(),
+            background: Background::default(),
             attached: watch::Sender::new(0),
             config,
             engine,

@@ -19,6 +19,7 @@ use crate::attach::absent;
 use crate::cluster::Patience;
 use crate::driver::{Driver, parse_root};
 use crate::failure::{Failure, Result, status_code};
+use crate::hydration;
 use crate::moments::full_name;
 use crate::records::{Pod, PublishRecord};
 use crate::volume::inline_session_name;
@@ -44,7 +45,7 @@ impl Driver {
         // The image is made before the session is: a source that cannot be fetched makes no object.
         let root = parse_root(&revision.root, &format!("source {}", full_name(&*source)))?;
         let files_of = aether_cas::tree::Owner { uid: owner.uid, gid: owner.gid };
-        self.engine.ensure_image(root, files_of, &*self.remote, &|_| {}).await?;
+        self.image(root, files_of, &hydration::Wanted::of(&source)).await?;
 
         let wanted = build(record, pod, &source, owner);
         let api = self.cluster.sessions.api(&pod.namespace);

@@ -10,6 +10,7 @@ mod controller;
 mod driver;
 mod events;
 mod failure;
+mod hydration;
 mod identity;
 mod inline;
 mod lease;
@@ -85,6 +86,18 @@ async fn main() -> anyhow::Result<()> {
     tasks.spawn(Stage::Work, "node report", driver.node(), move |stop| report::publish(reporting, stop));
     let limiting = driver.clone();
     tasks.essential(Stage::Work, "limits", move |stop| limits::run(limiting, pool_ready, stop));
+    let hydrating = driver.clone();
+    tasks.essential(Stage::Work, "hydration", move |stop| async move {
+        hydration::run(hydrating, stop).await;
+        Ok(())
+    });
+    if driver.config.lazy {
+        let watching = driver.clone();
+        tasks.essential(Stage::Work, "lazy layer", move |stop| async move {
+            hydration::watch_layer(watching, stop).await;
+            Ok(())
+        });
+    }
     serve(&driver, &tasks, readiness)?;
     let waiting = driver.clone();
     tasks.spawn(Stage::Intake, "first lists", "the process", move |stop| async move {
@@ -107,6 +120,7 @@ async fn open_engine(config: &Config) -> anyhow::Result<Engine> {
     };
     setup.memory = config.memory;
     setup.object_limit = config.object_limit;
+    setup.lazy = config.lazy;
     let engine = Engine::open(setup)
         .await
         .with_context(|| format!("cannot open the engine in {}", config.state_dir.display()))?;

@@ -25,6 +25,11 @@ pub(crate) struct Metrics {
     pub digest: Timer,
     pub upload: Timer,
     pub uploaded: Counter,
+    pub hydrated_objects: Counter,
+    pub hydrated_bytes: Counter,
+    pub hydration_failures: Counter,
+    pub incomplete: Gauge,
+    pub lazy_answers: Gauge,
     pub lease_wait: Timer,
     pub takeovers: Counter,
     pub recovered: Counter,
@@ -44,6 +49,19 @@ impl Metrics {
             digest: table.timer("aether_driver_digest", "Time from a snapshot to its tree"),
             upload: table.timer("aether_driver_upload", "Time to bring a tree to the store"),
             uploaded: table.counter("aether_driver_uploaded_bytes", "Bytes of contents sent to the store"),
+            hydrated_objects: table
+                .counter("aether_driver_hydrated_objects", "Contents fetched before a mount or in the background"),
+            hydrated_bytes: table.counter("aether_driver_hydrated_bytes", "Their bytes"),
+            hydration_failures: table.counter(
+                "aether_driver_hydration_failures",
+                "Attempts to complete a tree in the background that failed and are made again",
+            ),
+            incomplete: table.gauge(
+                "aether_driver_incomplete_trees",
+                None,
+                "Trees in use here whose contents are not all here: their sessions depend on the lazy layer",
+            ),
+            lazy_answers: table.gauge("aether_driver_lazy_answers", None, "1 while the lazy layer answers"),
             lease_wait: table.timer("aether_driver_lease_wait", "How long a publish waited for another node"),
             takeovers: table.counter("aether_driver_takeovers", "Sessions taken over from lost nodes"),
             recovered: table

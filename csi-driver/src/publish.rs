@@ -222,15 +222,15 @@ impl Driver {
                 record.view = Some(view.clone());
                 self.publishes.put(record.clone()).await?;
                 self.engine.fork_session(&view, &snapshot.id).await?;
-                self.engine.mount_session(&view).await?;
+                self.mount_session(&view, &session).await?;
                 self.engine.publish(&view, &request.target, true).await?;
                 return Ok(());
             }
             if let Some(root) = session.head_root() {
                 let root = parse_root(root, &format!("session {}", full_name(&*session)))?;
-                let image = self.engine.ensure_image(root, owner(&session), &*self.remote, &|_| {}).await?;
+                let image = self.image(root, owner(&session), &self.wanted(&session)).await?;
                 self.publishes.put(record.clone()).await?;
-                self.engine.publish_image(&image, &request.target).await?;
+                self.show_image(&image, &request.target, &session).await?;
                 return Ok(());
             }
             let reason = format!("session {} has nothing to show yet", full_name(&*session));

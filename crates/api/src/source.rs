@@ -47,7 +47,8 @@ pub struct AetherSourceSpec {
     /// The namespaces whose sessions may start from this source, beside its own. `*` is every namespace.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allowed_namespaces: Vec<String>,
-    /// When nodes fetch the contents of a new revision.
+    /// When nodes fetch the contents of a revision. `OnDemand`: as sessions read them, and in the background from the first mount
+    /// on a node on. `Eager`: as soon as the revision exists, on every node, and before a session is mounted.
     #[serde(default)]
     pub hydration: Hydration,
 }
@@ -104,13 +105,15 @@ pub struct ClaimSource {
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
 pub struct EmptySource {}
 
-/// When nodes fetch the contents of a new revision.
+/// When nodes fetch the contents of a revision.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, PartialEq, Eq, JsonSchema)]
 pub enum Hydration {
-    /// When the first session on the node is mounted.
+    /// As sessions on the node read them, and in the background from the first mount on. Where the lazy layer is not served,
+    /// all of them before the first mount.
     #[default]
     OnDemand,
-    /// As soon as the revision exists, on every node, so that no session waits for it. Costs its size on every node.
+    /// As soon as the revision exists, on every node, and all of them before a session is mounted: no read waits for a network.
+    /// Costs its size on every node.
     Eager,
 }
 

@@ -181,7 +181,7 @@ async fn work(
             writers.doubts.join("; ")
         )));
     }
-    driver.engine.mount_session(&uid).await?;
+    driver.mount_session(&uid, session).await?;
     let report = driver.engine.restore_in_place(&uid, target, &writers.cgroups, &*driver.remote).await?;
     tracing::info!(restore = full_name(restore), bytes = report.bytes, "restored");
     let applied = Applied {

@@ -8,6 +8,7 @@ use aether_cas::tree::Owner;
 
 use crate::driver::{Driver, parse_root};
 use crate::failure::Result;
+use crate::hydration::Wanted;
 use crate::moments::full_name;
 
 /// Fetches the newest revision of an eager source, as its usual owner sees it.
@@ -21,6 +22,6 @@ pub(super) async fn reconcile(source: Arc<AetherSource>, driver: Arc<Driver>) ->
     let root = parse_root(&revision.root, &format!("source {}", full_name(&*source)))?;
     let owner = Owner { uid: names::DEFAULT_OWNER.0, gid: names::DEFAULT_OWNER.1 };
     let _permit = driver.workers.acquire().await.map_err(|_| crate::failure::Failure::Lost("worker pool"))?;
-    driver.engine.ensure_image(root, owner, &*driver.remote, &|_| {}).await?;
+    driver.image(root, owner, &Wanted::of(&source)).await?;
     Ok(())
 }

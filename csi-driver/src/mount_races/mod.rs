@@ -1,5 +1,6 @@
 //! What races, kills and lost answers must not cost, with the real engine and an API server in memory. As root: it mounts.
 
+mod hydrating;
 mod leaving;
 mod limits;
 mod publishing;
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 use aether_api::session::{Attachment, Base, Owner, SourceReference};
 use aether_api::{AetherCheckpoint, AetherSession, AetherSessionSpec, AetherSessionStatus};
 use aether_cas::tree::Directory;
-use aether_cas::{MemoryStore, Store as _};
+use aether_cas::{Blob, MemoryStore, Store as _};
 use aether_engine::Engine;
 use aether_engine::pool::PoolConfig;
 use aether_engine::testing::isolated;
@@ -45,8 +46,13 @@ impl Node {
         let tree = Directory::default();
         let store = MemoryStore::new();
         store.write(tree.blob(), tree.encode()).await.unwrap();
+        Self::with_base(root, store, tree.blob(), &[]).await
+    }
+
+    /// The session's tree is in the store; the driver has further arguments.
+    async fn with_base(root: &Path, store: MemoryStore, tree: Blob, arguments: &[&str]) -> Self {
         let base = Base {
-            root: Some(tree.blob().to_string()),
+            root: Some(tree.to_string()),
             source_namespace: None,
             source_name: None,
             revision: None,
@@ -61,7 +67,7 @@ impl Node {
         session.metadata.uid = Some(UID.into());
         session.status = Some(AetherSessionStatus { base: Some(base), ..AetherSessionStatus::default() });
         server.put(&session);
-        let driver = driver(root, &server, store).await.unwrap();
+        let driver = driver_with(root, &server, store, arguments).await.unwrap();
         Self { driver: Arc::new(driver), server, root: root.to_owned() }
     }
 
@@ -102,15 +108,20 @@ fn take_over(server: &ApiServer) {
 
 /// A driver whose kubelet keeps cgroups in the directory `cgroup`.
 async fn driver(root: &Path, server: &ApiServer, store: MemoryStore) -> Result<Driver> {
+    driver_with(root, server, store, &[]).await
+}
+
+async fn driver_with(root: &Path, server: &ApiServer, store: MemoryStore, more: &[&str]) -> Result<Driver> {
     let state = format!("--state-dir={}", root.join("state").display());
     let cgroups = root.join("cgroup");
     fs::create_dir_all(cgroups.join("kubepods")).unwrap();
     let cgroups = format!("--cgroup-root={}", cgroups.display());
     let arguments =
         ["aether-csi-driver", "--node-name=a", "--store=http://127.0.0.1:9", "--pool=directory", &state, &cgroups];
-    let config = Config::new(Arguments::parse_from(arguments)).unwrap();
+    let config = Config::new(Arguments::parse_from(arguments.iter().chain(more))).unwrap();
     let mut engine = aether_engine::Config::new(&config.state_dir);
     engine.pool = PoolConfig::Directory;
+    engine.lazy = config.lazy;
     let engine = Engine::open(engine).await.unwrap();
     let metrics = Metrics::new(&aether_runtime::Metrics::new());
     Driver::new(config, engine, Arc::new(store), server.client(), metrics, Tasks::new())
