@@ -29,15 +29,16 @@ pub const TAG: &str = "dev";
 pub const TOOLS: &str = "docker.io/aether/tools:dev";
 
 /// The product's images and their programs; the first is the entry point.
-const COMPONENTS: [(&str, &[&str]); 5] = [
+const COMPONENTS: [(&str, &[&str]); 6] = [
     ("operator", &["aether-operator"]),
     ("driver", &["aether-csi-driver", "aether-node"]),
+    ("lazy", &["aether-lazy"]),
     ("store", &["aether-store-node"]),
     ("importer", &["aether-importer"]),
     ("review", &["aether-review"]),
 ];
 /// Parts that run as pods of the chart, and so must be rolled when their image is another one.
-const RUNNING: [&str; 4] = ["operator", "driver", "store", "review"];
+const RUNNING: [&str; 5] = ["operator", "driver", "lazy", "store", "review"];
 /// Copied into any image, so it is linked statically; `make build` names the target for it.
 const STATIC_WORKER: &str = "x86_64-unknown-linux-gnu/debug/aether-worker";
 

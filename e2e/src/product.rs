@@ -71,6 +71,12 @@ async fn install(cluster: &Cluster, digests: &[(&str, &str)]) -> Result<()> {
         "store.nodeSelector.kubernetes\\.io/hostname=node-1",
         "--set",
         "driver.pool.size=4Gi",
+        // A cluster that is kept gets the lazy server that was just built.
+        "--set",
+        "lazy.updateStrategy=RollingUpdate",
+        // Slow, so that there is a time in which contents are still missing.
+        "--set",
+        "lazy.bandwidth=4Mi",
     ];
     args.extend(digests.iter().flat_map(|set| ["--set-string", set.as_str()]));
     tools.helm(&args).await?;
