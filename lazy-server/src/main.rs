@@ -2,8 +2,8 @@
 //!
 //! The process that is started mounts and holds the connection to the kernel; a child of it answers. When the child
 //! dies, another takes over, and readers notice nothing. The parent does next to nothing, so that nothing ends it but
-//! the wish that it ends: then what is missing on the node is fetched and, where an engine is at work, taken over by it,
-//! as far as the time allows, and the layer is taken away.
+//! the wish that it ends: then, if sessions need the layer, what is missing on the node is fetched, and taken over by the
+//! engine, as far as the time allows, and the layer is taken away.
 
 use std::io;
 use std::net::SocketAddr;
@@ -121,11 +121,13 @@ fn hold(arguments: &Arguments, runtime: &tokio::runtime::Runtime) -> anyhow::Res
         }
     })?;
     let began = Instant::now();
-    if let Err(error) = runtime.block_on(fetch_rest(arguments)) {
+    let needed = Places::new(&arguments.state_dir).needed();
+    if needed.exists()
+        && let Err(error) = runtime.block_on(fetch_rest(arguments))
+    {
         tracing::warn!(%error, "contents that are missing stay away until the layer is served again");
     }
     // Sessions look for what was fetched among the engine's objects, where only the engine puts it.
-    let needed = Places::new(&arguments.state_dir).needed();
     while needed.exists() && began.elapsed() < Duration::from_secs(arguments.grace) {
         std::thread::sleep(TAKEN_OVER);
     }

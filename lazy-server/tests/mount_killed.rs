@@ -111,6 +111,21 @@ fn a_reader_that_is_blocked_across_a_kill_gets_its_bytes() {
     });
 }
 
+/// Ends the program while its layer is needed; the test takes over what it fetches in the engine's place.
+fn end_while_needed(world: &World, program: Program) {
+    fs::write(world.places.needed(), []).unwrap();
+    program.terminate();
+    wait_for("everything is fetched", || world.files.keys().all(|name| fetched(world, name).is_some()));
+    assert!(mount::find_mount(&world.places.mountpoint()).unwrap().is_some(), "it waits for the engine");
+    for name in world.files.keys() {
+        assert_eq!(fetched(world, name).as_ref(), Some(&world.files[name]), "{name}");
+        world.put_object(name);
+    }
+    fs::remove_file(world.places.needed()).unwrap();
+    program.join();
+    assert!(mount::find_mount(&world.places.mountpoint()).unwrap().is_none());
+}
+
 #[test]
 fn what_is_missing_is_fetched_before_it_leaves() {
     isolated("what_is_missing_is_fetched_before_it_leaves", |root| {
@@ -118,17 +133,20 @@ fn what_is_missing_is_fetched_before_it_leaves() {
         let world = World::new(root, files);
         let program = start(&world);
         let view = world.session("a");
-        program.end();
-        assert!(mount::find_mount(&world.places.mountpoint()).unwrap().is_none());
-        // The engine takes over what was fetched; this does it in its place.
-        for (name, bytes) in &world.files {
-            assert_eq!(&fetched(&world, name).unwrap(), bytes, "{name}");
-            world.put_object(name);
-        }
+        end_while_needed(&world, program);
         mount::rebind(&view).unwrap();
         for (name, bytes) in &world.files {
             assert_eq!(&fs::read(view.join(name)).unwrap(), bytes, "{name}");
         }
+    });
+}
+
+#[test]
+fn nothing_is_fetched_before_it_leaves_when_nobody_needs_it() {
+    isolated("nothing_is_fetched_before_it_leaves_when_nobody_needs_it", |root| {
+        let world = World::new(root, BTreeMap::from([("one".to_owned(), vec![7; 50_000])]));
+        start(&world).end();
+        assert_eq!(world.server.behaviour.whole.load(Ordering::SeqCst), 0);
     });
 }
 
@@ -143,11 +161,8 @@ fn the_bandwidth_of_the_background_is_not_that_of_readers() {
         assert!(fs::read(world.session("a").join("read")).unwrap() == world.files["read"]);
         assert!(began.elapsed() < Duration::from_secs(20), "100 s with the limit: {:?}", began.elapsed());
         let began = Instant::now();
-        program.end();
+        end_while_needed(&world, program);
         assert!(began.elapsed() >= Duration::from_millis(1900), "19 are paid for: {:?}", began.elapsed());
-        for (name, bytes) in &world.files {
-            assert_eq!(fetched(&world, name).as_ref(), Some(bytes), "{name}");
-        }
     });
 }
 

@@ -2,15 +2,17 @@
 //!
 //! ```text
 //! <root>/lazy/mnt            where the lazy layer is mounted
-//! <root>/lazy/catalog        objects that it may be asked for: 32 bytes of digest, 8 of size (little endian), each
+//! <root>/lazy/catalog        a head, and objects that it may be asked for: 32 bytes of digest, 8 of size (little endian), each
 //! <root>/lazy/opened         numbers of objects in the order in which they were first opened through it, 8 bytes each
 //! <root>/lazy/needed         an empty file: there are sessions whose contents are not all in the engine's objects
 //! <pool>/lazy/<boot>/ab/cd…  contents that it has fetched and the engine has not taken over yet
 //! ```
 //!
-//! The catalog only grows, and the number of an object is the place of its first record: it stays the same for every
-//! reader at every time. Sizes are in it because a store is asked by digest and size. A wrong record does no harm: what
-//! is fetched is verified against both.
+//! The head of the catalog names the boot in which it was begun (32 bytes) and the number of its first object (8 bytes);
+//! those that follow have the next numbers. The kernel knows objects by their numbers for as long as it runs. So the catalog
+//! only grows, by objects that are not in it; the engine begins it anew after a boot, with what is missing then, and with
+//! numbers that no earlier one has given out. Sizes are in it because a store is asked by digest and size. A wrong record
+//! does no harm: what is fetched is verified against both.
 //!
 //! Fetched contents are verified but not synced. Those of an earlier boot may be torn, so nobody looks at them.
 
@@ -82,43 +84,126 @@ impl Places {
     /// # Errors
     /// When the kernel does not name the boot.
     pub fn fetched_now(&self) -> io::Result<PathBuf> {
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-        Ok(self.fetched().join(boot.trim()))
+        Ok(self.fetched().join(boot()?))
     }
 }
 
-/// Adds `blobs` to the catalog, durably. A record that a crash cut off is overwritten.
+/// The first record of a catalog.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Head {
+    boot: Digest,
+    first: u64,
+}
+
+impl Head {
+    fn of_this_boot(first: u64) -> io::Result<Self> {
+        Ok(Self { boot: Digest::of(boot()?.as_bytes()), first })
+    }
+
+    /// Of a catalog that is read from its beginning; `None` if it was never begun.
+    fn read(mut file: impl Read) -> io::Result<Option<Self>> {
+        let mut record = [0; RECORD];
+        match file.read_exact(&mut record) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            read => {
+                read?;
+                let (boot, first) = decode(&record);
+                Ok(Some(Self { boot, first }))
+            }
+        }
+    }
+}
+
+fn encode(digest: &Digest, number: u64) -> [u8; RECORD] {
+    let mut record = [0; RECORD];
+    record[..32].copy_from_slice(&digest.0);
+    record[32..].copy_from_slice(&number.to_le_bytes());
+    record
+}
+
+fn decode(record: &[u8]) -> (Digest, u64) {
+    let (digest, number) = record.split_at(32);
+    (Digest(digest.try_into().unwrap_or_default()), u64::from_le_bytes(number.try_into().unwrap_or_default()))
+}
+
+fn boot() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+/// Begins the catalog anew if that was not done since this machine started, durably: with the objects that `missing`
+/// names.
+///
+/// # Errors
+/// Those of the disk.
+pub fn begin_catalog(path: &Path, missing: impl FnOnce() -> Vec<Blob>) -> io::Result<()> {
+    let mut head = Head::of_this_boot(0)?;
+    if let Some(mut file) = open(path)?
+        && let Some(before) = Head::read(&mut file)?
+    {
+        if before.boot == head.boot {
+            return Ok(());
+        }
+        head.first = before.first.saturating_add(file.metadata()?.len() / RECORD as u64);
+    }
+    let unfinished = path.with_extension("new");
+    fs::write(&unfinished, encode(&head.boot, head.first))?;
+    append_to_catalog(&unfinished, missing())?;
+    fs::rename(&unfinished, path)?;
+    if let Some(folder) = path.parent() {
+        File::open(folder)?.sync_all()?;
+    }
+    Ok(())
+}
+
+/// Adds to the catalog those of `blobs` that are not in it, durably. A record that a crash cut off is overwritten.
 ///
 /// # Errors
 /// Those of the disk.
 pub fn append_to_catalog(path: &Path, blobs: impl IntoIterator<Item = Blob>) -> io::Result<()> {
     let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
-    let length = file.metadata()?.len();
-    file.seek(SeekFrom::Start(length - length % RECORD as u64))?;
+    // Whoever else adds to it waits until this is done.
+    file.lock()?;
+    let mut catalog = Catalog::open(path)?;
     let mut records = Vec::new();
+    if catalog.head.is_none() {
+        let head = Head::of_this_boot(0)?;
+        records.extend_from_slice(&encode(&head.boot, head.first));
+        file.set_len(0)?;
+    }
+    file.seek(SeekFrom::Start(catalog.length()))?;
     for blob in blobs {
-        records.extend_from_slice(&blob.digest.0);
-        records.extend_from_slice(&blob.size.to_le_bytes());
+        if catalog.number(&blob.digest).is_none() {
+            catalog.add(blob);
+            records.extend_from_slice(&encode(&blob.digest, blob.size));
+        }
     }
     file.write_all(&records)?;
     file.sync_all()
+}
+
+fn open(path: &Path) -> io::Result<Option<File>> {
+    match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        file => file.map(Some),
+    }
 }
 
 /// The catalog as its reader sees it.
 #[derive(Debug)]
 pub struct Catalog {
     path: PathBuf,
+    head: Option<Head>,
     blobs: Vec<Blob>,
     numbers: HashMap<Digest, u64>,
 }
 
 impl Catalog {
-    /// Reads the catalog. One that is not there yet is empty.
+    /// Reads the catalog. One that was not begun yet in this boot is empty.
     ///
     /// # Errors
     /// Those of the disk.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let mut catalog = Self { path: path.to_owned(), blobs: Vec::new(), numbers: HashMap::new() };
+        let mut catalog = Self { path: path.to_owned(), head: None, blobs: Vec::new(), numbers: HashMap::new() };
         catalog.refresh()?;
         Ok(catalog)
     }
@@ -128,23 +213,44 @@ impl Catalog {
     /// # Errors
     /// Those of the disk.
     pub fn refresh(&mut self) -> io::Result<()> {
-        let file = match File::open(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            file => file?,
-        };
-        let known = (self.blobs.len() * RECORD) as u64;
-        let mut records = Vec::new();
+        let Some(file) = open(&self.path)? else { return Ok(()) };
         let mut file = io::BufReader::new(file);
-        file.seek(SeekFrom::Start(known))?;
+        let Some(head) = Head::read(&mut file)? else { return Ok(()) };
+        if self.head.is_none() {
+            // What an earlier boot knew by its numbers nobody knows any more, and soon the catalog is another.
+            if head != Head::of_this_boot(head.first)? {
+                return Ok(());
+            }
+            self.head = Some(head);
+        }
+        file.seek(SeekFrom::Start(self.length()))?;
+        let mut records = Vec::new();
         file.read_to_end(&mut records)?;
         for record in records.chunks_exact(RECORD) {
-            let (digest, size) = record.split_at(32);
-            let digest = Digest(digest.try_into().unwrap_or_default());
-            let size = u64::from_le_bytes(size.try_into().unwrap_or_default());
-            self.numbers.entry(digest).or_insert(self.blobs.len() as u64);
-            self.blobs.push(Blob { digest, size });
+            let (digest, size) = decode(record);
+            self.add(Blob { digest, size });
         }
         Ok(())
+    }
+
+    fn add(&mut self, blob: Blob) {
+        let number = self.end();
+        self.numbers.entry(blob.digest).or_insert(number);
+        self.blobs.push(blob);
+    }
+
+    /// Bytes of the file that were read.
+    fn length(&self) -> u64 {
+        ((usize::from(self.head.is_some()) + self.blobs.len()) * RECORD) as u64
+    }
+
+    fn first(&self) -> u64 {
+        self.head.map_or(0, |head| head.first)
+    }
+
+    /// The number after the last.
+    fn end(&self) -> u64 {
+        self.first() + self.blobs.len() as u64
     }
 
     /// The number of an object.
@@ -154,7 +260,7 @@ impl Catalog {
 
     /// The object of a number.
     pub fn blob(&self, number: u64) -> Option<Blob> {
-        self.blobs.get(usize::try_from(number).ok()?).copied()
+        self.blobs.get(usize::try_from(number.checked_sub(self.first())?).ok()?).copied()
     }
 
     /// All objects, in order of number.
@@ -176,10 +282,7 @@ pub fn note_opened(path: &Path, number: u64) -> io::Result<()> {
 /// # Errors
 /// Those of the disk.
 pub fn read_opened(path: &Path) -> io::Result<Vec<u64>> {
-    let file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        file => file?,
-    };
+    let Some(file) = open(path)? else { return Ok(Vec::new()) };
     let mut bytes = vec![0; usize::try_from(file.metadata()?.len()).unwrap_or(0)];
     file.read_exact_at(&mut bytes, 0)?;
     let mut seen = std::collections::HashSet::new();
@@ -210,13 +313,55 @@ mod tests {
         OpenOptions::new().append(true).open(&path).unwrap().write_all(&[7; 13]).unwrap();
         catalog.refresh().unwrap();
         assert_eq!(catalog.blobs().len(), 3);
-        append_to_catalog(&path, [blob(1), blob(9)]).unwrap();
+        append_to_catalog(&path, [blob(1), blob(9), blob(9)]).unwrap();
         catalog.refresh().unwrap();
-        assert_eq!(catalog.number(&blob(1).digest), Some(1), "the first record counts");
-        assert_eq!(catalog.blob(4), Some(blob(9)));
-        assert_eq!(catalog.blob(5), None);
+        assert_eq!(catalog.number(&blob(1).digest), Some(1), "what is there is not added again");
+        assert_eq!(catalog.blob(3), Some(blob(9)));
+        assert_eq!(catalog.blob(4), None);
         let again = Catalog::open(&path).unwrap();
-        assert_eq!(again.number(&blob(9).digest), Some(4));
+        assert_eq!(again.number(&blob(9).digest), Some(3));
+    }
+
+    #[test]
+    fn those_who_add_at_the_same_time_lose_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("catalog");
+        std::thread::scope(|scope| {
+            for first in 0..4 {
+                let path = &path;
+                scope.spawn(move || {
+                    for n in (first..100).step_by(2) {
+                        append_to_catalog(path, [blob(n)]).unwrap();
+                    }
+                });
+            }
+        });
+        let mut blobs = Catalog::open(&path).unwrap().blobs().to_vec();
+        blobs.sort_by_key(|blob| blob.size);
+        assert_eq!(blobs, (0..100).map(blob).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_boot_begins_a_catalog_whose_numbers_were_never_given_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("catalog");
+        append_to_catalog(&path, (0..3).map(blob)).unwrap();
+        begin_catalog(&path, || panic!("it is of this boot")).unwrap();
+        // As an earlier boot left it.
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(&[7; 32], 0).unwrap();
+        let mut reader = Catalog::open(&path).unwrap();
+        assert!(reader.blobs().is_empty(), "its numbers mean nothing to this kernel");
+        for _ in 0..2 {
+            begin_catalog(&path, || vec![blob(2), blob(5)]).unwrap();
+        }
+        append_to_catalog(&path, [blob(6)]).unwrap();
+        reader.refresh().unwrap();
+        assert_eq!(reader.blobs(), [blob(2), blob(5), blob(6)]);
+        let first = reader.number(&blob(2).digest).unwrap();
+        assert!(first >= 3, "{first} was given out before");
+        assert_eq!(reader.blob(first + 2), Some(blob(6)));
+        assert_eq!((reader.blob(first - 1), reader.blob(first + 3)), (None, None));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
-use aether_cas::lazy::{Catalog, Places, append_to_catalog, read_opened};
+use aether_cas::lazy::{Catalog, Places, append_to_catalog, begin_catalog, read_opened};
 use aether_cas::transfer::{self, OnProgress, Transferred};
 use aether_cas::tree::{self, Owner};
 use aether_cas::{Blob, Digest, Store, StoreError};
@@ -228,6 +228,24 @@ impl Inner {
         let needed = lazy.places.needed();
         fs::write(&needed, []).at("write", &needed)?;
         self.state.put_incomplete(&Incomplete { root, source, since: jiff::Timestamp::now().as_second() })
+    }
+
+    /// After a boot, tells the lazy layer only what is missing now.
+    pub(crate) fn begin_catalog(&self) -> Result<()> {
+        let Some(lazy) = &self.lazy else { return Ok(()) };
+        let incompletes = self.state.incompletes()?;
+        let missing = || {
+            let of_tree = |incomplete: &Incomplete| {
+                self.missing(incomplete.root, &lazy.wanted(incomplete.source.as_deref())).unwrap_or_else(|error| {
+                    // Whoever hydrates it is told the same, and its sessions get EIO meanwhile.
+                    tracing::warn!(root = %incomplete.root, %error, "nothing of an incomplete tree can be read");
+                    Vec::new()
+                })
+            };
+            incompletes.iter().flat_map(of_tree).collect()
+        };
+        let catalog = lazy.places.catalog();
+        begin_catalog(&catalog, missing).at("begin the catalog", &catalog)
     }
 
     /// Tells the lazy layer when nothing here depends on it any more.

@@ -44,6 +44,7 @@ pub(crate) fn repair(inner: &Inner) -> Result<()> {
             inner.state.remove_incomplete(incomplete.root)?;
         }
     }
+    inner.begin_catalog()?;
     inner.tell_whether_needed()?;
     let sessions = inner.state.sessions()?;
     let named: HashSet<&str> = sessions.iter().map(|session| session.directory.as_str()).collect();

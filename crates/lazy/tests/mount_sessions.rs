@@ -4,11 +4,12 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use aether_cas::lazy::Places;
+use aether_cas::lazy::{Catalog, Places};
 use aether_cas::tree::{Attributes, Directory, Name, Node, Owner};
 use aether_cas::{Blob, LocalStore, MemoryStore, Store};
 use aether_engine::pool::PoolConfig;
@@ -52,12 +53,14 @@ struct TestNode {
     lazy: Option<(Exchange, Metrics)>,
 }
 
+fn config(root: &Path) -> Config {
+    Config { pool: PoolConfig::Image { bytes: 300 << 20 }, lazy: true, ..Config::new(root.join("engine")) }
+}
+
 impl TestNode {
     fn new(root: &Path) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let config =
-            Config { pool: PoolConfig::Image { bytes: 300 << 20 }, lazy: true, ..Config::new(root.join("engine")) };
-        let engine = runtime.block_on(Engine::open(config)).unwrap();
+        let engine = runtime.block_on(Engine::open(config(root))).unwrap();
         let server = Server::default();
         let mut node = Self { runtime, store: MemoryStore::new(), server, engine, lazy: None };
         node.serve();
@@ -196,9 +199,45 @@ fn what_sessions_opened_first_is_fetched_first_for_the_next_revision() {
             node.session("b", second).await;
             // The catalog is written in the order in which contents are wanted.
             let places = Places::new(&node.engine.config().root);
-            let catalog = aether_cas::lazy::Catalog::open(&places.catalog()).unwrap();
+            let catalog = Catalog::open(&places.catalog()).unwrap();
             let wanted: Vec<Blob> = [50, 20, 40, 0, 1].map(|n| Blob::of(&content(n, 64))).to_vec();
             assert_eq!(catalog.blobs()[FILES..FILES + 5], wanted);
+        });
+        node.finish(root);
+    });
+}
+
+#[test]
+fn after_a_boot_the_catalog_has_what_is_missing_then() {
+    isolated("after_a_boot_the_catalog_has_what_is_missing_then", |root| {
+        let mut node = TestNode::new(root);
+        let second = node.runtime.block_on(async {
+            let first = tree(&node.store, &node.server, 0).await;
+            node.session("a", first).await;
+            node.engine.hydrate(first, &node.store, &|_| {}).await.unwrap();
+            let second = tree(&node.store, &node.server, 64).await;
+            node.session("b", second).await;
+            second
+        });
+        // Nothing is mounted any more, and the catalog is an earlier boot's.
+        mount::unmount_below(root).unwrap();
+        let catalog = Places::new(&node.engine.config().root).catalog();
+        node.lazy.take().unwrap().0.join();
+        drop(node.engine);
+        fs::File::options().write(true).open(&catalog).unwrap().write_all(&[0; 32]).unwrap();
+
+        node.engine = node.runtime.block_on(Engine::open(config(root))).unwrap();
+        let now = Catalog::open(&catalog).unwrap();
+        assert_eq!(now.blobs(), (0..FILES).map(|n| Blob::of(&content(n, 64))).collect::<Vec<_>>());
+        assert!(now.number(&now.blobs()[0].digest).unwrap() >= 2 * FILES as u64, "no number is given out twice");
+        node.serve();
+        node.runtime.block_on(async {
+            assert_eq!(
+                node.engine.incomplete().await.unwrap().iter().map(|tree| tree.root).collect::<Vec<_>>(),
+                [second]
+            );
+            let view = node.engine.mount_session("b").await.unwrap();
+            assert_eq!(fs::read(view.join(name(7))).unwrap(), content(7, 64));
         });
         node.finish(root);
     });

@@ -59,10 +59,20 @@ impl Program {
         server.is_some_and(|server| kill_process(server, Signal::KILL).is_ok())
     }
 
-    /// Asks it to end, and sees that it does.
-    pub(crate) fn end(mut self) {
+    /// Asks it to end.
+    pub(crate) fn terminate(&self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
+    }
+
+    /// Waits for its end, which is to be a good one.
+    pub(crate) fn join(mut self) {
         let status = self.child.wait().unwrap();
         assert!(status.success(), "{status}");
+    }
+
+    /// Asks it to end, and sees that it does.
+    pub(crate) fn end(self) {
+        self.terminate();
+        self.join();
     }
 }

@@ -45,6 +45,8 @@ pub(crate) struct Behaviour {
     pub(crate) refuse: AtomicBool,
     /// Stops in the middle of whole contents; parts go on.
     pub(crate) stop_in_the_middle: AtomicBool,
+    /// Milliseconds before each answer.
+    pub(crate) delay: AtomicU64,
     /// Whole contents that were asked for.
     pub(crate) whole: AtomicU64,
     /// Parts that were asked for.
@@ -84,6 +86,7 @@ impl ByteStream for Server {
         if whole && behaviour.refuse.load(Ordering::SeqCst) {
             return Err(Status::internal("no whole contents today"));
         }
+        tokio::time::sleep(Duration::from_millis(behaviour.delay.load(Ordering::SeqCst))).await;
         let waiting = behaviour.clone();
         until(|| !waiting.hang.load(Ordering::SeqCst)).await;
         let hash = request.resource_name.split('/').rev().nth(1).unwrap_or_default().to_owned();
