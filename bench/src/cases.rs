@@ -1,8 +1,8 @@
 //! The cases and their order.
 //!
-//! Subjects take turns within each round, so that whatever disturbs the machine for a while disturbs all of them. The
-//! first round of each is not counted. A subject that has used up its time in a case takes part in no further round
-//! of it.
+//! Subjects take turns within each round, so that whatever disturbs the machine for a while disturbs all of them, and each
+//! round begins with another one, so that none always follows the same. The first round of each is not counted. A subject
+//! that has used up its time in a case takes part in no further round of it.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::report::Measurements;
-use crate::subject::{Idle, Subject};
-use crate::workload::{self, Neighbour, drop_caches, settle, timed};
+use crate::stage::{settle, used_bytes};
+use crate::subject::{Idle, Subject, is_ours};
+use crate::workload::{self, Neighbour, drop_caches, timed};
 
 /// All cases, as they are shown.
 pub(crate) const CASES: &[&str] = &[
@@ -79,8 +80,8 @@ pub(crate) struct Plan {
     /// `tar` of the tree.
     pub(crate) archive: PathBuf,
     /// Directory of `package.json` and its lock, and the cache to install from.
-    pub(crate) npm: (PathBuf, PathBuf),
-    /// Text files of the tree, to change.
+    pub(crate) npm: Option<(PathBuf, PathBuf)>,
+    /// Files of the tree, to change.
     pub(crate) files: Vec<PathBuf>,
 }
 
@@ -113,10 +114,10 @@ impl Plan {
     pub(crate) fn run(&self, subjects: &mut Subjects, measured: &mut Measurements) -> Result<()> {
         if self.wants_any(LIFE) {
             for round in 0..=self.rounds {
-                for subject in &mut *subjects {
+                for turn in turns(subjects.len(), round) {
+                    let subject = &mut subjects[turn];
                     say(&format!("round {round} of {}: a copy of {}", self.rounds, subject.name()));
-                    let result = self.life(&mut **subject, measured);
-                    settle_failure(&**subject, LIFE, result, measured)?;
+                    self.life(&mut **subject, measured)?;
                 }
             }
         }
@@ -126,31 +127,48 @@ impl Plan {
                 for subject in &mut *subjects {
                     say(&format!("memory of {}", subject.name()));
                     let result = idle_memory(&mut **subject, measured);
-                    settle_failure(&**subject, &["memory-per-copy"], result, measured)?;
+                    self.settle_failure(&**subject, &["memory-per-copy"], result, measured)?;
                 }
             }
         }
         Ok(())
     }
 
+    /// A copy from its beginning to its end. A step that fails is missing; the next ones go on.
     fn life(&self, subject: &mut dyn Subject, measured: &mut Measurements) -> Result<()> {
-        let name = subject.name();
         if !LIFE.iter().any(|case| self.due(measured, case, subject)) {
             return Ok(());
         }
-        let before = subject.used_bytes()?;
+        match self.begin_life(subject, measured) {
+            Ok(path) => self.work_in(&path, subject, measured)?,
+            Err(error) => self.settle_failure(subject, LIFE, Err(error), measured)?,
+        }
+        // Also what was made in part: the next one has the same name.
+        let removed = subject.remove("life");
+        self.settle_failure(subject, LIFE, removed, measured)
+    }
+
+    fn begin_life(&self, subject: &mut dyn Subject, measured: &mut Measurements) -> Result<PathBuf> {
+        let name = subject.name();
+        let file_system = subject.file_system();
+        settle(&file_system)?;
+        let before = used_bytes(&file_system)?;
         let (took, path) = timed(|| usable(subject.create("life")?))?;
         if self.due(measured, "create", subject) {
             measured.add("create", name, "ms", took);
         }
         if self.due(measured, "disk-per-copy", subject) {
-            measured.add("disk-per-copy", name, "bytes", subject.used_bytes()?.saturating_sub(before) as f64);
+            measured.add("disk-per-copy", name, "bytes", used_bytes(&file_system)?.saturating_sub(before) as f64);
         }
         // A copying subject has the tree in the page cache by now; read it once for the others too.
         let warm: &[&str] = &["git-status-first", "git-status-warm", "find-warm", "grep-warm"];
         if warm.iter().any(|case| self.due(measured, case, subject)) {
             workload::grep(&path)?;
         }
+        Ok(path)
+    }
+
+    fn work_in(&self, path: &Path, subject: &dyn Subject, measured: &mut Measurements) -> Result<()> {
         let cold = |work: fn(&Path) -> Result<()>| {
             move |path: &Path| {
                 drop_caches()?;
@@ -169,14 +187,18 @@ impl Plan {
             ("small-writes-2000", Box::new(plain(workload::small_writes))),
             (
                 "append-500",
-                Box::new(|path: &Path| timed(|| workload::append(path, &self.files[..500])).map(|(took, ())| took)),
+                Box::new(|path: &Path| {
+                    let files = self.files.get(..500).context("the tree has fewer than 500 files to change")?;
+                    timed(|| workload::append(path, files)).map(|(took, ())| took)
+                }),
             ),
             ("untar", Box::new(|path: &Path| timed(|| workload::untar(&self.archive, path)).map(|(took, ())| took))),
             ("rm-rf", Box::new(plain(workload::rm_rf))),
             (
                 "npm-install",
                 Box::new(|path: &Path| {
-                    timed(|| workload::npm_install(&self.npm.0, &self.npm.1, path)).map(|(took, ())| took)
+                    let (manifest, cache) = self.npm.as_ref().context("nothing to install from")?;
+                    timed(|| workload::npm_install(manifest, cache, path)).map(|(took, ())| took)
                 }),
             ),
             (
@@ -190,23 +212,26 @@ impl Plan {
             ),
         ];
         for (case, step) in steps {
-            // What the next step stands on is done even where it is not measured.
-            let needed = match case {
-                "git-status-first" => self.due(measured, "git-status-warm", subject),
-                "untar" => self.due(measured, "rm-rf", subject),
-                _ => false,
+            // What a later step stands on is done even where it is not measured.
+            let for_which = match case {
+                _ if self.due(measured, case, subject) => case,
+                "git-status-first" => "git-status-warm",
+                "untar" => "rm-rf",
+                _ => continue,
             };
-            let due = self.due(measured, case, subject);
-            if !due && !needed {
+            if !self.due(measured, for_which, subject) {
                 continue;
             }
-            settle(&path)?;
-            let took = step(&path).with_context(|| format!("{case} in a copy of {name}"))?;
-            if due {
-                measured.add(case, name, "ms", took);
-            }
+            let took = settle(&subject.file_system()).and_then(|()| step(path));
+            let took = took.with_context(|| format!("{case} in a copy of {}", subject.name()));
+            let result = took.map(|took| {
+                if case == for_which {
+                    measured.add(case, subject.name(), "ms", took);
+                }
+            });
+            self.settle_failure(subject, &[for_which], result, measured)?;
         }
-        subject.remove("life")
+        Ok(())
     }
 
     /// Forks and checkpoints of a copy that is in use, with more and more changes.
@@ -226,19 +251,21 @@ impl Plan {
             for (index, subject) in subjects.iter_mut().enumerate() {
                 say(&format!("{changes} changed files in a copy of {}", subject.name()));
                 let result = self.prepare(&mut **subject, &mut live[index], changed[index]..changes);
-                changed[index] = changes;
-                settle_failure(&**subject, &cases, result, measured)?;
+                if result.is_ok() {
+                    changed[index] = changes;
+                }
+                self.settle_failure(&**subject, &cases, result, measured)?;
             }
             for round in 0..=self.rounds {
-                for (subject, path) in subjects.iter_mut().zip(&live) {
-                    let Some(path) = path else { continue };
+                for turn in turns(subjects.len(), round) {
+                    let (subject, Some(path)) = (&mut subjects[turn], &live[turn]) else { continue };
                     for case in &cases {
                         if !self.due(measured, case, &**subject) {
                             continue;
                         }
                         say(&format!("round {round} of {}: {case} of {}", self.rounds, subject.name()));
                         let result = self.fork_case(case, &mut **subject, path, measured);
-                        settle_failure(&**subject, &[case], result, measured)?;
+                        self.settle_failure(&**subject, &[case], result, measured)?;
                     }
                 }
             }
@@ -246,7 +273,7 @@ impl Plan {
         for (subject, path) in subjects.iter_mut().zip(live) {
             if path.is_some() {
                 let result = subject.remove("live");
-                settle_failure(&**subject, &[], result, measured)?;
+                self.settle_failure(&**subject, &[], result, measured)?;
             }
         }
         Ok(())
@@ -268,7 +295,7 @@ impl Plan {
             ensure!(Instant::now() < deadline, "changing {} files took over three minutes", changes.len());
             workload::append(path, files)?;
         }
-        settle(path)
+        settle(&subject.file_system())
     }
 
     fn fork_case(
@@ -278,23 +305,24 @@ impl Plan {
         live: &Path,
         measured: &mut Measurements,
     ) -> Result<()> {
-        settle(live)?;
+        settle(&subject.file_system())?;
         let name = subject.name();
         let took = match case {
             "fork-50" => many_forks(subject)?,
             "fork-live-neighbour" => {
                 let path = subject.create("neighbour")?;
-                let neighbour = Neighbour::start(&path)?;
-                let took = one_fork(subject);
-                drop(neighbour);
-                subject.remove("neighbour")?;
-                took?
+                let took = Neighbour::start(&path).and_then(|_neighbour| one_fork(subject));
+                let removed = subject.remove("neighbour");
+                let took = took?;
+                removed?;
+                took
             }
             "fork-live-dirty" => {
                 let big = live.join("bench-dirty");
-                workload::write_big(&big, 100)?;
-                let took = one_fork(subject)?;
-                std::fs::remove_file(big)?;
+                let took = workload::write_big(&big, 100).and_then(|()| one_fork(subject));
+                let removed = std::fs::remove_file(big);
+                let took = took?;
+                removed?;
                 took
             }
             case if case.starts_with("fork-live-") => one_fork(subject)?,
@@ -308,6 +336,35 @@ impl Plan {
         measured.add(case, name, "ms", took);
         Ok(())
     }
+
+    /// A peer that cannot do a case has no row in it; what Aether cannot do is an error of the run.
+    fn settle_failure(
+        &self,
+        subject: &dyn Subject,
+        cases: &[&'static str],
+        result: Result<()>,
+        measured: &mut Measurements,
+    ) -> Result<()> {
+        let Err(error) = result else { return Ok(()) };
+        if is_ours(subject.name()) {
+            return Err(error.context(format!("subject {}", subject.name())));
+        }
+        say(&format!("{} gives up: {error:#}", subject.name()));
+        for case in cases.iter().filter(|case| self.wants(case)) {
+            measured.missing(case, subject.name(), one_line(&error));
+        }
+        Ok(())
+    }
+}
+
+/// An error as a cell of a table.
+pub(crate) fn one_line(error: &anyhow::Error) -> String {
+    format!("{error:#}").replace(['\n', '|'], " ").chars().take(200).collect()
+}
+
+/// The order in which so many take their turns.
+fn turns(count: usize, round: usize) -> impl Iterator<Item = usize> {
+    (0..count).map(move |turn| (turn + round) % count)
 }
 
 /// A copy counts as there when its directory can be listed.
@@ -318,9 +375,10 @@ fn usable(path: PathBuf) -> Result<PathBuf> {
 }
 
 fn one_fork(subject: &mut dyn Subject) -> Result<f64> {
-    let (took, _) = timed(|| usable(subject.fork("live", "fork")?))?;
-    subject.remove("fork")?;
-    Ok(took)
+    let result = timed(|| usable(subject.fork("live", "fork")?));
+    let removed = subject.remove("fork");
+    let (took, _) = result?;
+    removed.map(|()| took)
 }
 
 /// Fifty forks one after the other, all there at the end.
@@ -337,10 +395,9 @@ fn many_forks(subject: &mut dyn Subject) -> Result<f64> {
         }
         Ok(())
     });
-    for n in 0..made {
-        subject.remove(&name(n))?;
-    }
-    result.map(|(took, ())| took)
+    let removed = (0..made).try_for_each(|n| subject.remove(&name(n)));
+    let (took, ()) = result?;
+    removed.map(|()| took)
 }
 
 fn idle_memory(subject: &mut dyn Subject, measured: &mut Measurements) -> Result<()> {
@@ -349,8 +406,8 @@ fn idle_memory(subject: &mut dyn Subject, measured: &mut Measurements) -> Result
         return Ok(());
     }
     let (count, has_processes) = match subject.idle() {
-        Idle::Nothing(reason) => {
-            measured.missing(case, subject.name(), reason);
+        Idle::Nothing => {
+            measured.add(case, subject.name(), "bytes", 0.0);
             return Ok(());
         }
         Idle::Kernel(count) => (count, false),
@@ -376,26 +433,6 @@ fn idle_memory(subject: &mut dyn Subject, measured: &mut Measurements) -> Result
         subject.remove(&name(n))?;
     }
     measured.add(case, subject.name(), "bytes", after.saturating_sub(before) as f64 / count as f64);
-    Ok(())
-}
-
-/// A peer that cannot do a case has no row in it; what Aether cannot do is an error of the run.
-fn settle_failure(
-    subject: &dyn Subject,
-    cases: &[&'static str],
-    result: Result<()>,
-    measured: &mut Measurements,
-) -> Result<()> {
-    let Err(error) = result else { return Ok(()) };
-    if matches!(subject.name(), "aether" | "bare-calls") {
-        return Err(error.context(format!("subject {}", subject.name())));
-    }
-    say(&format!("{} gives up: {error:#}", subject.name()));
-    let mut reason = format!("{error:#}").replace(['\n', '|'], " ");
-    reason.truncate(reason.char_indices().nth(200).map_or(reason.len(), |(at, _)| at));
-    for case in cases {
-        measured.missing(case, subject.name(), reason.clone());
-    }
     Ok(())
 }
 

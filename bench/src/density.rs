@@ -14,12 +14,16 @@ use tokio::runtime::Runtime;
 
 use crate::cases::say;
 use crate::report::{self, show};
-use crate::stage::Storage;
+use crate::stage::{Storage, profile};
 use crate::subject::{OWNER, Source, connect};
 use crate::workload;
 
 /// Size of the node's pool.
-pub(crate) const POOL_GIB: u64 = 8;
+const POOL_GIB: u64 = 5;
+/// Size of what the store lies on.
+const STORE_GIB: u64 = 3;
+/// Both.
+pub(crate) const GIB: u64 = POOL_GIB + STORE_GIB;
 /// One session in so many is edited.
 const EDITED: usize = 10;
 /// How many publishes around a mark its median is taken of.
@@ -70,7 +74,7 @@ struct Mark {
 /// Runs it on the stage `work`.
 pub(crate) fn run(work: &Path, repository: &Path, sessions: usize, out: &Path) -> Result<()> {
     let runtime = Arc::new(tokio::runtime::Builder::new_multi_thread().enable_all().build()?);
-    let ext4 = Storage::make(work, "ext4", 3)?;
+    let ext4 = Storage::make(work, "ext4", STORE_GIB)?;
     say("importing the tree");
     let source = Source::start(&runtime, &ext4.path.join("store"), repository)?;
     let density = measure(&runtime, work, &source, sessions)?;
@@ -81,7 +85,7 @@ pub(crate) fn run(work: &Path, repository: &Path, sessions: usize, out: &Path) -
 }
 
 fn measure(runtime: &Runtime, work: &Path, source: &Source, sessions: usize) -> Result<Density> {
-    let config = Config { pool: PoolConfig::Image { bytes: (POOL_GIB - 3) << 30 }, ..Config::new(work.join("node")) };
+    let config = Config { pool: PoolConfig::Image { bytes: POOL_GIB << 30 }, ..Config::new(work.join("node")) };
     let engine = runtime.block_on(Engine::open(config.clone()))?;
     let store = runtime.block_on(connect(&source.address))?;
     let image = runtime.block_on(engine.ensure_image(source.root, OWNER, &store, &|_| ()))?;
@@ -142,9 +146,9 @@ fn measure(runtime: &Runtime, work: &Path, source: &Source, sessions: usize) -> 
     );
 
     say("mount tables and namespaces");
-    let (mountinfo_read_ms, table) = best(5, || Ok(fs::read("/proc/self/mountinfo")?))?;
+    let (mountinfo_read_ms, table) = median_of(5, || Ok(fs::read("/proc/self/mountinfo")?))?;
     let (namespace_ms, namespace_bytes) = namespace()?;
-    let (list_ms, listed) = best(3, || Ok(runtime.block_on(engine.session_records())?))?;
+    let (list_ms, listed) = median_of(3, || Ok(runtime.block_on(engine.session_records())?))?;
     ensure!(listed.len() == sessions, "{} of {sessions} sessions are listed", listed.len());
 
     say("restart");
@@ -185,7 +189,7 @@ fn measure(runtime: &Runtime, work: &Path, source: &Source, sessions: usize) -> 
         republish_ms: republish / sessions as f64,
         list_ms,
         unpublish_ms: unpublish / some as f64,
-        profile: if cfg!(debug_assertions) { "dev (opt-level 1)".into() } else { "release".into() },
+        profile: profile(),
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
     })
 }
@@ -242,7 +246,7 @@ fn sorted(values: &[f64]) -> Vec<f64> {
 }
 
 /// Median time of some runs, and what the last gave.
-fn best<T>(times: usize, mut work: impl FnMut() -> Result<T>) -> Result<(f64, T)> {
+fn median_of<T>(times: usize, mut work: impl FnMut() -> Result<T>) -> Result<(f64, T)> {
     let (took, mut value) = workload::timed(&mut work)?;
     let mut all = vec![took];
     for _ in 1..times {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use aether_cas::lazy::Places;
 use aether_engine::pool::PoolConfig;
 use aether_engine::{Config, Engine, mount};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
@@ -22,8 +22,8 @@ use tokio::sync::mpsc;
 
 use crate::cases::say;
 use crate::report::Measurements;
-use crate::stage::run;
-use crate::subject::{OWNER, Source, connect};
+use crate::stage::{free_address, run, wait_until};
+use crate::subject::{OWNER, Source, connect, is_ours};
 use crate::workload::{self, drop_caches};
 
 /// Added to each way, and the ends of the cases' names.
@@ -50,7 +50,7 @@ impl Far<'_> {
         if cases.is_empty() {
             return Ok(());
         }
-        for subject in self.subjects.iter().filter(|subject| !matches!(**subject, "aether" | "copy" | "bare-calls")) {
+        for subject in self.subjects.iter().filter(|subject| **subject != "copy" && !is_ours(subject)) {
             for case in &cases {
                 measured.missing(
                     case,
@@ -159,13 +159,12 @@ impl LazyServer {
             .with_context(|| format!("start {}; `make build` builds it", program.display()))?;
         let mut server = Self(server);
         let mountpoint = Places::new(root).mountpoint();
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while mount::find_mount(&mountpoint)?.is_none() {
-            if server.0.try_wait()?.is_some() || Instant::now() > deadline {
-                bail!("no lazy layer: {}", fs::read_to_string(root.join("lazy.log"))?);
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let said = || fs::read_to_string(root.join("lazy.log")).unwrap_or_default();
+        wait_until("the lazy layer", || {
+            ensure!(server.0.try_wait()?.is_none(), "it ended");
+            Ok(mount::find_mount(&mountpoint)?.is_some())
+        })
+        .with_context(|| format!("{}: {}", program.display(), said()))?;
         Ok(server)
     }
 
@@ -193,9 +192,11 @@ struct GitServer {
 
 impl GitServer {
     fn start(repository: &Path) -> Result<Self> {
-        let address = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
-        let child = Command::new("git")
-            .args(["daemon", "--reuseaddr", "--export-all", "--listen=127.0.0.1"])
+        let address = free_address()?;
+        // By its own name: `git` would start it as a child, which nobody would end.
+        let programs = String::from_utf8(run(Command::new("git").arg("--exec-path"))?)?;
+        let child = Command::new(Path::new(programs.trim()).join("git-daemon"))
+            .args(["--reuseaddr", "--export-all", "--listen=127.0.0.1"])
             .arg(format!("--port={}", address.port()))
             .arg(format!("--base-path={}", repository.display()))
             .arg(repository)
@@ -204,11 +205,7 @@ impl GitServer {
             .spawn()
             .context("start git daemon")?;
         let server = Self { address, child };
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while std::net::TcpStream::connect(address).is_err() {
-            ensure!(Instant::now() < deadline, "git daemon does not answer");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_until("git daemon", || Ok(std::net::TcpStream::connect(address).is_ok()))?;
         Ok(server)
     }
 }

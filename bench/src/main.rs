@@ -21,7 +21,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 
-use crate::cases::{CASES, Plan, say};
+use crate::cases::{CASES, Plan, one_line, say};
 use crate::report::{Machine, Measurements, Report};
 use crate::stage::Storage;
 use crate::subject::{Aether, Bare, Copies, FuseOverlay, JuiceFs, Overlay, Snapshots, Subject, Worktree};
@@ -93,6 +93,7 @@ const STORAGES: [(&str, u64, &[&str]); 3] = [
     ("btrfs", 4, &["overlay-by-hand-btrfs", "btrfs-snapshot"]),
 ];
 const POOL: u64 = 4;
+const NO_PEERS: &str = "AETHER_BENCH_PEERS is not set; `make bench` sets it";
 
 /// Which file systems a run needs.
 fn storages(subjects: &[&str]) -> Vec<(&'static str, u64)> {
@@ -116,20 +117,18 @@ fn main() -> Result<ExitCode> {
     };
     if cli.density {
         let repository = repository(&cli, &cache)?;
-        return stage::on_stage(&cache, density::POOL_GIB << 30, |work| {
-            density::run(work, &repository, cli.sessions, &out)
-        });
+        return stage::on_stage(&cache, density::GIB << 30, |work| density::run(work, &repository, cli.sessions, &out));
     }
     let (wanted, subjects) = (choose_cases(&cli.cases)?, choose_subjects(&cli.subjects)?);
     let repository = repository(&cli, &cache)?;
     let lazy = if wanted.iter().any(|case| case.starts_with("lazy-")) { lazy::POOL_GIB } else { 0 };
     let gib = storages(&subjects).iter().map(|(_, gib)| gib).sum::<u64>() + POOL + lazy;
     stage::on_stage(&cache, gib << 30, |work| {
-        let report = compare(work, &cli, &repository, wanted, &subjects)?;
+        let (report, result) = compare(work, &cli, &repository, wanted, &subjects)?;
         report.write(&out.join("report.json"))?;
         println!("{}\n{}\n{}", report.table(), report.aims(), report.reasons());
         say(&format!("the report is {}", out.join("report.json").display()));
-        Ok(())
+        result
     })
 }
 
@@ -165,15 +164,16 @@ fn choose_subjects(asked: &[String]) -> Result<Vec<&'static str>> {
     Ok(if wanted.is_empty() { SUBJECTS.to_vec() } else { wanted })
 }
 
+/// What was measured, and whether all of it could be.
 fn compare(
     work: &Path,
     cli: &Cli,
     repository: &Path,
     wanted: Vec<&'static str>,
     names: &[&'static str],
-) -> Result<Report> {
+) -> Result<(Report, Result<()>)> {
     let load_before = load()?;
-    workload::check_drop_caches()?;
+    workload::check_drop_caches(work)?;
     let runtime = Arc::new(tokio::runtime::Builder::new_multi_thread().enable_all().build()?);
     say("making the file systems");
     let mut made = BTreeMap::new();
@@ -214,7 +214,7 @@ fn compare(
             Err(error) => {
                 say(&format!("{name} cannot be had here: {error:#}"));
                 for case in &wanted {
-                    measured.missing(case, name, format!("it cannot be had here: {error:#}").replace(['\n', '|'], " "));
+                    measured.missing(case, name, format!("it cannot be had here: {}", one_line(&error)));
                 }
             }
         }
@@ -222,16 +222,24 @@ fn compare(
     if names.contains(&"aether") {
         subjects.insert(0, Box::new(aether));
     }
+    if peers.is_none() && wanted.contains(&"npm-install") {
+        for name in names.iter().filter(|name| **name != "bare-calls") {
+            measured.missing("npm-install", name, NO_PEERS);
+        }
+    }
+    let npm = match peers {
+        Some(peers) => Some((manifest()?, peers.join("npm-cache"))),
+        None => None,
+    };
     let plan = Plan {
         archive: archive(repository, work)?,
-        npm: (manifest()?, peers.map(|peers| peers.join("npm-cache")).unwrap_or_default()),
-        files: text_files(repository)?,
+        npm,
+        files: regular_files(repository)?,
         wanted,
         rounds: cli.rounds.into(),
         patience: Duration::from_secs(cli.patience),
     };
-    plan.run(&mut subjects, &mut measured)?;
-    lazy::Far {
+    let far = lazy::Far {
         runtime,
         work,
         source: &source,
@@ -239,14 +247,15 @@ fn compare(
         rounds: plan.rounds,
         wanted: &plan.wanted,
         subjects: names,
-    }
-    .run(&mut measured)?;
+    };
+    let result = plan.run(&mut subjects, &mut measured).and_then(|()| far.run(&mut measured));
+    let broken_off = result.as_ref().err().map(one_line);
     let (rows, missing) = measured.finish();
-    Ok(Report { rows, machine: machine(load_before, &source, missing, peers)? })
+    Ok((Report { rows, machine: machine(load_before, &source, missing, peers)?, broken_off }, result))
 }
 
 fn juicefs(peers: Option<&Path>, storage: &Storage, repository: &Path) -> Result<JuiceFs> {
-    let peers = peers.context("AETHER_BENCH_PEERS is not set; `make bench` sets it")?;
+    let peers = peers.context(NO_PEERS)?;
     JuiceFs::new(&peers.join("juicefs"), storage, repository)
 }
 
@@ -271,7 +280,7 @@ fn archive(repository: &Path, work: &Path) -> Result<PathBuf> {
 }
 
 /// Regular files of the tree in git's order.
-fn text_files(repository: &Path) -> Result<Vec<PathBuf>> {
+fn regular_files(repository: &Path) -> Result<Vec<PathBuf>> {
     let out = stage::run(Command::new("git").arg("-C").arg(repository).args(["ls-tree", "-r", "HEAD"]))?;
     // "100644 blob <id>\t<path>"; 120000 would be a symbolic link, and a quoted path is left alone.
     let lines = std::str::from_utf8(&out)?.lines();
@@ -315,7 +324,7 @@ fn machine(
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
         processors: std::thread::available_parallelism()?.get(),
         memory_bytes: workload::meminfo("MemTotal")?,
-        profile: if cfg!(debug_assertions) { "dev (opt-level 1)".into() } else { "release".into() },
+        profile: stage::profile(),
         date: jiff::Zoned::now().strftime("%Y-%m-%d").to_string(),
         load_before,
         tree_files: source.files,

@@ -7,6 +7,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::subject::is_ours;
+
 /// The row against which `aether` is held for data and metadata work.
 pub(crate) const YARDSTICK: &str = "overlay-by-hand";
 
@@ -33,7 +35,7 @@ pub(crate) struct Missing {
 }
 
 /// Where it was measured.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Machine {
     pub(crate) kernel: String,
@@ -56,6 +58,9 @@ pub(crate) struct Machine {
 pub(crate) struct Report {
     pub(crate) rows: Vec<Row>,
     pub(crate) machine: Machine,
+    /// Why the run ended before its end.
+    #[serde(rename = "brokenOff")]
+    pub(crate) broken_off: Option<String>,
 }
 
 /// Measurements while they are made.
@@ -190,7 +195,11 @@ impl Report {
     pub(crate) fn aims(&self) -> String {
         let mut out = String::from("| aim | case | aether | beside it | ratio | |\n|---|---|--:|--:|--:|---|\n");
         let mut line = |aim: &str, case: &str, ours: &Row, other: &Row, limit: f64| {
-            let value = ours.median / other.median;
+            let value = match other.median {
+                zero if zero <= 0.0 && ours.median <= 0.0 => 1.0,
+                // Infinite beside nothing at all.
+                some => ours.median / some.max(0.0),
+            };
             let [a, b] = [ours, other].map(|row| show(row.median, &row.unit));
             let verdict = if value <= limit { "met" } else { "**not met**" };
             out += &format!("| {aim} | {case} | {a} | {b} ({}) | {} | {verdict} |\n", other.subject, ratio(value));
@@ -211,10 +220,7 @@ impl Report {
             {
                 line("first status within 1.5 times of warm", case, ours, warm, 1.5);
             }
-            let others = self
-                .rows
-                .iter()
-                .filter(|row| row.case == case && !matches!(row.subject.as_str(), "aether" | "bare-calls"));
+            let others = self.rows.iter().filter(|row| row.case == case && !is_ours(&row.subject));
             if let Some(best) = others.min_by(|a, b| a.median.total_cmp(&b.median)) {
                 line("ahead of every other subject", case, ours, best, 1.0);
             }
@@ -247,8 +253,10 @@ impl Report {
     pub(crate) fn markdown(&self) -> String {
         let machine = &self.machine;
         let versions: Vec<_> = machine.versions.iter().map(|(name, version)| format!("{name} {version}")).collect();
+        let broken_off = self.broken_off.as_ref().map(|why| format!("**The run broke off**: {why}\n\n"));
         format!(
-            "Measured {} on Linux {}, {} processors, {} of memory, profile `{}`, load before the run {:.1}; tree of {} files, {}; {}.\n\n### Aims\n\n{}\n### All rows\n\n{}\n### No row\n\n{}",
+            "{}Measured {} on Linux {}, {} processors, {} of memory, profile `{}`, load before the run {:.1}; tree of {} files, {}; {}.\n\n### Aims\n\n{}\n### All rows\n\n{}\n### No row\n\n{}",
+            broken_off.unwrap_or_default(),
             machine.date,
             machine.kernel,
             machine.processors,
@@ -328,6 +336,25 @@ mod tests {
         assert_eq!((rows[0].median, rows[0].min, rows[0].max, rows[0].n), (2.0, 1.0, 3.0, 3));
         assert_eq!((rows[1].median, rows[1].n), (9.0, 1));
         assert_eq!(missing[0].reason, "it cannot");
+    }
+
+    #[test]
+    fn whoever_takes_nothing_is_ahead() {
+        let row = |subject: &str, median| Row {
+            case: "memory-per-copy".into(),
+            subject: subject.into(),
+            unit: "bytes".into(),
+            median,
+            min: median,
+            max: median,
+            n: 1,
+        };
+        let aims = |ours| {
+            let rows = vec![row("aether", ours), row("overlay-by-hand", 900.0), row("copy", 0.0)];
+            Report { rows, machine: Machine::default(), broken_off: None }.aims()
+        };
+        assert!(aims(500.0).contains("| 0 B (copy) | inf | **not met** |"), "{}", aims(500.0));
+        assert!(aims(0.0).contains("| 0 B (copy) | 1.00 | met |"), "{}", aims(0.0));
     }
 
     #[test]

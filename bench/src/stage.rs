@@ -6,9 +6,11 @@
 //! the processes, and the outer program removes the files.
 
 use std::fs::{self, File};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::FlockOperation;
@@ -17,6 +19,8 @@ use rustix::mount::MountFlags;
 const INSIDE: &str = "AETHER_BENCH_STAGE";
 const WORK: &str = "work-";
 const GIB: u64 = 1 << 30;
+/// `BTRFS_SUPER_MAGIC` (include/uapi/linux/magic.h).
+const BTRFS_MAGIC: rustix::fs::FsWord = 0x9123_683E;
 
 /// Runs `body` on a stage of its own. `needs` is how many bytes its file systems will take.
 pub(crate) fn on_stage(cache: &Path, needs: u64, body: impl FnOnce(&Path) -> Result<()>) -> Result<ExitCode> {
@@ -135,11 +139,19 @@ impl Storage {
         run(Command::new("losetup").arg("--detach").arg(&device))?;
         Ok(Self { path })
     }
+}
 
-    /// Bytes that its file system uses, after what is pending was written.
-    pub(crate) fn used_bytes(&self) -> Result<u64> {
-        used_bytes(&self.path)
+/// Waits until nothing that was done before is still under way on the disk: what is pending anywhere is written, and what was
+/// deleted on the file system mounted at `path` is gone. btrfs goes through deleted subvolumes behind the call.
+pub(crate) fn settle(path: &Path) -> Result<()> {
+    rustix::fs::sync();
+    if rustix::fs::statfs(path)?.f_type == BTRFS_MAGIC {
+        // The first wakes the kernel's cleaner, which otherwise comes every half a minute.
+        for what in ["filesystem", "subvolume"] {
+            run(Command::new("btrfs").args([what, "sync"]).arg(path))?;
+        }
     }
+    Ok(())
 }
 
 /// Bytes that the file system at `path` uses, its own structures included.
@@ -172,6 +184,27 @@ fn btrfs_allocation(path: &Path) -> Result<Option<PathBuf>> {
         }
     }
     bail!("/sys/fs/btrfs does not list {}", device.display())
+}
+
+/// Waits half a minute at most until something is there; `what` is said if it is not.
+pub(crate) fn wait_until(what: &str, mut ready: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !ready()? {
+        ensure!(Instant::now() < deadline, "{what} is not there after 30 s");
+        std::thread::sleep(Duration::from_micros(300));
+    }
+    Ok(())
+}
+
+/// A port of the loopback that was free a moment ago, for programs that cannot be asked to choose one. One that was taken
+/// in between is said by the program.
+pub(crate) fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+}
+
+/// The cargo profile of this program, and so of the engine in it.
+pub(crate) fn profile() -> String {
+    if cfg!(debug_assertions) { "dev (opt-level 1)".into() } else { "release".into() }
 }
 
 /// Runs a command to its end; its complaint is the error.

@@ -1,8 +1,7 @@
 //! What is done in a copy of the tree, the same for every subject, and how it is timed.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::io::{IoSliceMut, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -11,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use crate::stage::run;
 
@@ -21,25 +21,29 @@ pub(crate) fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<(f64, T)> {
     Ok((began.elapsed().as_secs_f64() * 1e3, value))
 }
 
-/// Writes back what is pending on the file system of `path`, so that no step pays for the one before it.
-pub(crate) fn settle(path: &Path) -> Result<()> {
-    rustix::fs::syncfs(File::open(path)?.as_fd())?;
-    Ok(())
-}
-
 /// Empties the kernel's caches of pages, directory entries and inodes.
 pub(crate) fn drop_caches() -> Result<()> {
     rustix::fs::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").context("drop the kernel's caches")
 }
 
-/// Whether dropping caches works here: a file that was just read must be read from disk again.
-pub(crate) fn check_drop_caches() -> Result<()> {
-    let cached = || -> Result<u64> { meminfo("Cached") };
-    let before = cached()?;
+/// Whether dropping caches works here: a file that was just written must be read from disk again.
+pub(crate) fn check_drop_caches(directory: &Path) -> Result<()> {
+    let mut file = tempfile::tempfile_in(directory)?;
+    file.write_all(&[1; 1 << 16])?;
+    file.sync_all()?;
+    // Only what needs no disk is read.
+    let is_cached = || {
+        let mut byte = [0];
+        match preadv2(&file, &mut [IoSliceMut::new(&mut byte)], 0, ReadWriteFlags::NOWAIT) {
+            Ok(_) => Ok(true),
+            Err(Errno::AGAIN) => Ok(false),
+            Err(error) => Err(error).context("ask whether a file is cached"),
+        }
+    };
+    ensure!(is_cached()?, "a file that was just written is not cached");
     drop_caches()?;
-    let after = cached()?;
-    ensure!(after <= before, "caches grew from {before} to {after} bytes when they were dropped");
+    ensure!(!is_cached()?, "a file is cached after the caches were dropped");
     Ok(())
 }
 

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use tokio::runtime::Runtime;
 
 use super::{Idle, Subject};
-use crate::stage::used_bytes;
+use crate::stage::free_address;
 
 /// Files of a session belong to whoever works in it; here that is who runs the benchmark.
 pub(crate) const OWNER: Owner = Owner { uid: 0, gid: 0 };
@@ -36,8 +36,7 @@ impl Source {
     pub(crate) fn start(runtime: &Runtime, home: &Path, repository: &Path) -> Result<Self> {
         fs::create_dir_all(home)?;
         let program = std::env::current_exe()?.with_file_name("aether-store-node");
-        let free = || Ok::<_, anyhow::Error>(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?);
-        let (listen, http) = (free()?, free()?);
+        let (listen, http) = (free_address()?, free_address()?);
         let server = Command::new(&program)
             .args(["--listen", &listen.to_string(), "--http", &http.to_string(), "--data-dir"])
             .arg(home.join("data"))
@@ -170,8 +169,8 @@ impl Subject for Aether {
         Ok(self.runtime.block_on(self.engine.delete_snapshot(name))?)
     }
 
-    fn used_bytes(&self) -> Result<u64> {
-        used_bytes(&self.pool())
+    fn file_system(&self) -> PathBuf {
+        self.pool()
     }
 
     fn idle(&self) -> Idle {

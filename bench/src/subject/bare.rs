@@ -14,6 +14,8 @@ use super::{Idle, Subject};
 
 pub(crate) struct Bare {
     home: PathBuf,
+    /// The engine's own file system.
+    shared: PathBuf,
     pool: Btrfs,
     lower: PathBuf,
     objects: PathBuf,
@@ -27,7 +29,7 @@ impl Bare {
         let directory = pool.join("bare");
         fs::create_dir_all(&directory)?;
         fs::create_dir_all(&home)?;
-        Ok(Self { home, pool: Btrfs::open(&directory)?, lower, objects, mounted: BTreeSet::new() })
+        Ok(Self { home, shared: pool, pool: Btrfs::open(&directory)?, lower, objects, mounted: BTreeSet::new() })
     }
 
     fn show(&mut self, copy: &str) -> Result<PathBuf> {
@@ -79,8 +81,8 @@ impl Subject for Bare {
         Ok(self.pool.delete_snapshot(name)?)
     }
 
-    fn used_bytes(&self) -> Result<u64> {
-        crate::stage::used_bytes(self.pool.root().parent().unwrap_or(self.pool.root()))
+    fn file_system(&self) -> PathBuf {
+        self.shared.clone()
     }
 
     fn idle(&self) -> Idle {

@@ -56,8 +56,8 @@ impl Subject for Snapshots {
         Ok(self.pool.delete_snapshot(name)?)
     }
 
-    fn used_bytes(&self) -> Result<u64> {
-        self.storage.used_bytes()
+    fn file_system(&self) -> PathBuf {
+        self.storage.path.clone()
     }
 
     fn idle(&self) -> Idle {

@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use aether_engine::mount::find_mount;
+use anyhow::{Context, Result};
 use rustix::mount::UnmountFlags;
 
 use super::overlay::Layers;
 use super::{Idle, Subject, clone_tree, directory};
-use crate::stage::Storage;
+use crate::stage::{Storage, wait_until};
 
 pub(crate) struct FuseOverlay {
     storage: Storage,
@@ -36,19 +36,9 @@ impl FuseOverlay {
             .spawn()
             .context("start fuse-overlayfs")?;
         self.servers.insert(copy.to_owned(), server);
-        wait_for_mount(&merged)?;
+        wait_until("the mount of fuse-overlayfs", || Ok(find_mount(&merged)?.is_some()))?;
         Ok(merged)
     }
-}
-
-/// Waits until a process has mounted something at `path`.
-pub(super) fn wait_for_mount(path: &Path) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while aether_engine::mount::find_mount(path)?.is_none() {
-        ensure!(Instant::now() < deadline, "nothing was mounted at {} within 30 s", path.display());
-        std::thread::sleep(Duration::from_micros(300));
-    }
-    Ok(())
 }
 
 impl Subject for FuseOverlay {
@@ -73,7 +63,7 @@ impl Subject for FuseOverlay {
     fn remove(&mut self, copy: &str) -> Result<()> {
         if let Some(mut server) = self.servers.remove(copy) {
             let merged = self.layers.merged(copy);
-            if aether_engine::mount::find_mount(&merged)?.is_some() {
+            if find_mount(&merged)?.is_some() {
                 rustix::mount::unmount(&merged, UnmountFlags::empty())
                     .with_context(|| format!("unmount {}", merged.display()))?;
             }
@@ -86,8 +76,8 @@ impl Subject for FuseOverlay {
         self.layers.remove(name)
     }
 
-    fn used_bytes(&self) -> Result<u64> {
-        self.storage.used_bytes()
+    fn file_system(&self) -> PathBuf {
+        self.storage.path.clone()
     }
 
     fn idle(&self) -> Idle {

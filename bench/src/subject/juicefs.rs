@@ -3,24 +3,23 @@
 //! Set up in its favour: everything on this machine, uploads behind the writer's back (`--writeback`), no trash.
 
 use std::fs::{self, File};
-use std::net::TcpListener;
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use aether_engine::mount::find_mount;
+use anyhow::{Context, Result};
 
-use super::fuse::wait_for_mount;
 use super::{Idle, Subject, clone_tree, directory};
-use crate::stage::{Storage, run};
+use crate::stage::{Storage, free_address, run, wait_until};
 
 pub(crate) struct JuiceFs {
     program: PathBuf,
     storage: Storage,
     mount: PathBuf,
     server: Child,
-    /// Ends with the namespace, as every process does; kept so that it is not a zombie before.
-    _redis: Child,
+    /// Both end with the namespace, as every process does.
+    redis: Child,
 }
 
 impl JuiceFs {
@@ -29,23 +28,18 @@ impl JuiceFs {
         for name in ["redis", "objects", "cache", "mount"] {
             fs::create_dir(home.join(name))?;
         }
-        // Free now, and nobody else is in this namespace of processes; a port taken in between is said by redis.
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let redis_at = free_address()?;
         let log = File::create(home.join("log"))?;
         let redis = Command::new("redis-server")
-            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"])
+            .args(["--port", &redis_at.port().to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"])
             .arg("--dir")
             .arg(home.join("redis"))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .spawn()
             .context("start redis-server")?;
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-            ensure!(Instant::now() < deadline, "redis does not answer");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        let address = format!("redis://127.0.0.1:{port}/1");
+        wait_until("redis", || Ok(TcpStream::connect(redis_at).is_ok()))?;
+        let address = format!("redis://{redis_at}/1");
         run(Command::new(program)
             .args(["format", "--storage", "file", "--trash-days", "0", "--bucket"])
             .arg(format!("{}/", home.join("objects").display()))
@@ -62,8 +56,8 @@ impl JuiceFs {
             .stderr(log)
             .spawn()
             .context("start juicefs")?;
-        wait_for_mount(&mount)?;
-        let this = Self { program: program.to_owned(), storage: storage.clone(), mount, server, _redis: redis };
+        wait_until("the mount of juicefs", || Ok(find_mount(&mount)?.is_some()))?;
+        let this = Self { program: program.to_owned(), storage: storage.clone(), mount, server, redis };
         clone_tree(repository, &this.mount.join("base"))?;
         Ok(this)
     }
@@ -103,11 +97,11 @@ impl Subject for JuiceFs {
         self.remove(name)
     }
 
-    fn used_bytes(&self) -> Result<u64> {
-        self.storage.used_bytes()
+    fn file_system(&self) -> PathBuf {
+        self.storage.path.clone()
     }
 
     fn idle(&self) -> Idle {
-        Idle::Processes(3, vec![self.server.id(), self._redis.id()])
+        Idle::Processes(3, vec![self.server.id(), self.redis.id()])
     }
 }

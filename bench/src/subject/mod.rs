@@ -27,8 +27,8 @@ pub(crate) use worktree::Worktree;
 
 /// What an idle copy costs besides disk space.
 pub(crate) enum Idle {
-    /// Nothing that grows with copies.
-    Nothing(&'static str),
+    /// Nothing that grows with copies: they are directories like any other.
+    Nothing,
     /// Memory of the kernel; so many copies are made to measure it.
     Kernel(usize),
     /// Memory of the kernel and of processes.
@@ -55,8 +55,8 @@ pub(crate) trait Subject {
     /// Takes a checkpoint away.
     fn drop_checkpoint(&mut self, name: &str) -> Result<()>;
 
-    /// What its file system uses.
-    fn used_bytes(&self) -> Result<u64>;
+    /// Where its file system is mounted.
+    fn file_system(&self) -> PathBuf;
 
     /// How memory per copy is to be measured.
     fn idle(&self) -> Idle;
@@ -65,6 +65,11 @@ pub(crate) trait Subject {
     fn is_reference(&self) -> bool {
         false
     }
+}
+
+/// Whether a subject is what is measured, rather than a peer of it.
+pub(crate) fn is_ours(subject: &str) -> bool {
+    matches!(subject, "aether" | "bare-calls")
 }
 
 /// Checks the tree out, as a user has it, with an index that git need not refresh.

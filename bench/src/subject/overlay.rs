@@ -112,8 +112,8 @@ impl Subject for Overlay {
         self.layers.remove(name)
     }
 
-    fn used_bytes(&self) -> Result<u64> {
-        self.storage.used_bytes()
+    fn file_system(&self) -> PathBuf {
+        self.storage.path.clone()
     }
 
     fn idle(&self) -> Idle {

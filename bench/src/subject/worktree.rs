@@ -88,11 +88,11 @@ impl Subject for Worktree {
         Ok(())
     }
 
-    fn used_bytes(&self) -> Result<u64> {
-        self.storage.used_bytes()
+    fn file_system(&self) -> PathBuf {
+        self.storage.path.clone()
     }
 
     fn idle(&self) -> Idle {
-        Idle::Nothing("an idle directory takes no memory")
+        Idle::Nothing
     }
 }
