@@ -2,7 +2,7 @@
 //! last durable tree, the mount. How the lease moves is decided in [`crate::lease`].
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use aether_api::session::{Attachment, Base};
 use aether_api::{AetherSession, names};
@@ -20,10 +20,13 @@ use tokio::sync::OwnedMutexGuard;
 
 use crate::cluster::Patience;
 use crate::driver::{Driver, parse_root};
-use crate::failure::{Failure, Result, status_code};
+use crate::failure::{Failure, Result, chain, status_code};
 use crate::lease::{self, Action, Liveness};
 use crate::moments::full_name;
 use crate::records::{Pod, SessionRecord, Upper};
+
+/// The pause before a holder is looked at again when there was no answer to judge by.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A session that is mounted here for writing. It stays so as long as the lock is held; who publishes it before letting
 /// go of the lock keeps it.
@@ -283,14 +286,14 @@ impl Driver {
         let leases = self.node_leases();
         let (node, lease) =
             tokio::try_join!(nodes.get_metadata_opt(holder), leases.get_opt(holder)).map_err(Failure::api(describe))?;
-        Ok(Liveness::judge(node.is_some(), lease.as_ref(), Timestamp::now()))
+        Ok(self.holders.judge(holder, node.is_some(), lease.as_ref(), Instant::now()))
     }
 
     fn node_leases(&self) -> Api<Lease> {
         Api::namespaced(self.cluster.client.clone(), "kube-node-lease")
     }
 
-    /// Waits until the holder lets go, another takes it, or the holder's node lease runs out or disappears.
+    /// Waits until the holder lets go, another takes it, or the holder is lost.
     async fn wait_for_holder(
         &self,
         seen: Arc<AetherSession>,
@@ -305,34 +308,37 @@ impl Driver {
         let attachment = |session: &AetherSession| session.status.as_ref().and_then(|status| status.attachment.clone());
         let mut changes = self.cluster.sessions.changes();
         let mut leases = std::pin::pin!(watcher::watch_object(self.node_leases(), holder));
-        let mut expiry: Option<Instant> = None;
+        let mut again = Instant::now();
         let result = loop {
+        // Tells at once when the node is deleted, and its lease with it.
             let newest = self.latest(seen.clone())?;
             if attachment(&newest) != attachment(&seen) && newest.resource_version() != seen.resource_version() {
                 break Ok(newest);
             }
-            let expired = async {
-                match expiry {
-                    Some(at) => tokio::time::sleep_until(at.into()).await,
-                    None => std::future::pending().await,
-                }
-            };
             tokio::select! {
                 changed = patience.changed(&mut changes, &reason) => if let Err(end) = changed { break Err(end) },
-                // Who asks next reads the lease from the API server: a watch that is behind does no harm.
-                () = expired => break Ok(seen),
-                lease = leases.next() => match lease {
-                    Some(Ok(lease)) => match Liveness::judge(true, lease.as_ref(), Timestamp::now()) {
-                        Liveness::Alive { until } => {
-                            let left = until.duration_since(Timestamp::now());
-                            expiry = Some(Instant::now() + left.unsigned_abs());
+                () = tokio::time::sleep_until(again.into()) => {
+                    let look = tokio::select! {
+                        look = self.liveness(holder) => look,
+                        end = patience.end(&reason) => break Err(end),
+                    };
+                    again = Instant::now() + match look {
+                        Ok(Liveness::Alive { again }) => again,
+                        Ok(liveness) if liveness.lost() => break Ok(seen),
+                        // A node that never had a lease may still be deleted.
+                        Ok(_) => 10 * LOOK_AGAIN,
+                        Err(failure) => {
+                            tracing::warn!(error = chain(&failure), holder, "looking at a node lease");
+                            LOOK_AGAIN
                         }
-                        Liveness::Unknown if expiry.is_none() => {}
-                        _ => break Ok(seen),
-                    },
+                    };
+                }
+                lease = leases.next() => match lease {
+                    Some(Ok(Some(_))) => {}
+                    Some(Ok(None)) => again = Instant::now(),
                     Some(Err(error)) => {
                         tracing::warn!(%error, holder, "watching a node lease");
-                        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                        tokio::time::sleep(LOOK_AGAIN).await;
                     }
                     None => break Ok(seen),
                 },

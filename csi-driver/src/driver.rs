@@ -39,6 +39,8 @@ pub(crate) struct Driver {
     pub session_locks: Locks,
     /// Held while a target changes.
     pub target_locks: Locks,
+    /// What was seen of nodes that hold sessions which are wanted here.
+    pub holders: lease::Holders,
     /// Publishes under way, by target, so that an unpublish can end their wait.
     pub underway: Mutex<HashMap<String, CancellationToken>>,
     /// Bounds digests and uploads.
@@ -73,6 +75,7 @@ impl Driver {
             workers: Semaphore::new(config.workers),
             session_locks: Locks::default(),
             target_locks: Locks::default(),
+            holders: lease::Holders::default(),
             underway: Mutex::default(),
             moments: Moments::default(),
             background: Background::default(),
