@@ -312,7 +312,24 @@ impl Inner {
             }
         }
         self.rebind(root)?;
+        self.drop_duplicates(root)?;
         self.tell_whether_needed()
+    }
+
+    /// Removes what a reader and the background have both fetched: it is among the objects.
+    fn drop_duplicates(&self, root: Blob) -> Result<()> {
+        let Some(lazy) = &self.lazy else { return Ok(()) };
+        let folder = lazy.places.fetched_now().at("learn which boot this is", lazy.places.fetched())?;
+        for (_, blob) in self.contents(root)? {
+            let path = folder.join(blob.digest.object_path());
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io("remove", &path, error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Remembers what sessions of the tree's source opened first.

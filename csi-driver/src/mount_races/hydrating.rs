@@ -115,3 +115,22 @@ fn a_mount_waits_for_contents_when_the_lazy_layer_went_away_before_it() {
         node.driver.unpublish(&target).await.unwrap();
     });
 }
+
+#[test]
+fn what_a_reader_and_the_background_both_fetched_is_kept_once() {
+    run("hydrating::what_a_reader_and_the_background_both_fetched_is_kept_once", async |root| {
+        let node = lazy_node(root).await;
+        node.serve_layer();
+        node.driver.warm(&node.session()).await.unwrap();
+        let tree = node.driver.engine.incomplete().await.unwrap()[0].root;
+        let fetched = node.places().fetched_now().unwrap().join(Blob::of(CONTENT).digest.object_path());
+        // While the background has begun to fetch it.
+        let reader = |_| {
+            fs::create_dir_all(fetched.parent().unwrap()).unwrap();
+            fs::write(&fetched, CONTENT).unwrap();
+        };
+        node.driver.engine.hydrate(tree, &*node.driver.remote, &reader).await.unwrap();
+        assert_eq!(node.driver.engine.objects().statistics().file_blobs, 1);
+        assert!(!fetched.exists());
+    });
+}
