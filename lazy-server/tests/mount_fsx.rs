@@ -1,8 +1,10 @@
 //! fsx at work in a session whose contents are still in the store, and readers beside it, while the server of the lazy
-//! layer is killed fifty times at random moments: nobody sees an error or a wrong byte.
+//! layer, or the engine that hydrates and copies the session, is killed fifty times at random moments: nobody sees an error
+//! or a wrong byte.
 //!
 //! fsx works on files of the base, each of which is copied up through the layer first. It keeps to its file from then
-//! on; so readers open contents all the time, and let the node forget half of what they have read.
+//! on; so readers open contents all the time. Where the server is killed, they let the node forget half of what they have
+//! read.
 
 mod program;
 #[path = "../../crates/lazy/tests/support/mod.rs"]
@@ -12,14 +14,14 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use aether_cas::lazy::Places;
 use aether_cas::tree::{Attributes, Directory, Name, Node, Owner};
-use aether_cas::{Blob, MemoryStore, Store};
+use aether_cas::{Blob, LocalConfig, LocalStore, MemoryStore, Store};
 use aether_engine::pool::PoolConfig;
 use aether_engine::testing::isolated;
 use aether_engine::{Config, Engine, mount};
@@ -34,6 +36,11 @@ const OWNER: Owner = Owner { uid: 0, gid: 0 };
 const KILLS: u32 = 50;
 /// Milliseconds that a server lives at most.
 const LONGEST: u64 = 300;
+/// Milliseconds that an engine lives at most, from the start of its process.
+const LONGEST_ENGINE: u64 = 900;
+/// Where the engine works that is to be killed, and on which tree: set for its process.
+const ROOT: &str = "AETHER_TEST_FSX_ROOT";
+const TREE: &str = "AETHER_TEST_FSX_TREE";
 const READERS: u64 = 2;
 /// Files that are read, and files that fsx works on.
 const READ: usize = 150;
@@ -106,7 +113,7 @@ fn files(random: &mut StdRng) -> Files {
 }
 
 /// A tree of `files`, in the store of the engine and in that of the lazy layer.
-async fn tree(files: &Files, store: &MemoryStore, server: &Server) -> Blob {
+async fn tree(files: &Files, store: &dyn Store, server: &Server) -> Blob {
     let attributes = |mode| Attributes { mode, ..Attributes::default() };
     let mut top = Directory { attributes: attributes(0o755), entries: BTreeMap::new() };
     for (name, bytes) in files {
@@ -156,12 +163,16 @@ fn exercise(view: &Path, files: &Files, scratch: &Path, seed: u64, stop: &Atomic
     runs
 }
 
-/// Reads contents of the base until `stop`, and returns how often.
-fn read(view: &Path, files: &Files, fetched: &Path, seed: u64, stop: &AtomicBool) -> u32 {
+/// Reads contents of the base until `stop`, and returns how often. Lets the node forget what is in `fetched`.
+fn read(view: &Path, files: &Files, fetched: Option<&Path>, seed: u64, stop: &AtomicBool) -> u32 {
     let mut random = StdRng::seed_from_u64(seed);
     let names: Vec<&String> = files.keys().filter(|name| name.starts_with("read-")).collect();
     // The other reader may have done it, and nothing says that the server has to keep it here.
-    let forget = |name: &str| _ = fs::remove_file(fetched.join(Blob::of(&files[name]).digest.object_path()));
+    let forget = |name: &str| {
+        if let Some(fetched) = fetched {
+            let _ = fs::remove_file(fetched.join(Blob::of(&files[name]).digest.object_path()));
+        }
+    };
     let mut reads = 0;
     while !stop.load(Ordering::SeqCst) {
         reads += 1;
@@ -194,11 +205,54 @@ impl Drop for Stop<'_> {
     }
 }
 
+/// Calls `kill` until it has killed [`KILLS`] times, while fsx and readers are at work; returns how often that was, how often
+/// fsx ran and how often was read.
+fn under_load(
+    scratch: &Path,
+    view: &Path,
+    files: &Files,
+    fetched: Option<&Path>,
+    seed: u64,
+    mut kill: impl FnMut() -> bool,
+) -> (u32, u32, u32) {
+    let stop = &AtomicBool::new(false);
+    thread::scope(|scope| {
+        let at_last = Stop(stop);
+        let fsx = scope.spawn(move || {
+            let _stop = Stop(stop);
+            exercise(view, files, scratch, seed >> 1, stop)
+        });
+        let reader = |n: u64| {
+            scope.spawn(move || {
+                let _stop = Stop(stop);
+                read(view, files, fetched, seed ^ n, stop)
+            })
+        };
+        let readers: Vec<_> = (0..READERS).map(reader).collect();
+        let mut kills = 0;
+        while kills < KILLS && !stop.load(Ordering::SeqCst) {
+            kills += u32::from(kill());
+        }
+        drop(at_last);
+        let reads: u32 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
+        (kills, fsx.join().unwrap(), reads)
+    })
+}
+
+fn seed() -> u64 {
+    let seed = std::env::var("AETHER_TEST_SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
+    println!("AETHER_TEST_SEED={seed} tries the same times again");
+    seed
+}
+
+fn config(root: &Path) -> Config {
+    Config { pool: PoolConfig::Image { bytes: 500 << 20 }, lazy: true, ..Config::new(root.join("engine")) }
+}
+
 #[test]
 fn fsx_and_readers_do_not_notice_that_the_server_is_killed_fifty_times() {
     isolated("fsx_and_readers_do_not_notice_that_the_server_is_killed_fifty_times", |root| {
-        let seed: u64 = std::env::var("AETHER_TEST_SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
-        println!("AETHER_TEST_SEED={seed} tries the same times again");
+        let seed = seed();
         let mut random = StdRng::seed_from_u64(seed);
         let files = files(&mut random);
         let runtime = Runtime::new().unwrap();
@@ -207,9 +261,7 @@ fn fsx_and_readers_do_not_notice_that_the_server_is_killed_fifty_times() {
         server.behaviour.delay.store(10, Ordering::SeqCst);
         let store = MemoryStore::new();
         let directory = root.join("engine");
-        let pool = PoolConfig::Image { bytes: 500 << 20 };
-        let config = Config { pool, lazy: true, ..Config::new(&directory) };
-        let engine = runtime.block_on(Engine::open(config)).unwrap();
+        let engine = runtime.block_on(Engine::open(config(root))).unwrap();
         let mut program = Program::start(&directory, &server.start(&runtime), &["--grace", "60"]);
         let (tree, view) = runtime.block_on(async {
             let tree = tree(&files, &store, &server).await;
@@ -219,31 +271,10 @@ fn fsx_and_readers_do_not_notice_that_the_server_is_killed_fifty_times() {
         });
         assert_eq!(engine.objects().statistics().file_blobs, 0, "no content is here");
         let fetched = Places::new(&directory).fetched_now().unwrap();
-        let stop = AtomicBool::new(false);
-        let (kills, runs, reads) = thread::scope(|scope| {
-            let at_last = Stop(&stop);
-            let (view, files, fetched, stop) = (&view, &files, &fetched, &stop);
-            let fsx = scope.spawn(move || {
-                let _stop = Stop(stop);
-                exercise(view, files, root, seed >> 1, stop)
-            });
-            let readers: Vec<_> = (0..READERS)
-                .map(|n| {
-                    scope.spawn(move || {
-                        let _stop = Stop(stop);
-                        read(view, files, fetched, seed ^ n, stop)
-                    })
-                })
-                .collect();
-            let mut kills = 0;
-            while kills < KILLS && !stop.load(Ordering::SeqCst) {
-                wait_for("there is a server", || program.server().is_some());
-                thread::sleep(Duration::from_micros(random.random_range(0..LONGEST * 1000)));
-                kills += u32::from(program.kill_server());
-            }
-            drop(at_last);
-            let reads: u32 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
-            (kills, fsx.join().unwrap(), reads)
+        let (kills, runs, reads) = under_load(root, &view, &files, Some(&fetched), seed, || {
+            wait_for("there is a server", || program.server().is_some());
+            thread::sleep(Duration::from_micros(random.random_range(0..LONGEST * 1000)));
+            program.kill_server()
         });
         let behaviour = &server.behaviour;
         let (whole, parts) = (behaviour.whole.load(Ordering::SeqCst), behaviour.parts.load(Ordering::SeqCst));
@@ -256,6 +287,93 @@ fn fsx_and_readers_do_not_notice_that_the_server_is_killed_fifty_times() {
         // Whole at last, and nobody needs the layer.
         behaviour.delay.store(0, Ordering::SeqCst);
         runtime.block_on(engine.hydrate(tree, &store, &|_| {})).unwrap();
+        program.end();
+        for (name, bytes) in files.iter().filter(|(name, _)| !name.starts_with("worked-on")) {
+            assert!(fs::read(view.join(name)).unwrap() == *bytes, "{name}");
+        }
+        assert_eq!(runtime.block_on(engine.fsck()).unwrap(), Vec::<String>::new());
+        mount::unmount_below(root).unwrap();
+    });
+}
+
+/// The store of the engine, which outlives it. Only one process has it open at a time.
+fn store_at(root: &Path) -> LocalStore {
+    let (objects, index) = (root.join("store/objects"), root.join("store/index"));
+    LocalStore::open(LocalConfig { objects, index, inline_limit: 0 }).unwrap()
+}
+
+/// Hydrates the session's tree and copies the session until it is killed.
+async fn work(root: &Path, tree: Blob) {
+    let engine = Engine::open(config(root)).await.unwrap();
+    let store = store_at(root);
+    for step in 0.. {
+        engine.hydrate(tree, &store, &|_| {}).await.unwrap();
+        let snapshot = format!("cp-{}-{step}", std::process::id());
+        engine.snapshot("s", &snapshot, &[], Some("fsx is not held still")).await.unwrap();
+        engine.digest(&snapshot).await.unwrap();
+        engine.fork_session(&format!("fork-of-{snapshot}"), &snapshot).await.unwrap();
+        engine.delete_session(&format!("fork-of-{snapshot}")).await.unwrap();
+        engine.delete_snapshot(&snapshot).await.unwrap();
+    }
+}
+
+/// Starts an engine in a process of its own and kills it after a while.
+fn kill_engine(root: &Path, tree: Blob, random: &mut StdRng) -> bool {
+    let said = root.join("stderr");
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", ENGINE_TEST, "--nocapture", "--test-threads=1"])
+        .env(ROOT, root)
+        .env(TREE, tree.to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(File::create(&said).unwrap())
+        .spawn()
+        .unwrap();
+    thread::sleep(Duration::from_micros(random.random_range(0..LONGEST_ENGINE * 1000)));
+    let ended = child.try_wait().unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(ended.is_none(), "it ended by itself: {}", fs::read_to_string(said).unwrap());
+    true
+}
+
+const ENGINE_TEST: &str = "fsx_and_readers_do_not_notice_that_the_engine_is_killed_fifty_times";
+
+#[test]
+fn fsx_and_readers_do_not_notice_that_the_engine_is_killed_fifty_times() {
+    // A process of the test itself: the engine that is to be killed.
+    if let Some(root) = std::env::var_os(ROOT) {
+        let tree = std::env::var(TREE).unwrap().parse().unwrap();
+        return Runtime::new().unwrap().block_on(work(Path::new(&root), tree));
+    }
+    isolated(ENGINE_TEST, |root| {
+        let seed = seed();
+        let mut random = StdRng::seed_from_u64(seed);
+        let files = files(&mut random);
+        let runtime = Runtime::new().unwrap();
+        let server = Server::default();
+        let (directory, view) = (root.join("engine"), root.join("view"));
+        let engine = runtime.block_on(Engine::open(config(root))).unwrap();
+        let program = Program::start(&directory, &server.start(&runtime), &["--grace", "60"]);
+        let tree = runtime.block_on(async {
+            let store = store_at(root);
+            let tree = tree(&files, &store, &server).await;
+            let image = engine.ensure_image_lazily(tree, OWNER, None, &store, &|_| {}).await.unwrap();
+            engine.create_session("s", &image).await.unwrap();
+            engine.publish("s", &view, false).await.unwrap();
+            tree
+        });
+        assert_eq!(engine.objects().statistics().file_blobs, 0, "no content is here");
+        drop(engine);
+        let kill = || kill_engine(root, tree, &mut random);
+        let (kills, runs, reads) = under_load(root, &view, &files, None, seed, kill);
+        println!("{kills} kills, {runs} runs of fsx, {reads} reads");
+        assert_eq!(kills, KILLS);
+
+        let engine = runtime.block_on(Engine::open(config(root))).unwrap();
+        runtime.block_on(engine.hydrate(tree, &store_at(root), &|_| {})).unwrap();
+        // What a reader had open when the tree became complete stays with the layer until it is looked for anew.
+        mount::rebind(&view).unwrap();
         program.end();
         for (name, bytes) in files.iter().filter(|(name, _)| !name.starts_with("worked-on")) {
             assert!(fs::read(view.join(name)).unwrap() == *bytes, "{name}");

@@ -304,6 +304,9 @@ impl Inner {
     /// Everything of the tree is here.
     fn complete(&self, root: Blob) -> Result<()> {
         let Some(incomplete) = self.state.incomplete(root)? else { return Ok(()) };
+        // Before it is forgotten that this is to be done: who comes after a kill in between does it again.
+        self.rebind(root)?;
+        self.drop_duplicates(root)?;
         self.state.remove_incomplete(root)?;
         if let Some(lazy) = &self.lazy {
             // A hint, no more.
@@ -311,8 +314,6 @@ impl Inner {
                 tracing::warn!(%error, "what sessions opened first is not remembered");
             }
         }
-        self.rebind(root)?;
-        self.drop_duplicates(root)?;
         self.tell_whether_needed()
     }
 
