@@ -51,6 +51,9 @@ pub(crate) struct SessionRecord {
 pub(crate) struct Applied {
     /// The uid of the AetherRestore.
     pub restore: String,
+    /// The AetherCheckpoint that was made for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub safety: Option<String>,
     /// Entries written, moved or given other attributes.
     pub changed: u64,
     /// Entries removed.

@@ -14,6 +14,7 @@ use serde_json::json;
 
 use crate::attach::absent;
 use crate::cluster::update_status;
+use crate::control;
 use crate::driver::Driver;
 use crate::failure::{Failure, Result, status_code};
 use crate::lease;
@@ -69,6 +70,7 @@ impl Driver {
         };
         let (digested, account) = tokio::try_join!(self.make_durable(&snapshot.id), counting)?;
         let _lock = self.session_locks.lock(uid).await;
+        control::stamp_all_kept(uid, self).await?;
         let Some(mut record) = self.sessions.get(uid).filter(|record| record.upper == Upper::Dirty) else {
             return Ok(());
         };

@@ -105,7 +105,7 @@ async fn measure(root: &Path, repository: &str, then: Option<&str>) {
     }
     show("fork, first", median(first));
     show("  then", median(second));
-    engine.restore_in_place("first", tree, &[], &store).await.expect("restored");
+    engine.restore_in_place("first", "safety", tree, &[], &store).await.expect("restored");
     show("restored in place, first", status(&view));
     show("  then", status(&view));
 

@@ -26,6 +26,8 @@ use crate::{hydrate, mount, restore, walk};
 const SHORT_FLUSH: Duration = Duration::from_millis(50);
 /// Beside a writer that is as fast as the disk no number of flushes is enough.
 const MOST_FLUSHES: usize = 3;
+/// How often a restore holds the writers still to find that there is more to fetch.
+const MOST_FREEZES: usize = 8;
 
 /// The result of restoring a mounted session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +43,20 @@ pub struct RestoreReport {
     pub bytes: u64,
     /// How long the writers were held still, in microseconds.
     pub frozen_micros: u64,
+}
+
+/// What came of an attempt at a restore.
+enum Attempt {
+    /// The session was changed; the snapshot `after` is what it showed then.
+    Done { report: RestoreReport, after: String },
+    /// Nothing was touched: these contents are not here.
+    Missing(Vec<Blob>),
+}
+
+/// A restore before anything is touched.
+enum Planned {
+    Ready(restore::Plan),
+    Missing(Vec<Blob>),
 }
 
 impl Engine {
@@ -112,71 +128,65 @@ impl Engine {
         Ok(digested)
     }
 
-    /// Makes a mounted session show the tree `target` again, through its mount, with the cgroups frozen. Take a
-    /// snapshot first: a failure in the middle leaves a mixture.
+    /// Brings to this node what a restore of a session to `target` will need, while its writers run.
+    /// [`Self::restore_in_place`] does so too, but who has to hold a lock over that does not want to wait for a network
+    /// under it.
     ///
     /// # Errors
-    /// `Busy` if the writers could not be frozen; `Io` of kind `StorageFull` before anything was touched; `Damaged` if
-    /// the session does not show the target afterwards.
+    /// `NotFound` without the session, `Store` if something of the target cannot be had.
+    pub async fn prepare_restore(&self, id: &str, target: Blob, remote: &dyn Store) -> Result<()> {
+        let _hold = self.inner.cache.hold(target);
+        hydrate::fetch_directories(target, remote, self.objects()).await?;
+        let now = self.passing_tree(id).await?;
+        let wanted = self
+            .run(move |inner| {
+                let plan = restore::plan(&now, &target, &inner.objects)?;
+                Ok(plan.contents().collect::<Vec<Blob>>())
+            })
+            .await?;
+        self.fetch_contents(wanted, remote).await
+    }
+
+    /// Makes a mounted session show the tree `target` again, through its mount, with the cgroups frozen.
+    ///
+    /// What the session shows in that moment is kept as the snapshot `safety`, and nothing is touched before it is. So
+    /// after an error or a kill that snapshot tells: where it is not there, or is `temporary`, the session is as it was; where
+    /// it is, the session may be a mixture of what the snapshot has, of the target, and of what was written since.
+    ///
+    /// # Errors
+    /// `AlreadyExists` if there is a snapshot `safety`; `Busy` if the writers could not be frozen; `Io` of kind
+    /// `StorageFull` before anything was touched; `Damaged` if the session does not show the target afterwards.
     pub async fn restore_in_place(
         &self,
         id: &str,
+        safety: &str,
         target: Blob,
         cgroups: &[PathBuf],
         remote: &dyn Store,
     ) -> Result<RestoreReport> {
-        let session = self.session(id).await?;
-        let owner = session.image.id().owner();
         let _hold = self.inner.cache.hold(target);
-        hydrate::fetch_directories(target, remote, self.objects()).await?;
-        // A first comparison while the writers run: it reads what changed and fetches contents, so that the freeze
-        // need not.
-        let before = self.passing_tree(id, Vec::new()).await?;
-        let wanted = self
-            .run(move |inner| {
-                let plan = restore::plan(&before, &target, &inner.objects)?;
-                Ok(plan.contents().collect::<Vec<Blob>>())
-            })
-            .await?;
-        self.fetch_contents(wanted, remote).await?;
-
-        let cgroups = cgroups.to_vec();
-        let (report, after) = self
-            .with_session(id, move |inner, id| {
-                let session = inner.session(id)?;
-                let mountpoint = inner.mountpoint(id);
-                if !mount::is_mountpoint(&mountpoint)? {
-                    return Err(Error::Invalid {
-                        what: format!("session {id}"),
-                        reason: "is not mounted; reset it to the target instead".into(),
-                    });
+        self.prepare_restore(id, target, remote).await?;
+        for _ in 0..MOST_FREEZES {
+            let (safety, cgroups) = (safety.to_owned(), cgroups.to_vec());
+            let attempt = self
+                .with_session(id, move |inner, id| {
+                    inner.restore_frozen(&inner.session(id)?, &safety, &target, &cgroups)
+                })
+                .await?;
+            match attempt {
+                Attempt::Done { report, after } => {
+                    let digested = self.digest(&after).await;
+                    self.delete_snapshot(&after).await?;
+                    let root = digested?.root;
+                    self.run(move |inner| restore::verify(&root, &target, &inner.objects)).await?;
+                    return Ok(RestoreReport { root, ..report });
                 }
-                let frozen = inner.freezer.freeze(&cgroups, inner.config.restore_limit)?;
-                let now = inner.digest_now(&session)?;
-                let plan = restore::plan(&now, &target, &inner.objects)?;
-                let left = inner.room_left(&session)?;
-                let done = plan.apply(&mountpoint, owner, &inner.objects, left)?;
-                let name = format!("restored-{}", uuid::Uuid::new_v4().simple());
-                inner.take_snapshot(&session, &name, &[], None, true)?;
-                let (held, whole) = frozen.thaw();
-                if !whole {
-                    tracing::warn!(session = id, "writers ran again before a restore was complete");
-                }
-                let report = RestoreReport {
-                    root: target,
-                    changed: done.changed + done.moved,
-                    removed: done.removed,
-                    bytes: done.bytes,
-                    frozen_micros: micros(held),
-                };
-                Ok((report, name))
-            })
-            .await?;
-        let digested = self.digest(&after).await;
-        self.delete_snapshot(&after).await?;
-        let root = digested?.root;
-        self.run(move |inner| restore::verify(&root, &target, &inner.objects)).await?;
-        Ok(RestoreReport { root, ..report })
+                // The writers changed something while the rest was fetched.
+                Attempt::Missing(contents) => self.fetch_contents(contents, remote).await?,
+            }
+        }
+        let by = "its pods go on changing files whose former contents must be fetched first; try again".into();
+        Err(Error::Busy { what: format!("session {id}"), by })
     }
 
     /// Deletes a snapshot. Not there is success.
@@ -205,11 +215,11 @@ impl Engine {
     }
 
     /// The tree that the session shows at some moment, through a snapshot that is thrown away.
-    async fn passing_tree(&self, id: &str, cgroups: Vec<PathBuf>) -> Result<Blob> {
+    async fn passing_tree(&self, id: &str) -> Result<Blob> {
         let name = format!("passing-{}", uuid::Uuid::new_v4().simple());
         self.with_session(id, {
             let name = name.clone();
-            move |inner, id| inner.take_snapshot(&inner.session(id)?, &name, &cgroups, None, true)
+            move |inner, id| inner.take_snapshot(&inner.session(id)?, &name, &[], None, true)
         })
         .await?;
         let digested = self.digest(&name).await;
@@ -354,13 +364,76 @@ impl Inner {
         Ok(digested)
     }
 
-    /// The tree that a session with frozen writers shows.
-    fn digest_now(&self, session: &Session) -> Result<Blob> {
-        let name = format!("now-{}", uuid::Uuid::new_v4().simple());
-        let snapshot = self.take_snapshot(session, &name, &[], None, true)?;
-        let digested = self.digest(snapshot.clone());
-        self.finish_snapshot_deletion(&snapshot)?;
-        Ok(digested?.root)
+    /// One attempt at a restore with the writers held still.
+    fn restore_frozen(&self, session: &Session, safety: &str, target: &Blob, cgroups: &[PathBuf]) -> Result<Attempt> {
+        let mountpoint = self.mountpoint(&session.id);
+        if !mount::is_mountpoint(&mountpoint)? {
+            return Err(Error::Invalid {
+                what: format!("session {}", session.id),
+                reason: "is not mounted; reset it to the target instead".into(),
+            });
+        }
+        match self.state.snapshot(safety)? {
+            None => {}
+            // Of an attempt that touched nothing.
+            Some(left) if left.temporary && left.session == session.id => self.finish_snapshot_deletion(&left)?,
+            Some(other) => {
+                let detail = format!("of session {}, from before", other.session);
+                return Err(Error::AlreadyExists { kind: "snapshot", name: safety.into(), detail });
+            }
+        }
+        self.flush(session, !cgroups.is_empty())?;
+        let begun = Instant::now();
+        let frozen = self.freezer.freeze(cgroups, self.config.restore_limit)?;
+        // Temporary until something is about to be touched: what fails or is killed before that leaves nothing.
+        let taken = self.take_snapshot(session, safety, &[], None, true)?;
+        let plan = match self.plan_restore(session, &taken, target, &mountpoint) {
+            Ok(Planned::Ready(plan)) if frozen.holds() => plan,
+            refused => {
+                drop(frozen);
+                self.finish_snapshot_deletion(&taken)?;
+                return match refused? {
+                    Planned::Missing(contents) => Ok(Attempt::Missing(contents)),
+                    Planned::Ready(_) => Err(Error::Busy {
+                        what: format!("session {}", session.id),
+                        by: "comparing it with the target took longer than its writers may be held still".into(),
+                    }),
+                };
+            }
+        };
+        let taken = self.snapshot_record(safety)?;
+        self.state.put_snapshot(&Snapshot { temporary: false, frozen_micros: micros(begun.elapsed()), ..taken })?;
+        crash_point!("restore.kept");
+        let done = plan.apply(&mountpoint, session.image.id().owner(), &self.objects, self.room_left(session)?)?;
+        crash_point!("restore.applied");
+        let after = format!("restored-{}", uuid::Uuid::new_v4().simple());
+        self.take_snapshot(session, &after, &[], None, true)?;
+        let (held, whole) = frozen.thaw();
+        if !whole {
+            tracing::warn!(session = session.id, "writers ran again before a restore was complete");
+        }
+        let report = RestoreReport {
+            root: *target,
+            changed: done.changed + done.moved,
+            removed: done.removed,
+            bytes: done.bytes,
+            frozen_micros: micros(held),
+        };
+        Ok(Attempt::Done { report, after })
+    }
+
+    /// What turns the tree of a moment into the target, if everything for it is at hand.
+    fn plan_restore(&self, session: &Session, moment: &Snapshot, target: &Blob, mountpoint: &Path) -> Result<Planned> {
+        let now = self.digest(moment.clone())?.root;
+        let plan = restore::plan(&now, target, &self.objects)?;
+        let contents: Vec<Blob> = plan.contents().collect();
+        let missing = self.objects.missing_contents(&contents);
+        let missing = missing.map_err(|error| Error::store("look up contents", error))?;
+        if !missing.is_empty() {
+            return Ok(Planned::Missing(missing));
+        }
+        plan.check_room(mountpoint, self.room_left(session)?)?;
+        Ok(Planned::Ready(plan))
     }
 
     /// A copy made by walking has inode numbers of its own, for which there is nothing to remember.

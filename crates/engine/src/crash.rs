@@ -26,6 +26,8 @@ pub const POINTS: &[&str] = &[
     "snapshot.recorded",
     "fork.made",
     "digest.done",
+    "restore.kept",
+    "restore.applied",
     "reset.created",
     "reset.recorded",
     "delete.recorded",

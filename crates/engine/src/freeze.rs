@@ -217,6 +217,11 @@ pub struct Frozen {
 }
 
 impl Frozen {
+    /// Whether the time limit has not passed yet.
+    pub fn holds(&self) -> bool {
+        lock(&self.inner.state).open
+    }
+
     /// Thaws. Returns how long the processes were held, and whether they were held the whole time: `false` if the
     /// time limit passed first.
     pub fn thaw(mut self) -> (Duration, bool) {

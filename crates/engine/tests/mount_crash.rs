@@ -17,6 +17,8 @@ use support::{OWNER, Source, engine, read_tree};
 const TEST: &str = "what_was_acknowledged_survives_a_kill_at_every_crash_point";
 const ROOT: &str = "AETHER_TEST_CRASH_ROOT";
 const KIND: &str = "AETHER_TEST_CRASH_POOL";
+/// What a session was before its first restore.
+const SAFETY: &str = "safety";
 
 fn pool(kind: &str) -> PoolConfig {
     match kind {
@@ -64,6 +66,23 @@ async fn script(root: &Path, kind: &str) {
     let other = image(digested.root).await;
     engine.reset_session("swapped", &other).await.unwrap();
     acknowledged("session swapped");
+
+    if engine.session("restored").await.is_err() {
+        engine.create_session("restored", &base).await.unwrap();
+    }
+    let view = engine.mount_session("restored").await.unwrap();
+    // Of an attempt that was killed there may be a moment already: another one has another name.
+    let mut safety = SAFETY.to_owned();
+    while engine.snapshot_record(&safety).await.is_ok() {
+        safety.push_str("-again");
+    }
+    if safety == SAFETY {
+        fs::write(view.join("junk"), "of a pod").unwrap();
+        fs::write(view.join("src/main.c"), "junk too").unwrap();
+        acknowledged("junk");
+    }
+    engine.restore_in_place("restored", &safety, source.root, &[], &source.store).await.unwrap();
+    acknowledged("session restored");
     acknowledged("end");
 }
 
@@ -108,6 +127,26 @@ async fn check(root: &Path, kind: &str, point: &str) {
             engine.unmount_session(id).await.unwrap();
         }
     }
+    if acknowledged.contains("junk") {
+        let view = engine.mount_session("restored").await.unwrap();
+        // Whatever a restore has touched, what was there before is to be had.
+        let kept = engine.snapshot_record(SAFETY).await.is_ok();
+        let junk = |view: &Path| {
+            let read = |name| fs::read_to_string(view.join(name)).unwrap_or_default();
+            (read("junk"), read("src/main.c"))
+        };
+        let before = ("of a pod".to_owned(), "junk too".to_owned());
+        assert!(kept || junk(&view) == before, "{context}: {:?}", junk(&view));
+        if kept {
+            engine.fork_session("before", SAFETY).await.unwrap();
+            assert_eq!(junk(&engine.mount_session("before").await.unwrap()), before, "{context}");
+            engine.delete_session("before").await.unwrap();
+        }
+        if acknowledged.contains("session restored") {
+            assert_eq!(names(read_tree(&view)), names(source.expected()), "{context}");
+        }
+        engine.unmount_session("restored").await.unwrap();
+    }
     if acknowledged.contains("deleted doomed") {
         assert!(matches!(engine.session("doomed").await, Err(Error::NotFound { .. })), "{context}");
     }
@@ -118,7 +157,10 @@ async fn check(root: &Path, kind: &str, point: &str) {
     }
     // Nothing but what has a record, and nothing temporary.
     for snapshot in engine.snapshots().await.unwrap() {
-        assert_eq!(snapshot.id, "cp", "{context}");
+        assert!(
+            (snapshot.id == "cp" || snapshot.id.starts_with(SAFETY)) && !snapshot.temporary,
+            "{context}: {snapshot:?}"
+        );
     }
 }
 
@@ -132,7 +174,9 @@ async fn finish(root: &Path, kind: &str) {
         }
         engine.delete_session(&session.session.id).await.unwrap();
     }
-    engine.delete_snapshot("cp").await.unwrap();
+    for snapshot in engine.snapshots().await.unwrap() {
+        engine.delete_snapshot(&snapshot.id).await.unwrap();
+    }
     engine.gc().await.unwrap();
     for directory in ["sessions", "snapshots", "images"] {
         let left: Vec<_> = fs::read_dir(root.join("engine/pool").join(directory))

@@ -92,9 +92,17 @@ fn a_session_lives_from_store_to_store() {
 
             // Restored in place: a process keeps its working directory, an open file its old contents.
             let held = fs::File::open(target.join("docs/readme")).unwrap();
-            let report = engine.restore_in_place("s1", source.root, &[], &source.store).await.unwrap();
+            let before = read_tree(&target);
+            let report = engine.restore_in_place("s1", "safety", source.root, &[], &source.store).await.unwrap();
             assert_eq!(report.root, source.root);
             assert_eq!(read_tree(&target), source.expected());
+            // What was there before is the snapshot, which no second restore takes for its own.
+            engine.fork_session("before", "safety").await.unwrap();
+            assert_eq!(read_tree(&engine.mount_session("before").await.unwrap()), before);
+            engine.delete_session("before").await.unwrap();
+            let again = engine.restore_in_place("s1", "safety", source.root, &[], &source.store).await;
+            assert!(matches!(again, Err(Error::AlreadyExists { .. })), "{again:?}");
+            engine.delete_snapshot("safety").await.unwrap();
             assert_eq!(std::io::read_to_string(held).unwrap(), "changed");
 
             for path in [&target, &reader] {
@@ -299,7 +307,8 @@ fn a_copy_of_a_busy_session_is_one_moment() {
             tokio::task::yield_now().await;
         }
         // Restored under the writer's feet: it is held meanwhile and goes on.
-        let restored = engine.restore_in_place("s", source.root, std::slice::from_ref(&cgroup.0), &source.store).await;
+        let restored =
+            engine.restore_in_place("s", "safety", source.root, std::slice::from_ref(&cgroup.0), &source.store).await;
         assert_eq!(restored.unwrap().root, source.root);
         frozen.sort_unstable();
         println!("frozen: median {} us, longest {} us", frozen[frozen.len() / 2], frozen[frozen.len() - 1]);

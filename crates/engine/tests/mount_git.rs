@@ -110,7 +110,7 @@ fn status_opens_no_unchanged_content_wherever_the_session_comes_from() {
         fs::write(restored.join("directory-05/inner/file-01"), "soon gone\n").unwrap();
         fs::rename(restored.join("directory-07"), restored.join("moved")).unwrap();
         git(&restored, &["add", "."]);
-        one.restore_in_place("restored", root, &[], &store).await.unwrap();
+        one.restore_in_place("restored", "safety", root, &[], &store).await.unwrap();
 
         // Another node has it from the store.
         let tree = one.digest("taken").await.unwrap().root;
@@ -243,7 +243,7 @@ fn an_edit_of_the_same_size_in_the_same_second_is_seen_everywhere() {
         let two = engine(&scratch.join("two")).await;
         assert_eq!(status(&session(&two, &remote, tree, "s").await), expected);
         session(&one, &store, root, "restored").await;
-        one.restore_in_place("restored", tree, &[], &remote).await.unwrap();
+        one.restore_in_place("restored", "safety", tree, &[], &remote).await.unwrap();
         assert_eq!(status(&one.mount_session("restored").await.unwrap()), expected);
         assert_eq!(status(&view), expected);
 

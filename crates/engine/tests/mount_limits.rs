@@ -221,11 +221,15 @@ fn a_restore_that_would_pass_the_limit_touches_nothing() {
         fs::write(view.join("small"), noise(2, 5 * MIB)).unwrap();
         let before = read_tree(&view);
         engine.set_limits("s", bytes(15 * MIB)).await.unwrap();
-        let error = engine.restore_in_place("s", large, &[], &source.store).await.unwrap_err();
+        let error = engine.restore_in_place("s", "safety", large, &[], &source.store).await.unwrap_err();
         assert!(error.to_string().contains("raise the session's limit"), "{error}");
         assert_eq!(read_tree(&view), before);
+        assert!(
+            engine.snapshot_record("safety").await.unwrap_err().is_not_found(),
+            "so there is nothing to go back to"
+        );
         engine.set_limits("s", bytes(64 * MIB)).await.unwrap();
-        engine.restore_in_place("s", large, &[], &source.store).await.unwrap();
+        engine.restore_in_place("s", "safety", large, &[], &source.store).await.unwrap();
         assert!(fs::read(view.join("large")).unwrap() == noise(1, 20 * MIB));
     });
 }

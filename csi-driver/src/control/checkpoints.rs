@@ -17,7 +17,7 @@ use crate::attach::absent;
 use crate::cluster::update_status;
 use crate::driver::Driver;
 use crate::failure::{Failure, Result};
-use crate::moments::{base_root, full_name, uid, under_epoch};
+use crate::moments::{base_root, epoch_of, full_name, stem_of, uid, under_epoch};
 use crate::release::local_status;
 
 /// Takes a checkpoint that was asked for, or brings one that was taken to the store.
@@ -47,6 +47,10 @@ pub(super) async fn take(
     if recovered(checkpoint) {
         return Ok(None);
     }
+    // The moment of a restore, which the engine takes when it has everything that the restore needs.
+    if has_origin(checkpoint, names::ORIGIN_SAFETY) {
+        return stamp_kept(checkpoint, driver).await;
+    }
     let namespace = checkpoint.namespace().unwrap_or_default();
     let Some(session) = driver.cluster.sessions.get(&namespace, &checkpoint.spec.session) else { return Ok(None) };
     let session_uid = uid(&*session);
@@ -69,7 +73,43 @@ pub(super) async fn take(
 
 /// It keeps what a node had unsaved when it lost its session, which is never the session itself.
 fn recovered(checkpoint: &AetherCheckpoint) -> bool {
-    checkpoint.labels().get(names::ORIGIN_LABEL).is_some_and(|origin| origin == names::ORIGIN_RECOVERED)
+    has_origin(checkpoint, names::ORIGIN_RECOVERED)
+}
+
+fn has_origin(checkpoint: &AetherCheckpoint, origin: &str) -> bool {
+    checkpoint.labels().get(names::ORIGIN_LABEL).is_some_and(|of| of == origin)
+}
+
+/// Stamps the safety checkpoint of a restore with the snapshot that the engine kept for it on this node, whoever holds the
+/// session by now. `None` when there is none, and then no restore has touched anything on its account.
+pub(crate) async fn stamp_kept(
+    checkpoint: &Arc<AetherCheckpoint>,
+    driver: &Driver,
+) -> Result<Option<Arc<AetherCheckpoint>>> {
+    if checkpoint.status.as_ref().is_some_and(|status| status.durability.is_some()) {
+        return Ok(Some(checkpoint.clone()));
+    }
+    let name = uid(&**checkpoint);
+    let kept = driver.engine.snapshots().await?.into_iter().find(|snapshot| {
+        !snapshot.temporary && !snapshot.deleting && epoch_of(&snapshot.id).is_some() && stem_of(&snapshot.id) == name
+    });
+    let Some(snapshot) = kept else { return Ok(None) };
+    let namespace = checkpoint.namespace().unwrap_or_default();
+    let session = driver.cluster.sessions.find(&namespace, &checkpoint.spec.session).await?;
+    let Some(session) = session.filter(|session| uid(&**session) == snapshot.session) else { return Ok(None) };
+    stamp_local(checkpoint, &session, &snapshot, driver).await.map(Some)
+}
+
+/// Stamps what restores kept of a session, so that it is not lost when the session is let go.
+pub(crate) async fn stamp_all_kept(session: &str, driver: &Driver) -> Result<()> {
+    for checkpoint in driver.cluster.checkpoints.all() {
+        let waits = checkpoint.status.as_ref().is_none_or(|status| status.durability.is_none());
+        let of_session = checkpoint.labels().get(names::SESSION_UID_LABEL).is_some_and(|uid| uid == session);
+        if waits && of_session && has_origin(&checkpoint, names::ORIGIN_SAFETY) {
+            stamp_kept(&checkpoint, driver).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Says that a checkpoint is taken.
@@ -137,6 +177,23 @@ async fn bring_to_store(checkpoint: Arc<AetherCheckpoint>, driver: &Arc<Driver>)
     .await?;
 
     driver.drop_snapshot(name).await;
+    Ok(())
+}
+
+/// Says that a checkpoint will never be taken, unless it was.
+pub(super) async fn withdraw(checkpoint: &Arc<AetherCheckpoint>, driver: &Driver, why: &str) -> Result<()> {
+    let api = driver.cluster.checkpoints.api(&checkpoint.namespace().unwrap_or_default());
+    update_status(&api, checkpoint.clone(), names::DRIVER_MANAGER, |checkpoint| {
+        let status = checkpoint.status.clone().unwrap_or_default();
+        status.durability.is_none().then(|| {
+            let mut all = status.conditions;
+            for wanted in [Wanted::yes(FAILED, reason::NODE_FAILED, why), Wanted::no(READY, reason::NODE_FAILED, why)] {
+                conditions::set(&mut all, wanted, checkpoint.metadata.generation);
+            }
+            json!({"conditions": all})
+        })
+    })
+    .await?;
     Ok(())
 }
 

@@ -16,6 +16,8 @@ use aether_runtime::{CancellationToken, Stage, Tasks};
 use crate::cluster;
 use crate::driver::Driver;
 
+pub(crate) use self::checkpoints::stamp_all_kept;
+
 #[cfg(test)]
 pub(crate) use self::{housekeeping::drop_unrecorded, restores::reconcile as restore, sessions::release};
 

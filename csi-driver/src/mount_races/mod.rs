@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use aether_api::session::{Attachment, Base, Owner, SourceReference};
 use aether_api::{AetherCheckpoint, AetherSession, AetherSessionSpec, AetherSessionStatus};
 use aether_cas::tree::Directory;
-use aether_cas::{Blob, MemoryStore, Store as _};
+use aether_cas::{Blob, MemoryStore, Store};
 use aether_engine::Engine;
 use aether_engine::pool::PoolConfig;
 use aether_engine::testing::isolated;
@@ -50,7 +50,7 @@ impl Node {
     }
 
     /// The session's tree is in the store; the driver has further arguments.
-    async fn with_base(root: &Path, store: MemoryStore, tree: Blob, arguments: &[&str]) -> Self {
+    async fn with_base(root: &Path, store: impl Store + 'static, tree: Blob, arguments: &[&str]) -> Self {
         let base = Base {
             root: Some(tree.to_string()),
             source_namespace: None,
@@ -111,7 +111,12 @@ async fn driver(root: &Path, server: &ApiServer, store: MemoryStore) -> Result<D
     driver_with(root, server, store, &[]).await
 }
 
-async fn driver_with(root: &Path, server: &ApiServer, store: MemoryStore, more: &[&str]) -> Result<Driver> {
+async fn driver_with(
+    root: &Path,
+    server: &ApiServer,
+    store: impl Store + 'static,
+    more: &[&str],
+) -> Result<Driver> {
     let state = format!("--state-dir={}", root.join("state").display());
     let cgroups = root.join("cgroup");
     fs::create_dir_all(cgroups.join("kubepods")).unwrap();

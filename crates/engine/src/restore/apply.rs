@@ -34,8 +34,8 @@ impl Plan {
         if self.is_empty() {
             return Ok(Restored::default());
         }
+        self.check_room(mount, limit)?;
         let root = walk::open_root(mount)?;
-        self.check_room(mount, &root, limit)?;
         let run = uuid::Uuid::new_v4().simple();
         let mut hands = Hands {
             mount,
@@ -60,8 +60,15 @@ impl Plan {
         Ok(hands.done)
     }
 
-    fn check_room(&self, mount: &Path, root: &OwnedFd, limit: Option<Room>) -> Result<()> {
-        let there = rustix::fs::fstatvfs(root).at("read the free space of", mount)?;
+    /// Whether [`Self::apply`] with the same `limit` would have the room that it needs, as far as can be known before.
+    ///
+    /// # Errors
+    /// `Io` of kind `StorageFull` says what is missing.
+    pub fn check_room(&self, mount: &Path, limit: Option<Room>) -> Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        let there = rustix::fs::statvfs(mount).at("read the free space of", mount)?;
         let mut bytes = there.f_bavail.saturating_mul(there.f_frsize);
         // btrfs counts no inodes and reports none at all.
         let mut inodes = if there.f_files == 0 { u64::MAX } else { there.f_favail };

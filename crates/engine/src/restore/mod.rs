@@ -11,7 +11,7 @@
 //! - everything happens strictly beneath the mount, and no symbolic link is followed;
 //! - when there is too little room, nothing has been touched.
 //!
-//! A restore that is interrupted leaves a mixture of both trees; the caller has taken a checkpoint before it started
+//! A restore that is interrupted leaves a mixture of both trees; the caller has kept what was there before it started
 //! and checks the result with [`verify`]. Doing it again from what is there then completes it.
 
 mod apply;

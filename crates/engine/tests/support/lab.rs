@@ -172,7 +172,9 @@ impl Session<'_> {
     /// Makes it the base again while it is mounted.
     #[allow(dead_code, reason = "not every test of several files asks")]
     pub(crate) fn restore_to_base(&self) {
-        self.lab.wait(self.engine.restore_in_place(&self.id, self.lab.base, &[], &self.lab.store));
+        let safety = format!("{}-before", self.id);
+        self.lab.wait(self.engine.restore_in_place(&self.id, &safety, self.lab.base, &[], &self.lab.store));
+        self.forget(&safety);
     }
 
     /// As when its pod ends and another begins: it is unmounted meanwhile.
