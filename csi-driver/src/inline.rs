@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aether_api::conditions::{self, READY, Wanted, reason};
-use aether_api::session::{AetherSessionSpec, Base, ClaimPolicy, Owner, SourceReference};
+use aether_api::session::{AetherSessionSpec, Base, ClaimPolicy, Limits, Owner, SourceReference};
 use aether_api::source::Revision;
 use aether_api::{AetherSession, AetherSource};
 use aether_runtime::Stage;
@@ -38,7 +38,7 @@ impl Driver {
         record: &PublishRecord,
         pod: &Pod,
         (source_namespace, source): (&str, &str),
-        owner: Owner,
+        (owner, limits): (Owner, Option<&Limits>),
         patience: &Patience,
     ) -> Result<Own> {
         let (source, revision) = self.usable_revision(source_namespace, source, pod, patience).await?;
@@ -47,7 +47,7 @@ impl Driver {
         let files_of = aether_cas::tree::Owner { uid: owner.uid, gid: owner.gid };
         self.image(root, files_of, &hydration::Wanted::of(&source)).await?;
 
-        let wanted = build(record, pod, &source, owner);
+        let wanted = build(record, pod, &source, (owner, limits));
         let api = self.cluster.sessions.api(&pod.namespace);
         let describe = || format!("make session {} of pod {}/{}", record.session, pod.namespace, pod.name);
         let session = match api.create(&PostParams::default(), &wanted).await {
@@ -185,7 +185,12 @@ pub(crate) fn session_name(pod: &Pod, volume_id: &str) -> String {
     inline_session_name(&pod.name, volume_id)
 }
 
-fn build(record: &PublishRecord, pod: &Pod, source: &AetherSource, owner: Owner) -> AetherSession {
+fn build(
+    record: &PublishRecord,
+    pod: &Pod,
+    source: &AetherSource,
+    (owner, limits): (Owner, Option<&Limits>),
+) -> AetherSession {
     let mut session = AetherSession::new(
         &record.session,
         AetherSessionSpec {
@@ -194,6 +199,7 @@ fn build(record: &PublishRecord, pod: &Pod, source: &AetherSource, owner: Owner)
             claim: ClaimPolicy::None,
             ..AetherSessionSpec::default()
         },
+            limits: limits.cloned(),
     );
     session.metadata.namespace = Some(pod.namespace.clone());
     session.metadata.owner_references = Some(vec![OwnerReference {

@@ -133,7 +133,7 @@ impl Driver {
                 record.session.clone_from(name);
                 (self.existing(namespace, name, uid.as_deref()).await?, None)
             }
-            Wanted::Own { pod, source_namespace, source, owner } => {
+            Wanted::Own { pod, source_namespace, source, owner, limits } => {
                 if request.read_only {
                     return Err(Failure::Invalid(format!(
                         "an inline volume with source {source} is a session of its own, which readOnly makes useless: name a session instead"
@@ -143,7 +143,9 @@ impl Driver {
                 record.session = inline::session_name(pod, &request.volume_id);
                 record.inline = true;
                 self.publishes.put(record.clone()).await?;
-                let own = self.own_session(record, pod, (source_namespace, source), *owner, patience).await?;
+                let own = self
+                    .own_session(record, pod, (source_namespace, source), (*owner, limits.as_ref()), patience)
+                    .await?;
                 (own.session, Some(own.first))
             }
         };

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use aether_api::names;
-use aether_api::session::Owner;
+use aether_api::session::{Limits, Owner};
 
 use crate::failure::{Failure, Result};
 use crate::records::Pod;
@@ -20,7 +20,7 @@ pub(crate) enum Wanted {
     /// One that exists.
     Session { namespace: String, name: String, uid: Option<String> },
     /// One of its own, made from a source, that lives and dies with the pod.
-    Own { pod: Pod, source_namespace: String, source: String, owner: Owner },
+    Own { pod: Pod, source_namespace: String, source: String, owner: Owner, limits: Option<Limits> },
 }
 
 /// The attributes of a volume.
@@ -70,9 +70,9 @@ fn pod(attributes: &HashMap<String, String>) -> Option<Pod> {
     Some(Pod { namespace: value(POD_NAMESPACE)?, name: value(POD_NAME)?, uid: value(POD_UID)? })
 }
 
-/// Only `source`, `session` and `owner` may be said: a misspelt attribute must not be ignored.
+/// Only `source`, `session`, `owner` and `limit` may be said: a misspelt attribute must not be ignored.
 fn inline(attributes: &HashMap<String, String>, pod: &Pod) -> Result<Wanted> {
-    let known = [names::INLINE_SOURCE, names::INLINE_SESSION, names::INLINE_OWNER];
+    let known = [names::INLINE_SOURCE, names::INLINE_SESSION, names::INLINE_OWNER, names::INLINE_LIMIT];
     if let Some(unknown) =
         attributes.keys().filter(|key| !key.starts_with("csi.storage.k8s.io/") && !known.contains(&key.as_str())).min()
     {
@@ -99,12 +99,17 @@ fn inline(attributes: &HashMap<String, String>, pod: &Pod) -> Result<Wanted> {
             }
             let owner = attributes.get(names::INLINE_OWNER).map_or_else(
                 || Ok(Owner { uid: names::DEFAULT_OWNER.0, gid: names::DEFAULT_OWNER.1 }),
-                |text| parse_owner(text),
+                |text| text.parse().map_err(Failure::Invalid),
             )?;
-            Ok(Wanted::Own { pod: pod.clone(), source_namespace, source, owner })
+            let limits = attributes.get(names::INLINE_LIMIT).map(|text| limit(text, pod)).transpose()?;
+            Ok(Wanted::Own { pod: pod.clone(), source_namespace, source, owner, limits })
         }
         (None, Some(session)) if attributes.contains_key(names::INLINE_OWNER) => Err(Failure::Invalid(format!(
             "volumeAttributes of pod {}/{}: session {session} has its owner already, so owner goes with source only",
+            pod.namespace, pod.name
+        ))),
+        (None, Some(session)) if attributes.contains_key(names::INLINE_LIMIT) => Err(Failure::Invalid(format!(
+            "volumeAttributes of pod {}/{}: session {session} has its limits in its spec, so limit goes with source only",
             pod.namespace, pod.name
         ))),
         (None, Some(session)) if !session.is_empty() && !session.contains('/') => {
@@ -121,11 +126,14 @@ fn inline(attributes: &HashMap<String, String>, pod: &Pod) -> Result<Wanted> {
     }
 }
 
-pub(crate) fn parse_owner(text: &str) -> Result<Owner> {
-    text.split_once(':')
-        .and_then(|(uid, gid)| Some(Owner { uid: uid.parse().ok()?, gid: gid.parse().ok()? }))
-        .filter(|owner| owner.uid != u32::MAX && owner.gid != u32::MAX)
-        .ok_or_else(|| Failure::Invalid(format!("owner {text:?} is not of the form UID:GID, such as 1000:1000")))
+fn limit(text: &str, pod: &Pod) -> Result<Limits> {
+    let limits = Limits { bytes: Some(text.to_owned()), inodes: None };
+    match limits.parsed_bytes() {
+        Ok(_) => Ok(limits),
+        Err(why) => {
+            Err(Failure::Invalid(format!("volumeAttributes of pod {}/{}: limit: {why}", pod.namespace, pod.name)))
+        }
+    }
 }
 
 /// The name of the session of an inline volume: the pod's name, so that a person finds it, and enough of the volume
@@ -216,9 +224,13 @@ mod tests {
             source_namespace: namespace.into(),
             source: "kubernetes".into(),
             owner: Owner { uid, gid },
+            limits: None,
         };
         assert_eq!(ephemeral(&[("source", "kubernetes")]).unwrap(), own("team", 1000, 1000));
         assert_eq!(ephemeral(&[("source", "platform/kubernetes"), ("owner", "0:5")]).unwrap(), own("platform", 0, 5));
+        let limited = ephemeral(&[("source", "kubernetes"), ("limit", "10Gi")]).unwrap();
+        let Wanted::Own { limits: Some(limits), .. } = limited else { panic!("{limited:?}") };
+        assert_eq!(limits.parsed_bytes(), Ok(Some(10 << 30)));
         assert_eq!(
             ephemeral(&[("session", "fix")]).unwrap(),
             Wanted::Session { namespace: "team".into(), name: "fix".into(), uid: None }
@@ -235,6 +247,8 @@ mod tests {
             (vec![("source", "a"), ("owner", "me")], "UID:GID"),
             (vec![("session", "other/fix")], "pod's namespace"),
             (vec![("session", "fix"), ("owner", "1:1")], "source only"),
+            (vec![("session", "fix"), ("limit", "1Gi")], "source only"),
+            (vec![("source", "a"), ("limit", "much")], "limit"),
             (vec![("sorce", "a")], "sorce"),
         ] {
             let message = ephemeral(&extra).unwrap_err().to_string();

@@ -59,6 +59,10 @@ pub const INLINE_SESSION: &str = "session";
 /// Attribute a user writes on an inline volume beside `source`: the owner as `UID:GID`; 1000:1000 when absent.
 pub const INLINE_OWNER: &str = "owner";
 
+/// Attribute a user writes on an inline volume beside `source`: the most bytes that the pod may write, such as `10Gi`; no
+/// limit when absent.
+pub const INLINE_LIMIT: &str = "limit";
+
 /// The uid and gid that own a new session's files when nobody says otherwise.
 pub const DEFAULT_OWNER: (u32, u32) = (1000, 1000);
 

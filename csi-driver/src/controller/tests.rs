@@ -262,6 +262,8 @@ async fn a_volume_is_a_session_and_asking_again_changes_nothing() {
     let session = setup.session(&made.volume_id).unwrap();
     let source = session.spec.source.clone().unwrap();
     assert_eq!((source.namespace.as_deref(), source.name.as_str()), (Some("platform"), "linux"));
+    let limit = session.spec.limits.as_ref().and_then(|limits| limits.parsed_bytes().unwrap());
+    assert_eq!(limit, Some(10 * GIBI.cast_unsigned()), "what a claim asks for is what its session may write");
     assert_eq!(session.spec.claim, ClaimPolicy::None, "the operator makes no second volume for the claim");
     // What the node's part of the driver reads.
     let read = crate::volume::Volume::parse(&made.volume_context).unwrap();

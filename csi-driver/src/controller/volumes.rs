@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use aether_api::conditions::{self, READY, reason};
 use aether_api::names::{self, INLINE_OWNER, INLINE_SOURCE};
-use aether_api::session::{ClaimPolicy, Owner, SourceReference};
+use aether_api::session::{ClaimPolicy, Limits, Owner, SourceReference};
 use aether_api::{AetherCheckpoint, AetherSession, AetherSessionSpec};
 use aether_proto::csi::v1::CapacityRange;
 use k8s_openapi::api::core::v1::PersistentVolume;
@@ -16,7 +16,6 @@ use super::ids::{CSI_NAME_ANNOTATION, Id, object_name};
 use crate::cluster::Patience;
 use crate::failure::{Failure, Result, status_code};
 use crate::moments::full_name;
-use crate::volume::parse_owner;
 
 /// Parameters of this prefix are the sidecar's.
 const SIDECAR: &str = "csi.storage.k8s.io/";
@@ -65,7 +64,10 @@ impl Controller {
                 "a session is made in the namespace of its claim, but {CLAIM_NAMESPACE} was not sent: run the provisioner with --extra-create-metadata"
             ))
         })?;
-        let spec = self.spec(namespace, parameters, content).await?;
+        let mut spec = self.spec(namespace, parameters, content).await?;
+        // As with the claims that the operator serves: what a claim asks for is what its session may write.
+        spec.limits =
+            (bytes.required_bytes > 0).then(|| Limits { bytes: Some(bytes.required_bytes.to_string()), inodes: None });
         let mut wanted = AetherSession::new(&object_name(name), spec);
         wanted.metadata.namespace = Some(namespace.clone());
         wanted.annotations_mut().extend([
@@ -113,7 +115,8 @@ impl Controller {
                 known.join(" and ")
             )));
         }
-        let owner: Option<Owner> = parameters.get(INLINE_OWNER).map(|text| parse_owner(text)).transpose()?;
+        let owner =
+            parameters.get(INLINE_OWNER).map(|text| text.parse::<Owner>()).transpose().map_err(Failure::Invalid)?;
         // The operator makes claims for the sessions that people make; here the claim is there already, and its volume is
         // the provisioner's to make.
         let mut spec = AetherSessionSpec { owner, claim: ClaimPolicy::None, ..AetherSessionSpec::default() };
