@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aether_api::session::{Attachment, Base};
-use aether_api::{AetherSession, names};
+use aether_api::{AetherSession, conditions, names};
 use aether_cas::tree::Owner;
 use futures::StreamExt as _;
 use jiff::Timestamp;
@@ -180,7 +180,7 @@ impl Driver {
             // work. From here until the new record, nothing on this node counts as the session.
             self.engine.unmount_session(&uid).await.or_else(absent)?;
             self.engine.delete_session(&uid).await.or_else(absent)?;
-            self.sessions.remove(&uid)?;
+            self.sessions.remove(&uid).await?;
             let beginning = self.beginning(session).await?.ok_or_else(|| unresolved(session))?;
             match beginning {
                 Beginning::Snapshot(snapshot) => {
@@ -239,6 +239,9 @@ impl Driver {
         let mut changes = self.cluster.sessions.changes();
         while self.beginning(&session).await?.is_none() && !self.holds(&session.uid().unwrap_or_default()) {
             let reason = unresolved(&session).to_string();
+            if lost_moment(&session).is_some() {
+                return Err(Failure::NotFound(reason));
+            }
             patience.changed(&mut changes, &reason).await?;
             session = self.latest(session)?;
         }
@@ -307,10 +310,10 @@ impl Driver {
         );
         let attachment = |session: &AetherSession| session.status.as_ref().and_then(|status| status.attachment.clone());
         let mut changes = self.cluster.sessions.changes();
+        // Tells at once when the node is deleted, and its lease with it.
         let mut leases = std::pin::pin!(watcher::watch_object(self.node_leases(), holder));
         let mut again = Instant::now();
         let result = loop {
-        // Tells at once when the node is deleted, and its lease with it.
             let newest = self.latest(seen.clone())?;
             if attachment(&newest) != attachment(&seen) && newest.resource_version() != seen.resource_version() {
                 break Ok(newest);
@@ -379,9 +382,12 @@ pub(crate) fn owner(session: &AetherSession) -> Owner {
 }
 
 /// Why there is nothing to mount yet.
-fn unresolved(session: &AetherSession) -> Failure {
+pub(crate) fn unresolved(session: &AetherSession) -> Failure {
     let name = full_name(session);
     let status = session.status.as_ref();
+    if let Some(why) = lost_moment(session) {
+        return Failure::NotYet(format!("session {name} has nothing to start from: {why}"));
+    }
     let forked = status.and_then(|status| status.forked_from.as_ref());
     Failure::NotYet(match (&session.spec.session, forked) {
         (Some(parent), None) => format!("session {name} is a fork of {parent}, whose moment has not been taken yet"),
@@ -391,12 +397,19 @@ fn unresolved(session: &AetherSession) -> Failure {
         ),
         (None, None) => {
             let said = status
-                .and_then(|status| aether_api::conditions::get(&status.conditions, aether_api::conditions::READY))
+                .and_then(|status| conditions::get(&status.conditions, conditions::READY))
                 .map(|condition| format!(": {}", condition.message))
                 .unwrap_or_default();
             format!("session {name} has no base yet{said}")
         }
     })
+}
+
+/// Why there will never be a tree of a fork's moment.
+fn lost_moment(session: &AetherSession) -> Option<&str> {
+    let status = session.status.as_ref().filter(|_| session.head_root().is_none())?;
+    let failed = conditions::get(&status.conditions, conditions::FAILED)?;
+    (failed.status == "True").then_some(failed.message.as_str())
 }
 
 /// What was to be taken away is not there.

@@ -163,6 +163,15 @@ where
         }
     }
 
+    /// The object, if the API server lists it. Unlike the absence that [`Self::read`] reports, that of a list is an answer
+    /// about this kind: a server that does not know the kind at this moment says so.
+    pub(crate) async fn find_listed(&self, namespace: &str, name: &str) -> Result<Option<K>> {
+        let parameters = kube::api::ListParams::default().fields(&format!("metadata.name={name}"));
+        let describe = || format!("look for {} {namespace}/{name}", K::kind(&()));
+        let list = self.api(namespace).list(&parameters).await.map_err(Failure::api(describe))?;
+        Ok(list.items.into_iter().find(|object| object.name_any() == name))
+    }
+
     /// Whether the first list is complete.
     pub(crate) async fn ready(&self) {
         // The sender lives as long as we do.
@@ -283,22 +292,23 @@ pub(crate) async fn run<K, Context, Reconcile, Running>(
 {
     use kube::runtime::controller::{Action, Config, Error as Applied};
     let failures: Arc<Mutex<std::collections::HashMap<String, u32>>> = Arc::default();
-    let key = |object: &K| format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any());
+    let uid = |object: &K| object.uid().unwrap_or_default();
     let after_failure = {
         let failures = failures.clone();
         move |object: Arc<K>, error: &Failure, _: Arc<Context>| {
             let mut failures = failures.lock().unwrap_or_else(PoisonError::into_inner);
-            let count = failures.entry(key(&object)).or_default();
+            if error.is_gone() {
+                failures.remove(&uid(&object));
+                return Action::await_change();
+            }
+            let count = failures.entry(uid(&object)).or_default();
             *count += 1;
             // 0.5 s, doubled each time, up to a minute.
             let delay =
                 std::time::Duration::from_millis(500 << (*count - 1).min(7)).min(std::time::Duration::from_secs(60));
-            if error.is_gone() {
-                return Action::await_change();
-            }
             tracing::warn!(
                 task = name,
-                object = key(&object),
+                object = crate::moments::full_name(&*object),
                 error = crate::failure::chain(error),
                 ?delay,
                 "will try again"
@@ -315,7 +325,7 @@ pub(crate) async fn run<K, Context, Reconcile, Running>(
             let running = reconcile(object.clone(), context);
             Box::pin(async move {
                 running.await?;
-                failures.lock().unwrap_or_else(PoisonError::into_inner).remove(&key(&object));
+                failures.lock().unwrap_or_else(PoisonError::into_inner).remove(&uid(&object));
                 Ok::<_, Failure>(Action::await_change())
             })
         },

@@ -1,7 +1,7 @@
 //! What every part of the driver shares: engine, store, caches, records, locks.
 
 use std::collections::{BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use aether_api::AetherSession;
@@ -272,10 +272,5 @@ impl Locks {
             locks.entry(name.to_owned()).or_default().clone()
         };
         lock.lock_owned().await
-    }
-
-    /// As [`Self::lock`], for a path.
-    pub(crate) async fn lock_path(&self, path: &Path) -> OwnedMutexGuard<()> {
-        self.lock(&path.to_string_lossy()).await
     }
 }

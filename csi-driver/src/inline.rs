@@ -21,7 +21,7 @@ use crate::driver::{Driver, parse_root};
 use crate::failure::{Failure, Result, status_code};
 use crate::hydration;
 use crate::moments::full_name;
-use crate::records::{Pod, PublishRecord};
+use crate::records::{Pod, PublishRecord, Record as _};
 use crate::volume::inline_session_name;
 
 /// The session of an inline volume, and what its status begins with.
@@ -134,12 +134,19 @@ impl Driver {
         }
     }
 
-    async fn try_end_own_session(&self, record: &PublishRecord) -> Result<()> {
+    pub(crate) async fn try_end_own_session(&self, record: &PublishRecord) -> Result<()> {
+        let key = record.key();
+        // A pod that is started again has the same target and the same session: when it has been published anew, its session is
+        // in use.
+        let _target = self.target_locks.lock(&key).await;
+        if !self.publishes.get(&key).is_some_and(|current| current.unpublished) {
+            return Ok(());
+        }
         if let Some(uid) = &record.uid {
             let _lock = self.session_locks.lock(uid).await;
             self.engine.unmount_session(uid).await.or_else(absent)?;
             self.engine.delete_session(uid).await.or_else(absent)?;
-            self.sessions.remove(uid)?;
+            self.sessions.remove(uid).await?;
         }
         let api = self.cluster.sessions.api(&record.namespace);
         // Without a uid the driver was killed while it made the object: the pod's uid tells whether it is ours.
@@ -170,11 +177,7 @@ impl Driver {
                 }
             }
         }
-        let _target = self.target_locks.lock_path(&record.target).await;
-        // The same target may have been published anew in the meantime: that record is not ours to remove.
-        if self.publishes.get(&crate::records::Record::key(record)).is_some_and(|current| current.unpublished) {
-            self.publishes.remove(&crate::records::Record::key(record))?;
-        }
+        self.publishes.remove(&key).await?;
         self.count();
         Ok(())
     }
@@ -196,10 +199,10 @@ fn build(
         AetherSessionSpec {
             source: Some(SourceReference { namespace: source.namespace(), name: source.name_any(), revision: None }),
             owner: Some(owner),
+            limits: limits.cloned(),
             claim: ClaimPolicy::None,
             ..AetherSessionSpec::default()
         },
-            limits: limits.cloned(),
     );
     session.metadata.namespace = Some(pod.namespace.clone());
     session.metadata.owner_references = Some(vec![OwnerReference {

@@ -33,6 +33,33 @@ pub(crate) struct Moments {
     coming: Mutex<HashMap<String, Coming>>,
     /// Bytes of trees that sessions were compared with.
     sizes: Mutex<HashMap<Blob, u64>>,
+    /// Snapshots that work under way needs, however long it takes.
+    used: Arc<Mutex<HashSet<String>>>,
+}
+
+impl Moments {
+    /// Keeps the housekeeping from a snapshot that is there or is about to be, until dropped.
+    pub(crate) fn using(&self, snapshot: &str) -> Using {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(snapshot.to_owned());
+        Using { used: self.used.clone(), snapshot: snapshot.to_owned() }
+    }
+
+    /// Whether work under way needs a snapshot.
+    pub(crate) fn is_used(&self, snapshot: &str) -> bool {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).contains(snapshot)
+    }
+}
+
+/// The use of a snapshot by one who gave it its name.
+pub(crate) struct Using {
+    used: Arc<Mutex<HashSet<String>>>,
+    snapshot: String,
+}
+
+impl Drop for Using {
+    fn drop(&mut self) {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.snapshot);
+    }
 }
 
 /// What a tree has and has not in common with a session's base.

@@ -12,7 +12,7 @@ use aether_runtime::{CancellationToken, Stage};
 use kube::ResourceExt as _;
 use tokio::sync::oneshot;
 
-use crate::attach::{absent, owner};
+use crate::attach::{absent, owner, unresolved};
 use crate::cluster::Patience;
 use crate::driver::{Driver, parse_root};
 use crate::failure::{Failure, Result};
@@ -74,7 +74,7 @@ impl Driver {
 
         let before = self.publishes.get(&key).filter(|record| !record.unpublished);
         match target::classify(&request.target)? {
-            Target::Mounted => match before {
+            Target::Mounted => match &before {
                 Some(record) if record.volume_id == request.volume_id && record.read_only == request.read_only => {
                     return Ok(());
                 }
@@ -92,6 +92,10 @@ impl Driver {
             Target::Missing | Target::Directory => {}
         }
 
+        // Another view is made for it, and the new record will name that.
+        if let Some(before) = &before {
+            self.take_view_away(before).await;
+        }
         let mut record = PublishRecord {
             target: request.target.clone(),
             volume_id: request.volume_id.clone(),
@@ -111,7 +115,7 @@ impl Driver {
         {
             // What an inline volume made stays recorded: its unpublish comes, or the next attempt finds it.
             self.take_away(&record).await;
-            self.publishes.remove(&key)?;
+            self.publishes.remove(&key).await?;
         }
         if result.is_err() && !record.session.is_empty() {
             // It may have taken the lease, which goes again when nobody here writes.
@@ -235,7 +239,7 @@ impl Driver {
                 self.show_image(&image, &request.target, &session).await?;
                 return Ok(());
             }
-            let reason = format!("session {} has nothing to show yet", full_name(&*session));
+            let reason = unresolved(&session).to_string();
             patience.changed(&mut changes, &reason).await?;
             session = self.existing(&record.namespace, &record.session, Some(&uid)).await?;
         }
@@ -257,7 +261,7 @@ impl Driver {
             self.publishes.put(PublishRecord { unpublished: true, ..record.clone() }).await?;
             self.begin_end_own_session(record);
         } else {
-            self.publishes.remove(&key)?;
+            self.publishes.remove(&key).await?;
             tracing::info!(session = format!("{}/{}", record.namespace, record.session), target = key, "unpublished");
             self.poke(&record.namespace, &record.session);
             // For a session whose object is gone already.

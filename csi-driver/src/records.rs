@@ -210,8 +210,9 @@ impl<R: Record> Records<R> {
         .map_err(|_| Failure::Lost("the writing of a record"))?
     }
 
-    /// Forgets a record; removing what is not there is no error.
-    pub(crate) fn remove(&self, key: &str) -> Result<()> {
+    /// Forgets a record, after what is being written of it; removing what is not there is no error.
+    pub(crate) async fn remove(&self, key: &str) -> Result<()> {
+        let _writing = self.writing.lock(key).await;
         let path = self.path(key);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -277,15 +278,36 @@ mod tests {
         records.put(record("../two/with slash")).await.unwrap();
         records.put(SessionRecord { epoch: 4, upper: Upper::Dirty, ..record("one") }).await.unwrap();
         fs::write(directory.path().join("half.new"), "{\"uid\":").unwrap();
-        records.remove("absent").unwrap();
+        records.remove("absent").await.unwrap();
 
         let again = Records::<SessionRecord>::open(directory.path()).unwrap();
         assert_eq!(again.all().len(), 2);
         assert_eq!(again.get("one").unwrap().epoch, 4);
         assert_eq!(again.get("one").unwrap().upper, Upper::Dirty);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
-        again.remove("one").unwrap();
+        again.remove("one").await.unwrap();
         assert!(Records::<SessionRecord>::open(directory.path()).unwrap().get("one").is_none());
+    }
+
+    #[tokio::test]
+    async fn what_is_being_written_does_not_bring_a_removed_record_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let records = Records::open(directory.path()).unwrap();
+        records.put(record("one")).await.unwrap();
+        // Begun, and then nobody waits for it any more: the kubelet gave the call up.
+        for epoch in 4..40 {
+            let mut writing = Box::pin(records.put(SessionRecord { epoch, ..record("one") }));
+            std::future::poll_fn(|context| {
+                let _begun = writing.as_mut().poll(context);
+                std::task::Poll::Ready(())
+            })
+            .await;
+            drop(writing);
+            records.remove("one").await.unwrap();
+            // Whatever is still under way ends before this does.
+            records.remove("one").await.unwrap();
+            assert!(records.get("one").is_none() && !records.path("one").exists(), "epoch {epoch}");
+        }
     }
 
     #[test]

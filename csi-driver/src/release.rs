@@ -27,7 +27,7 @@ impl Driver {
     /// the head and clears the lease. Ends early, with nothing lost, when a pod here mounts it again first.
     pub(crate) async fn release(self: &Arc<Self>, session: &Arc<AetherSession>) -> Result<()> {
         let uid = uid(&**session);
-        let (snapshot, generation) = {
+        let (snapshot, generation, _used) = {
             let _lock = self.session_locks.lock(&uid).await;
             let Some(record) = self.sessions.get(&uid) else { return Ok(()) };
             if self.published_for_writing(&uid) {
@@ -43,7 +43,8 @@ impl Driver {
             self.engine.unmount_session(&uid).await.or_else(absent)?;
             let generation = self.engine.session(&uid).await?.generation;
             let name = under_epoch(&format!("release-{}", uuid::Uuid::new_v4()), record.epoch);
-            (self.snapshot(&uid, &name).await?, generation)
+            let used = self.moments.using(&name);
+            (self.snapshot(&uid, &name).await?, generation, used)
         };
         let result = self.release_moment(session, &uid, &snapshot, generation).await;
         self.drop_snapshot(&snapshot.id).await;
@@ -69,8 +70,8 @@ impl Driver {
             self.account(base_root(session), digested.root).await.map(Some)
         };
         let (digested, account) = tokio::try_join!(self.make_durable(&snapshot.id), counting)?;
-        let _lock = self.session_locks.lock(uid).await;
         control::stamp_all_kept(uid, self).await?;
+        let _lock = self.session_locks.lock(uid).await;
         let Some(mut record) = self.sessions.get(uid).filter(|record| record.upper == Upper::Dirty) else {
             return Ok(());
         };
@@ -111,7 +112,7 @@ impl Driver {
             let after = self.let_go(&session, &record, json!({})).await?;
             self.tell_of_lost_upper(&after).await;
         }
-        self.sessions.remove(&record.uid)?;
+        self.sessions.remove(&record.uid).await?;
         self.count();
         Ok(())
     }
@@ -150,7 +151,7 @@ impl Driver {
         self.engine.unmount_session(uid).await.or_else(absent)?;
         self.engine.delete_session(uid).await.or_else(absent)?;
         if self.sessions.get(uid).is_some() {
-            self.sessions.remove(uid)?;
+            self.sessions.remove(uid).await?;
             tracing::info!(session = uid, "dropped");
             self.count();
         }
@@ -287,7 +288,7 @@ impl Driver {
     async fn clear_writers(&self, record: &SessionRecord) -> Result<()> {
         for publish in self.mounts_of(&record.uid).into_iter().filter(|publish| !publish.read_only) {
             target::clear(&publish.target)?;
-            self.publishes.remove(&crate::records::Record::key(&publish))?;
+            self.publishes.remove(&crate::records::Record::key(&publish)).await?;
         }
         self.engine.unmount_session(&record.uid).await.or_else(absent)?;
         Ok(())
@@ -297,7 +298,7 @@ impl Driver {
     async fn let_fall(&self, record: &SessionRecord) -> Result<()> {
         self.clear_writers(record).await?;
         self.engine.delete_session(&record.uid).await.or_else(absent)?;
-        self.sessions.remove(&record.uid)?;
+        self.sessions.remove(&record.uid).await?;
         self.count();
         Ok(())
     }

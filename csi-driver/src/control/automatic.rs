@@ -8,18 +8,23 @@ use std::time::{Duration, Instant};
 use aether_api::names;
 use aether_api::{AetherSession, session::AutomaticCheckpoints};
 use aether_cas::Blob;
+use aether_engine::Snapshot;
 use aether_runtime::CancellationToken;
 use jiff::Timestamp;
 use kube::ResourceExt as _;
+use tokio::task::JoinSet;
 
 use super::checkpoints::stamp_local;
 use crate::driver::Driver;
-use crate::failure::{Result, chain};
+use crate::failure::{Failure, Result, chain};
 use crate::moments::{full_name, under_epoch};
 use crate::records::{SessionRecord, Upper};
 
 /// The shortest interval: a snapshot holds pods still.
 const SHORTEST: Duration = Duration::from_secs(5);
+
+/// So many sessions are looked at at a time. Their pods are held still for moments only; the workers bound the rest.
+const AT_ONCE: usize = 8;
 
 /// Runs until `stop`. Sleeps until the next session is due, or until what is held or asked for has changed.
 pub(super) async fn run(driver: Arc<Driver>, stop: CancellationToken) {
@@ -27,22 +32,33 @@ pub(super) async fn run(driver: Arc<Driver>, stop: CancellationToken) {
     let mut changes = driver.cluster.sessions.changes();
     // The last look at each session; a session that is new here is due one interval from now.
     let mut looked: HashMap<String, Look> = HashMap::new();
+    let mut looking = JoinSet::new();
     loop {
         let now = Instant::now();
         let wanting = wanting(&driver);
         looked.retain(|uid, _| wanting.iter().any(|(record, ..)| &record.uid == uid));
         let mut next = None;
         for (record, session, interval) in wanting {
-            let look = looked.entry(record.uid.clone()).or_insert(Look { time: now, root: None });
-            let due = look.time + interval;
-            if due <= now {
-                look.time = now;
-                if let Err(failure) = checkpoint_if_changed(&driver, &record, &mut look.root).await {
-                    tracing::warn!(session = full_name(&*session), error = chain(&failure), "automatic checkpoint");
-                }
+            let look = looked.entry(record.uid.clone()).or_insert(Look { time: now, under_way: false, root: None });
+            if look.under_way {
+                continue;
             }
-            let due = if due <= now { now + interval } else { due };
-            next = Some(next.map_or(due, |next: Instant| next.min(due)));
+            let due = look.time + interval;
+            if due > now {
+                next = Some(next.map_or(due, |next: Instant| next.min(due)));
+            } else if looking.len() < AT_ONCE {
+                look.time = now;
+                look.under_way = true;
+                let (driver, seen) = (driver.clone(), look.root);
+                looking.spawn(async move {
+                    let found = checkpoint_if_changed(&driver, &record.uid, seen).await;
+                    let root = found.unwrap_or_else(|failure| {
+                        tracing::warn!(session = full_name(&*session), error = chain(&failure), "automatic checkpoint");
+                        seen
+                    });
+                    (record.uid, root)
+                });
+            }
         }
         let sleep = async {
             match next {
@@ -54,14 +70,28 @@ pub(super) async fn run(driver: Arc<Driver>, stop: CancellationToken) {
             () = sleep => {}
             _ = attached.changed() => {}
             _ = changes.changed() => {}
-            () = stop.cancelled() => return,
+            Some(ended) = looking.join_next() => match ended {
+                Ok((uid, root)) => if let Some(look) = looked.get_mut(&uid) {
+                    look.under_way = false;
+                    look.root = root;
+                },
+                Err(error) => {
+                    tracing::error!(%error, "an automatic checkpoint ended unexpectedly");
+                    // Nobody knows whose: all are due one interval after their last.
+                    looked.values_mut().for_each(|look| look.under_way = false);
+                }
+            },
+            () = stop.cancelled() => break,
         }
     }
+    while looking.join_next().await.is_some() {}
 }
 
 /// A look at a session.
 struct Look {
     time: Instant,
+    /// It has begun and not ended.
+    under_way: bool,
     /// What it found, which may be on its way to the store still.
     root: Option<Blob>,
 }
@@ -84,26 +114,46 @@ fn interval(checkpoints: &AutomaticCheckpoints) -> Duration {
     Duration::from(checkpoints.interval).max(SHORTEST)
 }
 
-async fn checkpoint_if_changed(driver: &Arc<Driver>, record: &SessionRecord, seen: &mut Option<Blob>) -> Result<()> {
-    let _lock = driver.session_locks.lock(&record.uid).await;
-    let Some((session, record)) = driver.holds_now(&record.uid).await? else { return Ok(()) };
-    let name = under_epoch(&format!("automatic-{}", uuid::Uuid::new_v4()), record.epoch);
-    let snapshot = driver.snapshot(&record.uid, &name).await?;
-    let made = async {
-        let digested = driver.engine.digest(&name).await?;
-        if *seen == Some(digested.root) || seen.is_none() && record.last_root == Some(digested.root.to_string()) {
-            return Ok(false);
+/// Makes a checkpoint of a session, unless it is as it was when it was `seen`. Returns what it is now. The session is locked
+/// while the moment is taken and while the checkpoint is made of it, and is free between the two.
+pub(crate) async fn checkpoint_if_changed(driver: &Arc<Driver>, uid: &str, seen: Option<Blob>) -> Result<Option<Blob>> {
+    let (snapshot, record, _used) = {
+        let _lock = driver.session_locks.lock(uid).await;
+        let Some((_, record)) = driver.holds_now(uid).await? else { return Ok(seen) };
+        let name = under_epoch(&format!("automatic-{}", uuid::Uuid::new_v4()), record.epoch);
+        let used = driver.moments.using(&name);
+        (driver.snapshot(uid, &name).await?, record, used)
+    };
+    let digested = {
+        let _permit = driver.workers.acquire().await.map_err(|_| Failure::Lost("worker pool"))?;
+        driver.engine.digest(&snapshot.id).await
+    };
+    let root = match digested {
+        Ok(digested) => digested.root,
+        Err(error) => {
+            driver.drop_snapshot(&snapshot.id).await;
+            return Err(error.into());
         }
-        let object = format!("{}-auto-{}", session.name_any(), Timestamp::now().strftime("%Y%m%d%H%M%S"));
-        let message = "automatic".to_owned();
-        let checkpoint = driver.make_checkpoint(&session, &object, names::ORIGIN_AUTOMATIC, message, None).await?;
-        let stamped = stamp_local(&Arc::new(checkpoint), &session, &snapshot, driver).await?;
-        *seen = Some(digested.root);
-        Ok(stamped.status.as_ref().and_then(|status| status.snapshot.as_ref()) == Some(&name))
+    };
+    let unchanged = seen == Some(root) || seen.is_none() && record.last_root == Some(root.to_string());
+    let made = !unchanged && make(driver, &snapshot, record.epoch).await?;
+    // After a failure it stays: when only the answer was lost, it is the checkpoint. If it is not, the housekeeping finds it.
+    if !made {
+        driver.drop_snapshot(&snapshot.id).await;
     }
-    .await;
-    if !matches!(made, Ok(true)) {
-        driver.drop_snapshot(&name).await;
+    Ok(Some(root))
+}
+
+/// Makes the checkpoint of a moment, unless the session was let go since. `false` when nothing needs the moment.
+async fn make(driver: &Arc<Driver>, moment: &Snapshot, epoch: i64) -> Result<bool> {
+    let _lock = driver.session_locks.lock(&moment.session).await;
+    let Some((session, record)) = driver.holds_now(&moment.session).await? else { return Ok(false) };
+    if record.epoch != epoch {
+        return Ok(false);
     }
-    made.map(|_: bool| ())
+    let object = format!("{}-auto-{}", session.name_any(), Timestamp::now().strftime("%Y%m%d%H%M%S"));
+    let message = "automatic".to_owned();
+    let checkpoint = driver.make_checkpoint(&session, &object, names::ORIGIN_AUTOMATIC, message, None).await?;
+    let stamped = stamp_local(&Arc::new(checkpoint), &session, moment, driver).await?;
+    Ok(stamped.status.as_ref().and_then(|status| status.snapshot.as_ref()) == Some(&moment.id))
 }

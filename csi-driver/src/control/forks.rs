@@ -3,20 +3,23 @@
 
 use std::sync::Arc;
 
+use aether_api::conditions::{self, FAILED, Wanted, reason};
 use aether_api::session::{Base, ForkedFrom, Owner};
-use aether_api::{AetherSession, names};
+use aether_api::{AetherSession, AetherSessionStatus, names};
 use aether_engine::Snapshot;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt as _;
+use kube::runtime::events::EventType;
 use serde_json::json;
 
+use crate::attach::absent;
 use crate::cluster::update_status;
 use crate::driver::Driver;
 use crate::failure::Result;
 use crate::moments::{consistency, frozen_microseconds, full_name, taken_at, uid};
 
 /// Stamps a fork with its moment, then with the moment's tree.
-pub(super) async fn reconcile(fork: Arc<AetherSession>, driver: Arc<Driver>) -> Result<()> {
+pub(crate) async fn reconcile(fork: Arc<AetherSession>, driver: Arc<Driver>) -> Result<()> {
     let Some(parent) = &fork.spec.session else { return Ok(()) };
     if fork.metadata.deletion_timestamp.is_some() {
         return Ok(());
@@ -81,6 +84,13 @@ async fn bring_to_store(fork: &Arc<AetherSession>, driver: &Arc<Driver>) -> Resu
     if node != driver.node() {
         return Ok(());
     }
+    let lost = |status: &AetherSessionStatus| conditions::is_true(&status.conditions, FAILED);
+    if fork.status.as_ref().is_some_and(lost) {
+        return Ok(());
+    }
+    if driver.engine.snapshot_record(snapshot).await.map(Some).or_else(absent)?.is_none() {
+        return give_up(fork, snapshot, driver).await;
+    }
     let digested = driver.make_durable(snapshot).await?;
     let account = driver.account(None, digested.root).await?;
     let api = driver.cluster.sessions.api(&fork.namespace().unwrap_or_default());
@@ -110,4 +120,31 @@ async fn bring_to_store(fork: &Arc<AetherSession>, driver: &Arc<Driver>) -> Resu
         }
         Err(failure) => Err(failure),
     }
+}
+
+/// Says that a fork's moment is lost, unless it is in the store: the object at hand may be older than our own last write, which
+/// the end of the snapshot follows.
+async fn give_up(fork: &Arc<AetherSession>, snapshot: &str, driver: &Driver) -> Result<()> {
+    let api = driver.cluster.sessions.api(&fork.namespace().unwrap_or_default());
+    let message = format!(
+        "snapshot {snapshot} of the fork's moment is not on node {} any more, which lost it before it was in the store: fork again",
+        driver.node()
+    );
+    let newest = update_status(&api, fork.clone(), names::DRIVER_MANAGER, |fork| {
+        let status = fork.status.as_ref()?;
+        status.forked_from.as_ref().is_some_and(|forked| !forked.durable).then(|| {
+            let mut all = status.conditions.clone();
+            let failed = Wanted::yes(FAILED, reason::NODE_FAILED, message.clone());
+            conditions::set(&mut all, failed, fork.metadata.generation);
+            json!({"conditions": all})
+        })
+    })
+    .await?;
+    let durable =
+        newest.status.as_ref().and_then(|status| status.forked_from.as_ref()).is_some_and(|from| from.durable);
+    if !durable {
+        tracing::error!(fork = full_name(&**fork), message, "the moment of a fork is lost");
+        driver.events.on(&**fork, EventType::Warning, "MomentLost", message).await;
+    }
+    Ok(())
 }

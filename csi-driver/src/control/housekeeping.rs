@@ -11,7 +11,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::attach::absent;
 use crate::driver::{Driver, is_written};
-use crate::failure::{Result, chain};
+use crate::failure::{Failure, Result, chain};
 use crate::moments::{stem_of, taken_at, uid};
 use crate::records::{SessionRecord, Upper};
 
@@ -33,9 +33,7 @@ pub(super) async fn run(driver: Arc<Driver>, stop: CancellationToken) {
     let mut changes = driver.cluster.sessions.changes();
     let mut attached = driver.attached.subscribe();
     loop {
-        if let Err(failure) = tidy(&driver).await {
-            tracing::warn!(error = chain(&failure), "housekeeping");
-        }
+        tidy(&driver).await;
         // One deletion seldom comes alone.
         let pause = tokio::time::Instant::now() + PAUSE;
         let next = tokio::time::sleep(PERIOD);
@@ -62,23 +60,36 @@ fn forsaken(driver: &Driver, record: &SessionRecord) -> bool {
     cached.is_none_or(|session| uid(&*session) != record.uid) && driver.mounts_of(&record.uid).is_empty()
 }
 
-async fn tidy(driver: &Arc<Driver>) -> Result<()> {
-    driver.tidy_publishes().await?;
-    drop_deleted(driver).await?;
-    drop_snapshots(driver).await?;
+/// One part that fails keeps none of the others from its work.
+pub(crate) async fn tidy(driver: &Arc<Driver>) {
+    let tell = |part: &str, failed: Result<()>| {
+        if let Err(failure) = failed {
+            tracing::warn!(part, error = chain(&failure), "housekeeping");
+        }
+    };
+    tell("mounts", driver.tidy_publishes().await);
+    drop_deleted(driver).await;
+    tell("snapshots", drop_snapshots(driver, YOUNG).await);
     // Checkpoints add contents whatever the limit is; what they need no more goes here.
-    driver.engine.make_room(0, &*driver.remote).await?;
-    Ok(())
+    tell("contents", driver.engine.make_room(0, &*driver.remote).await.map(drop).map_err(Into::into));
 }
 
 /// Sessions whose object is gone. The API server is asked, since the cache may be behind.
-async fn drop_deleted(driver: &Arc<Driver>) -> Result<()> {
+async fn drop_deleted(driver: &Arc<Driver>) {
     for record in driver.sessions.select(|record| forsaken(driver, record)) {
-        if driver.session_of(&record).await?.is_none() {
-            driver.discard(&record.uid).await?;
+        let dropped = async {
+            let listed = driver.cluster.sessions.find_listed(&record.namespace, &record.name).await?;
+            if listed.is_none_or(|session| uid(&session) != record.uid) {
+                driver.discard(&record.uid).await?;
+            }
+            Ok::<_, Failure>(())
+        };
+        // Something may hold on to one of them; the next look comes to it again.
+        if let Err(failure) = dropped.await {
+            let session = format!("{}/{}", record.namespace, record.name);
+            tracing::warn!(session, uid = record.uid, error = chain(&failure), "a deleted session stays for now");
         }
     }
-    Ok(())
 }
 
 /// What the engine has and no record speaks of: views whose mount is gone, sessions of an attach that was killed before
@@ -109,7 +120,8 @@ pub(crate) async fn drop_unrecorded(driver: &Arc<Driver>) -> Result<()> {
     Ok(())
 }
 
-async fn drop_snapshots(driver: &Arc<Driver>) -> Result<()> {
+/// Snapshots older than `young` that nothing speaks of.
+pub(crate) async fn drop_snapshots(driver: &Arc<Driver>, young: SignedDuration) -> Result<()> {
     let now = Timestamp::now();
     let mut needed = HashSet::new();
     for checkpoint in driver.cluster.checkpoints.all() {
@@ -136,7 +148,9 @@ async fn drop_snapshots(driver: &Arc<Driver>) -> Result<()> {
     for snapshot in driver.engine.snapshots().await? {
         // A checkpoint that is not stamped yet names its snapshot by its own uid, without the epoch.
         let unneeded = !needed.contains(&snapshot.id) && !needed.contains(stem_of(&snapshot.id));
-        if unneeded && now.duration_since(taken_at(&snapshot)) > YOUNG {
+        // Those that are temporary are the engine's own, of work under way.
+        let in_use = snapshot.temporary || driver.moments.is_used(&snapshot.id);
+        if unneeded && !in_use && now.duration_since(taken_at(&snapshot)) > young {
             tracing::info!(snapshot = snapshot.id, "nothing needs it any more");
             driver.drop_snapshot(&snapshot.id).await;
         }

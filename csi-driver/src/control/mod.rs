@@ -19,7 +19,13 @@ use crate::driver::Driver;
 pub(crate) use self::checkpoints::stamp_all_kept;
 
 #[cfg(test)]
-pub(crate) use self::{housekeeping::drop_unrecorded, restores::reconcile as restore, sessions::release};
+pub(crate) use self::{
+    automatic::checkpoint_if_changed,
+    forks::reconcile as fork,
+    housekeeping::{drop_snapshots, drop_unrecorded, tidy},
+    restores::reconcile as restore,
+    sessions::{reconcile as session, release},
+};
 
 /// Starts the watches and, when they are up to date, the loops. Each is a named task.
 pub(crate) fn start(driver: &Arc<Driver>, tasks: &Tasks) {

@@ -12,7 +12,7 @@ use crate::moments::uid;
 use crate::records::{SessionRecord, Upper};
 
 /// Deletion, loss, and the return of what was lost.
-pub(super) async fn reconcile(session: Arc<AetherSession>, driver: Arc<Driver>) -> Result<()> {
+pub(crate) async fn reconcile(session: Arc<AetherSession>, driver: Arc<Driver>) -> Result<()> {
     let uid = uid(&*session);
     let held = session.holder() == Some(driver.node());
     let Some(record) = driver.sessions.get(&uid) else {
@@ -58,7 +58,11 @@ fn attaching(driver: &Driver, session: &AetherSession) -> bool {
     let name = session.name_any();
     let namespace = session.namespace();
     driver.publishes.any(|publish| {
-        publish.session == name && Some(&publish.namespace) == namespace.as_ref() && !publish.unpublished
+        // One that is read-only takes no lease.
+        publish.session == name
+            && Some(&publish.namespace) == namespace.as_ref()
+            && !publish.unpublished
+            && !publish.read_only
     })
 }
 

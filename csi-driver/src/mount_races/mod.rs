@@ -5,6 +5,7 @@ mod leaving;
 mod limits;
 mod publishing;
 mod restoring;
+mod tidying;
 
 use std::fs;
 use std::path::{Path, PathBuf};
