@@ -97,12 +97,12 @@ async fn refused(story: &Story, name: &str, reason: &str, named: &str) -> Result
 
 /// A directory of the first node as a volume with a claim, in the place of a cluster's storage, and the pod `filler`
 /// that has it at `/data` as root.
-struct VolumeOnNode {
+pub(super) struct VolumeOnNode {
     name: String,
 }
 
 impl VolumeOnNode {
-    async fn create(story: &Story, claim: &str) -> Result<Self> {
+    pub(super) async fn create(story: &Story, claim: &str) -> Result<Self> {
         let name = format!("aether-e2e-{}", story.namespace);
         let nodes: Api<Node> = Api::all(story.test.client.clone());
         let node = nodes.get(story.first_node()).await?;
@@ -157,7 +157,7 @@ impl VolumeOnNode {
         }
     }
 
-    async fn remove(self, story: &Story) -> Result<()> {
+    pub(super) async fn remove(self, story: &Story) -> Result<()> {
         let emptied =
             story.exec("filler", &format!("find /data -mindepth 1 -delete && rmdir /host/run/{}", self.name)).await;
         // Claims go with the namespace; a volume has none.

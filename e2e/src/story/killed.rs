@@ -53,6 +53,14 @@ async fn rounds(story: &Story) -> Result<i64> {
 }
 
 impl Story {
+    /// The driver's pod of a node.
+    pub(super) async fn driver_on(&self, node: &str) -> Result<Pod> {
+        let drivers = self.parts(Some("driver")).await?;
+        let driver =
+            drivers.into_iter().find(|pod| pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(node));
+        driver.with_context(|| format!("no driver runs on {node}"))
+    }
+
     /// `kill -9` of a part's program, from the driver's pod on its node, which shares the node's process ids. The driver that is
     /// killed is that of the first node.
     pub async fn kill_part(&self, part: &str, program: &str) -> Result<()> {
@@ -61,10 +69,7 @@ impl Story {
             "driver" => self.first_node().to_owned(),
             _ => self.parts(Some(part)).await?.iter().find_map(node_of).with_context(|| format!("no {part} runs"))?,
         };
-        let drivers = self.parts(Some("driver")).await?;
-        let driver = drivers.iter().find(|pod| node_of(pod).as_ref() == Some(&node));
-        let driver =
-            driver.with_context(|| format!("no driver on {node}, from which {part} could be killed"))?.name_any();
+        let driver = self.driver_on(&node).await?.name_any();
         // The kernel keeps 15 characters of a program's name.
         let short: String = program.chars().take(15).collect();
         let script = format!(

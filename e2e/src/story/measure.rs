@@ -130,11 +130,7 @@ impl Story {
     /// Waits until the kubelet of the first node has unmounted a pod's volumes and removed its folder. The API server forgets a
     /// pod without grace before that, and one with grace up to ten seconds after.
     async fn until_kubelet_forgot(&self, uid: &str) -> Result<()> {
-        let drivers = self.parts(Some("driver")).await?;
-        let driver = drivers
-            .iter()
-            .find(|pod| pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(self.first_node()))
-            .context("a driver runs on the first node")?;
+        let driver = self.driver_on(self.first_node()).await?;
         let container = driver.spec.as_ref().and_then(|spec| spec.containers.first()).context("a container")?;
         let kubelet = container.args.iter().flatten().find_map(|argument| argument.strip_prefix("--kubelet-dir="));
         let folder = format!("{}/pods/{uid}", kubelet.unwrap_or("/var/lib/kubelet"));

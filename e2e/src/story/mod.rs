@@ -11,6 +11,7 @@ mod fork;
 mod handoff;
 mod import;
 mod killed;
+mod lazy;
 mod measure;
 mod programs;
 mod restore;
@@ -84,6 +85,7 @@ pub const STEPS: &[Step] = steps! {
     "lost-node" "A node is lost, and comes back" true Needs::Harness("it cuts off the network of a node"), handoff::lose_a_node;
     "restore" "Restore under a running process" false Needs::Nothing, restore::restore_in_place;
     "volumes" "Inline volumes and claims of class aether" false Needs::Nothing, volumes::inline_and_class;
+    "lazy" "A session before its contents are there" true Needs::Quiet, lazy::work_before_contents_are_here;
     "killed" "kill -9 of driver, operator and store under a writer" true Needs::Quiet, killed::kill_our_parts;
     "bind" "From apply to a bound claim" true Needs::Nothing, measure::bind;
     "pod-start" "What a session adds to the start of a pod" true Needs::Nothing, measure::pod_start;

@@ -46,6 +46,7 @@ steps! {
     lost_node "lost-node"
     restore "restore"
     volumes "volumes"
+    lazy "lazy"
     killed "killed"
     bind "bind"
     pod_start "pod-start"
