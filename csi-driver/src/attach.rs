@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use aether_api::liveness::{self, Liveness};
 use aether_api::session::{Attachment, Base};
 use aether_api::{AetherSession, conditions, names};
 use aether_cas::tree::Owner;
@@ -21,7 +22,7 @@ use tokio::sync::OwnedMutexGuard;
 use crate::cluster::Patience;
 use crate::driver::{Driver, parse_root};
 use crate::failure::{Failure, Result, chain, status_code};
-use crate::lease::{self, Action, Liveness};
+use crate::lease::{self, Action};
 use crate::moments::full_name;
 use crate::records::{Pod, SessionRecord, Upper};
 
@@ -293,7 +294,7 @@ impl Driver {
     }
 
     fn node_leases(&self) -> Api<Lease> {
-        Api::namespaced(self.cluster.client.clone(), "kube-node-lease")
+        Api::namespaced(self.cluster.client.clone(), liveness::NODE_LEASES)
     }
 
     /// Waits until the holder lets go, another takes it, or the holder is lost.

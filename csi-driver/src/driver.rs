@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use aether_api::AetherSession;
+use aether_api::liveness::Holders;
 use aether_cas::{Blob, Store};
 use aether_engine::Engine;
 use aether_engine::freeze::{self, PodProcesses};
@@ -40,7 +41,7 @@ pub(crate) struct Driver {
     /// Held while a target changes.
     pub target_locks: Locks,
     /// What was seen of nodes that hold sessions which are wanted here.
-    pub holders: lease::Holders,
+    pub holders: Holders,
     /// Publishes under way, by target, so that an unpublish can end their wait.
     pub underway: Mutex<HashMap<String, CancellationToken>>,
     /// Bounds digests and uploads.
@@ -75,7 +76,7 @@ impl Driver {
             workers: Semaphore::new(config.workers),
             session_locks: Locks::default(),
             target_locks: Locks::default(),
-            holders: lease::Holders::default(),
+            holders: Holders::default(),
             underway: Mutex::default(),
             moments: Moments::default(),
             background: Background::default(),

@@ -157,7 +157,7 @@ pub(crate) struct Create {
     #[arg(long, value_name = "NAME", conflicts_with = "checkpoint")]
     pub(crate) revision: Option<String>,
     /// Who owns the files; 1000:1000 when absent
-    #[arg(long, value_name = "UID:GID", value_parser = parse::owner)]
+    #[arg(long, value_name = "UID:GID")]
     pub(crate) owner: Option<Owner>,
     /// Delete the session so long after it was made
     #[arg(long, value_name = "TIME", value_parser = parse::duration)]
@@ -211,7 +211,7 @@ pub(crate) struct Fork {
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub(crate) count: u16,
     /// Who owns the forks' files; the parent's owner when absent
-    #[arg(long, value_name = "UID:GID", value_parser = parse::owner)]
+    #[arg(long, value_name = "UID:GID")]
     pub(crate) owner: Option<Owner>,
     /// Delete the forks so long after they were made
     #[arg(long, value_name = "TIME", value_parser = parse::duration)]

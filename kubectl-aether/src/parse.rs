@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use aether_api::command::Variable;
-use aether_api::session::{AutomaticCheckpoints, Owner};
+use aether_api::session::AutomaticCheckpoints;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 /// A source as typed: `[NAMESPACE/]NAME`.
@@ -40,15 +40,6 @@ pub(crate) fn source(text: &str) -> Result<Source, String> {
         None => (None, text),
     };
     Ok(Source { namespace, name: name(source).map_err(form)? })
-}
-
-pub(crate) fn owner(text: &str) -> Result<Owner, String> {
-    let parsed =
-        text.split_once(':').and_then(|(uid, gid)| Some(Owner { uid: uid.parse().ok()?, gid: gid.parse().ok()? }));
-    // The kernel means "do not change" by the greatest id.
-    parsed
-        .filter(|owner| owner.uid < u32::MAX && owner.gid < u32::MAX)
-        .ok_or_else(|| "an owner is UID:GID, two numbers such as 1000:1000".into())
 }
 
 /// A duration as Kubernetes writes it (Go's form), not negative and not nothing.

@@ -150,14 +150,9 @@ fn build(claim: &PersistentVolumeClaim) -> std::result::Result<AetherSession, St
         ));
     }
     let owner = annotation(CLAIM_OWNER_ANNOTATION)
-        .map(|owner| {
-            parse_owner(owner).ok_or_else(|| {
-                format!(
-                    "annotation {CLAIM_OWNER_ANNOTATION} of claim {name} is {owner:?}: say UID:GID, such as 1000:1000"
-                )
-            })
-        })
-        .transpose()?;
+        .map(str::parse::<Owner>)
+        .transpose()
+        .map_err(|wrong| format!("annotation {CLAIM_OWNER_ANNOTATION} of claim {name}: {wrong}"))?;
     if claim.spec.as_ref().is_some_and(|spec| spec.volume_mode.as_deref() == Some("Block")) {
         return Err(format!(
             "claim {name} asks for a block device, but a session is a directory: leave volumeMode out"
@@ -183,12 +178,6 @@ fn build(claim: &PersistentVolumeClaim) -> std::result::Result<AetherSession, St
         },
         status: None,
     })
-}
-
-fn parse_owner(text: &str) -> Option<Owner> {
-    let (uid, gid) = text.split_once(':')?;
-    let id = |text: &str| text.parse::<u32>().ok().filter(|id| *id != u32::MAX);
-    Some(Owner { uid: id(uid)?, gid: id(gid)? })
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 mod common;
 
 use aether_api::checkpoint::DeletionPolicy;
-use aether_api::conditions::{self, READY, reason};
+use aether_api::conditions::{self, READY, Wanted, reason};
 use aether_api::names;
 use aether_api::session::{ClaimPolicy, SourceReference};
 use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherCheckpointStatus, AetherSession, AetherSessionSpec};
@@ -175,6 +175,14 @@ async fn a_fork_of_a_held_session_waits_for_its_node_and_then_costs_three_writes
     operator.attach("fix", Some("n1"));
     operator.session("fork").await;
     assert_eq!(ready_reason(&operator, "fork"), reason::READY, "it came back");
+
+    // And it has lost its disk.
+    operator.api.change::<AetherSession>(NAMESPACE, "fork", |fork| {
+        let failed = Wanted::yes(conditions::FAILED, reason::NODE_FAILED, "the moment is gone");
+        conditions::set(&mut fork.status.get_or_insert_default().conditions, failed, None);
+    });
+    operator.session("fork").await;
+    assert_eq!(ready_reason(&operator, "fork"), reason::NODE_FAILED);
 }
 
 #[tokio::test]

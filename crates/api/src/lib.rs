@@ -12,6 +12,7 @@
 pub mod checkpoint;
 pub mod command;
 pub mod conditions;
+pub mod liveness;
 pub mod names;
 pub mod quantity;
 pub mod restore;

@@ -370,7 +370,8 @@ impl Inner {
             });
         }
         fs::create_dir_all(&mountpoint).at("create", &mountpoint)?;
-        if mount::upper_in_use(&upper)? {
+        // What was never mounted is in no use: the kernel need not be asked, which costs about a millisecond.
+        if session.generation > 0 && mount::upper_in_use(&upper)? {
             // An earlier run of this process mounted it in a namespace that ended; what it published lives on.
             let known = self.shown.mounts(&session.id)?.into_iter().find(|entry| self.shows(entry, session));
             let found = match known {

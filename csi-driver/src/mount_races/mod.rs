@@ -112,12 +112,7 @@ async fn driver(root: &Path, server: &ApiServer, store: MemoryStore) -> Result<D
     driver_with(root, server, store, &[]).await
 }
 
-async fn driver_with(
-    root: &Path,
-    server: &ApiServer,
-    store: impl Store + 'static,
-    more: &[&str],
-) -> Result<Driver> {
+async fn driver_with(root: &Path, server: &ApiServer, store: impl Store + 'static, more: &[&str]) -> Result<Driver> {
     let state = format!("--state-dir={}", root.join("state").display());
     let cgroups = root.join("cgroup");
     fs::create_dir_all(cgroups.join("kubepods")).unwrap();

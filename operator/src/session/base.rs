@@ -98,6 +98,13 @@ pub(super) fn moment_under_way(session: &AetherSession) -> Option<&ForkedFrom> {
     session.status.as_ref()?.forked_from.as_ref().filter(|moment| !moment.durable && moment.snapshot.is_some())
 }
 
+/// What the node says that had the moment of the fork and has it no more.
+fn failure(session: &AetherSession) -> Option<String> {
+    moment_under_way(session)?;
+    let failed = conditions::get(&session.status.as_ref()?.conditions, FAILED)?;
+    (failed.status == "True").then(|| failed.message.clone())
+}
+
 /// The node that has the moment of the fork may come back, and then the fork goes on.
 fn moment_lost(session: &AetherSession, why: &str) -> Waiting {
     let parent = session.spec.session.as_deref().unwrap_or_default();
@@ -110,8 +117,11 @@ fn moment_lost(session: &AetherSession, why: &str) -> Waiting {
 /// Decides where the session starts.
 pub(super) fn resolve(session: &AetherSession, origin: &Origin) -> std::result::Result<Start, Waiting> {
     match origin {
-        Origin::Known { lost: None } => Ok(Start { base: None, forked_from: None, notice: None }),
-        Origin::Known { lost: Some(why) } => Err(moment_lost(session, why)),
+        Origin::Known { lost } => match (failure(session), lost) {
+            (Some(failed), _) => Err(Waiting::fatally(reason::NODE_FAILED, failed)),
+            (None, Some(why)) => Err(moment_lost(session, why)),
+            (None, None) => Ok(Start { base: None, forked_from: None, notice: None }),
+        },
         Origin::Source(source) => from_source(session, source.as_ref()),
         Origin::Checkpoint(checkpoint) => from_checkpoint(session, checkpoint.as_ref()),
         Origin::Parent(parent, lost) => from_parent(session, parent.as_deref(), lost.as_deref()),

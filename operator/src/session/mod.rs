@@ -98,9 +98,9 @@ async fn apply(sessions: &Api<AetherSession>, session: AetherSession, context: &
         context.tell(&session, EventType::Warning, "ForkedFromSaved", &notice).await;
     }
     let again = keep(&session, context).await;
-    // No event tells that a node is lost.
+    // No event tells that a node is lost, and it takes many looks to know.
     let under_way = base::moment_under_way(&session).is_some();
-    Ok(if under_way { schedule::sooner(again, LOOK_AGAIN) } else { again })
+    Ok(if under_way { schedule::sooner(again, POLL) } else { again })
 }
 
 /// Whether the session was made by the driver for an inline volume, and lives and dies with its pod.
