@@ -40,6 +40,8 @@ pub(crate) struct Background {
     begun: Notify,
     /// How many wait until an incomplete tree is whole. They fetch it themselves, as fast as they can.
     waiting: watch::Sender<usize>,
+    /// Whether the lazy layer answers, as far as is known.
+    layer: watch::Sender<bool>,
 }
 
 impl Background {
@@ -162,10 +164,12 @@ fn count(metrics: &Metrics) -> impl Fn(Progress) + Send + Sync {
     }
 }
 
-/// Completes what is incomplete, those first that wait longest, until `stop`.
+/// Completes what is incomplete, those first that wait longest, until `stop`. The bandwidth has its limit as long as the lazy layer
+/// answers: without it, readers fail until their contents have come.
 pub(crate) async fn run(driver: Arc<Driver>, stop: CancellationToken) {
-    let store = Paced::new(driver.remote.clone(), driver.config.hydration_bandwidth);
+    let paced = Paced::new(driver.remote.clone(), driver.config.hydration_bandwidth);
     let mut waiting = driver.background.waiting.subscribe();
+    let mut layer = driver.background.layer.subscribe();
     let mut attempts = Attempts::default();
     loop {
         let due = match driver.engine.incomplete().await {
@@ -189,12 +193,15 @@ pub(crate) async fn run(driver: Arc<Driver>, stop: CancellationToken) {
         };
         let begun = Instant::now();
         let counted = count(&driver.metrics);
+        let answers = *layer.borrow();
+        let store: &dyn Store = if answers { &paced } else { &*driver.remote };
         let hydrated = tokio::select! {
             biased;
             () = stop.cancelled() => return,
             // What has arrived stays; the rest goes on when nobody waits any more.
             _ = waiting.wait_for(|waiting| *waiting > 0) => None,
-            hydrated = driver.engine.hydrate(root, &store, &counted) => Some(hydrated),
+            _ = layer.wait_for(|now| *now != answers) => None,
+            hydrated = driver.engine.hydrate(root, store, &counted) => Some(hydrated),
         };
         let Some(hydrated) = hydrated else {
             tokio::select! {
@@ -246,6 +253,7 @@ pub(crate) async fn watch_layer(driver: Arc<Driver>, stop: CancellationToken) {
     loop {
         let answers = driver.engine.lazy_layer_answers().await.unwrap_or(false);
         driver.metrics.lazy_answers.set(answers.into());
+        driver.background.layer.send_replace(answers);
         match (answered.replace(answers), answers) {
             (Some(true), true) | (Some(false), false) => {}
             (_, true) => tracing::info!("the lazy layer answers: sessions are mounted before their contents are here"),

@@ -2,7 +2,6 @@
 //!
 //! In the place of the layer stands an empty file system: it answers, and has no content.
 
-use std::collections::BTreeMap;
 use std::fs;
 
 use aether_cas::lazy::Places;
@@ -16,15 +15,21 @@ const CONTENT: &[u8] = b"of the base";
 
 /// A node whose session has one file, and the driver expects the lazy layer.
 async fn lazy_node(root: &Path) -> Node {
+    lazy_node_with(root, &[("file", CONTENT.to_vec())], &["--lazy"]).await
+}
+
+async fn lazy_node_with(root: &Path, files: &[(&str, Vec<u8>)], arguments: &[&str]) -> Node {
     let store = MemoryStore::new();
-    let content = Blob::of(CONTENT);
-    store.write(content, CONTENT.into()).await.unwrap();
-    let attributes = Attributes { mode: 0o644, ..Attributes::default() };
-    let file = Entry::File { content, attributes, link_group: None };
-    let entries = BTreeMap::from([(Name::new(&b"file"[..]).unwrap(), file)]);
-    let tree = Directory { entries, ..Directory::default() };
+    let mut tree = Directory::default();
+    for (name, data) in files {
+        let content = Blob::of(data);
+        store.write(content, data.clone().into()).await.unwrap();
+        let attributes = Attributes { mode: 0o644, ..Attributes::default() };
+        let file = Entry::File { content, attributes, link_group: None };
+        tree.entries.insert(Name::new(name.as_bytes()).unwrap(), file);
+    }
     store.write(tree.blob(), tree.encode()).await.unwrap();
-    Node::with_base(root, store, tree.blob(), &["--lazy"]).await
+    Node::with_base(root, store, tree.blob(), arguments).await
 }
 
 impl Node {
@@ -132,5 +137,32 @@ fn what_a_reader_and_the_background_both_fetched_is_kept_once() {
         node.driver.engine.hydrate(tree, &*node.driver.remote, &reader).await.unwrap();
         assert_eq!(node.driver.engine.objects().statistics().file_blobs, 1);
         assert!(!fetched.exists());
+    });
+}
+
+#[test]
+fn while_the_lazy_layer_is_dead_the_background_has_no_limit() {
+    run("hydrating::while_the_lazy_layer_is_dead_the_background_has_no_limit", async |root| {
+        let names: Vec<String> = (0..25).map(|n| format!("file-{n}")).collect();
+        // Too large for a batch, so that each is read and paid for by itself.
+        let files: Vec<(&str, Vec<u8>)> =
+            names.iter().zip(0_u8..).map(|(name, n)| (name.as_str(), vec![n; 4 << 20])).collect();
+        let node = lazy_node_with(root, &files, &["--lazy", "--hydration-bandwidth=1Mi"]).await;
+        node.serve_layer();
+        node.driver.warm(&node.session()).await.unwrap();
+        let stop = CancellationToken::new();
+        let watching = tokio::spawn(hydration::watch_layer(node.driver.clone(), stop.clone()));
+        let background = tokio::spawn(hydration::run(node.driver.clone(), stop.clone()));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(node.incomplete().await, 1, "100 s with the limit");
+        unmount(node.layer(), UnmountFlags::DETACH).unwrap();
+        let begun = Instant::now();
+        while node.incomplete().await > 0 {
+            assert!(begun.elapsed() < Duration::from_secs(60), "it keeps to the limit");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        stop.cancel();
+        watching.await.unwrap();
+        background.await.unwrap();
     });
 }
