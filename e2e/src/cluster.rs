@@ -209,6 +209,13 @@ impl Cluster {
         Ok(())
     }
 
+    /// Makes the image of a developer's pod and loads it into one node; its name.
+    pub async fn load_developer(&self, node: &str) -> Result<&'static str> {
+        let image = images::developer(&self.paths).await?;
+        images::load(&self.paths, &self.node(node)?, std::slice::from_ref(&image)).await?;
+        Ok(images::DEVELOPER)
+    }
+
     /// The administrator's kubeconfig.
     pub fn kubeconfig(&self) -> PathBuf {
         self.paths.kubeconfig()

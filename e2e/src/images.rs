@@ -18,7 +18,7 @@ use crate::{
     command::{command, expect_success},
     node::{Node, SANDBOX_IMAGE},
     paths::Paths,
-    third_party::{Programs, base_image},
+    third_party::{Programs, base_image, developer_image},
 };
 
 /// The registry and tag under which the test cluster knows the images.
@@ -27,6 +27,9 @@ pub const REGISTRY: &str = "docker.io/aether";
 pub const TAG: &str = "dev";
 /// Agents' pods in tests: git, python3, coreutils and a user with uid 1000.
 pub const TOOLS: &str = "docker.io/aether/tools:dev";
+
+/// As [`TOOLS`], with node, npm, cargo and a linker, and in `/opt` packages for them.
+pub const DEVELOPER: &str = "docker.io/aether/developer:dev";
 
 /// The product's images and their programs; the first is the entry point.
 const COMPONENTS: [(&str, &[&str]); 6] = [
@@ -71,6 +74,12 @@ pub fn sandbox(paths: &Paths, programs: &Programs) -> Result<Image> {
 /// The image of agents' pods in tests: the base alone.
 pub async fn tools(paths: &Paths) -> Result<Image> {
     image(TOOLS, vec![base(paths).await?], json!({"Env": [PATH], "Cmd": ["/bin/bash"]}))
+}
+
+/// The image of a developer's pod.
+pub async fn developer(paths: &Paths) -> Result<Image> {
+    let layer = root_file_system(paths, developer_image().await?)?;
+    image(DEVELOPER, vec![layer], json!({"Env": [PATH], "Cmd": ["/bin/bash"]}))
 }
 
 /// The product's images, of the programs that `make build` has built.
@@ -213,9 +222,13 @@ fn layer(paths: &Paths, name: &str, files: &[(&Path, &str)]) -> Result<Layer> {
     Ok(Layer { file, digest, size })
 }
 
-/// The base layer. Its digest is kept beside it: it is large and never changes under its name.
+/// The layer that all images of the product share.
 async fn base(paths: &Paths) -> Result<Layer> {
-    let file = base_image().await?;
+    root_file_system(paths, base_image().await?)
+}
+
+/// A whole root file system as a layer. Its digest is kept: it is large and never changes under its name.
+fn root_file_system(paths: &Paths, file: PathBuf) -> Result<Layer> {
     let size = fs::metadata(&file)?.len();
     let kept = images_folder(paths)?.join(format!("{}.digest", file.file_stem().unwrap_or_default().display()));
     let digest = match fs::read_to_string(&kept) {

@@ -71,6 +71,8 @@ async fn install(cluster: &Cluster, digests: &[(&str, &str)]) -> Result<()> {
         "store.nodeSelector.kubernetes\\.io/hostname=node-1",
         "--set",
         "driver.pool.size=4Gi",
+        "--set",
+        "driver.pool.memorySize=512Mi",
         // A cluster that is kept gets the lazy server that was just built.
         "--set",
         "lazy.updateStrategy=RollingUpdate",

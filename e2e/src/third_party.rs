@@ -19,8 +19,8 @@ pub struct Programs {
 impl Programs {
     /// Builds and fetches what is missing. A fresh machine takes some minutes, a prepared one none.
     pub async fn provide() -> Result<Self> {
-        script("packages.sh").await?;
-        let (kubernetes, kubectl_helm) = tokio::try_join!(script("kubernetes.sh"), kubectl_helm())?;
+        script("packages.sh", &[]).await?;
+        let (kubernetes, kubectl_helm) = tokio::try_join!(script("kubernetes.sh", &[]), kubectl_helm())?;
         Ok(Self { kubernetes: kubernetes.into(), kubectl_helm })
     }
 
@@ -37,25 +37,31 @@ impl Programs {
 
 /// The folder of kubectl and helm.
 pub async fn kubectl_helm() -> Result<PathBuf> {
-    script("kubectl-helm.sh").await.map(PathBuf::from)
+    script("kubectl-helm.sh", &[]).await.map(PathBuf::from)
 }
 
 /// The root file system that images share: a tar.
 pub async fn base_image() -> Result<PathBuf> {
-    script("base-image.sh").await.map(PathBuf::from)
+    script("base-image.sh", &[]).await.map(PathBuf::from)
+}
+
+/// The root file system of a developer's pod, with node and cargo and packages for both: a tar.
+pub async fn developer_image() -> Result<PathBuf> {
+    script("base-image.sh", &["developer"]).await.map(PathBuf::from)
 }
 
 /// The Kubernetes source tree as a bare git repository.
 pub async fn kubernetes_repository() -> Result<PathBuf> {
-    script("kubernetes-repository.sh").await.map(PathBuf::from)
+    script("kubernetes-repository.sh", &[]).await.map(PathBuf::from)
 }
 
 /// Runs a script; its progress goes to our standard error, its last line is the answer.
-async fn script(name: &str) -> Result<String> {
+async fn script(name: &str, args: &[&str]) -> Result<String> {
     let path = Paths::third_party().join(name);
     // Not `output()`: tokio's captures standard error whatever was asked for, and with it the progress.
     let running = Command::new("bash")
         .arg(&path)
+        .args(args)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())

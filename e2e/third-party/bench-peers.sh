@@ -6,7 +6,6 @@ source "$(dirname "$0")/lib.sh"
 juicefs=1.4.2
 here=$(cd "$(dirname "$0")" && pwd)
 need_packages btrfs-progs xfsprogs e2fsprogs fuse3 fuse-overlayfs redis-server git util-linux tar findutils grep
-command -v npm >/dev/null || need_packages nodejs npm
 python3 -m pip --version >/dev/null 2>&1 || need_packages python3 python3-pip
 
 tree=$(cat "$here/npm-tree/package.json" "$here/npm-tree/package-lock.json" | sha256sum | cut -c1-12)
@@ -25,9 +24,7 @@ if [ ! -e "$out" ]; then
     install -m 755 "$program" "$work/juicefs"
     rm -rf "$work/python"
     say "npm: filling a cache with the packages of the install case"
-    cp -r "$here/npm-tree" "$work/npm-tree"
-    (cd "$work/npm-tree" && npm ci --cache "$work/npm-cache" --ignore-scripts --no-audit --no-fund --silent >&2)
-    rm -rf "$work/npm-tree"
+    fill_npm_cache "$work/npm-cache"
     mv "$work" "$out"
 fi
 echo "$out"

@@ -74,3 +74,14 @@ debian_source() {
     mv "$(find "$work" -maxdepth 1 -type d -name "$package-*" | head -1)" "$into"
     rm -rf "$work"
 }
+
+# Installs the packages of `npm-tree/` once, so that folder $1 becomes an npm cache from which they install without a network.
+fill_npm_cache() {
+    local cache=$1 work
+    command -v npm >/dev/null || need_packages nodejs npm
+    work=$(mktemp -d "$AETHER_CACHE/npm-tree.XXXXXX")
+    cp -r "$(dirname "${BASH_SOURCE[0]}")/npm-tree/." "$work"
+    (cd "$work" && npm ci --cache "$cache" --ignore-scripts --no-audit --no-fund --silent >"$work/npm.log" 2>&1) ||
+        { tail -5 "$work/npm.log" >&2; rm -rf "$work"; say "npm could not fill its cache"; return 1; }
+    rm -rf "$work"
+}

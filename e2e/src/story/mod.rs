@@ -12,6 +12,7 @@ mod handoff;
 mod import;
 mod killed;
 mod lazy;
+mod limits;
 mod measure;
 mod programs;
 mod restore;
@@ -99,6 +100,8 @@ pub const MORE_STEPS: &[Step] = steps! {
     "killed-node" "All processes of a node end at once" true Needs::Harness("it ends all processes of a node"), handoff::kill_a_node;
     "claim-source" "An AetherSource of a directory in a claim" false Needs::Nothing, claim_source::import_a_claim;
     "git-and-sqlite" "Git and SQLite in a session, and in a fork of it" false Needs::Nothing, programs::git_and_sqlite;
+    "limits" "Limits, raised under running pods, and sessions in memory" false Needs::Harness("its nodes keep memory for sessions"), limits::limits;
+    "npm-and-cargo" "npm and cargo in a session, and in a fork of it" false Needs::Harness("its pods have node and cargo"), programs::npm_and_cargo;
     "torn-copies" "A hundred copies of a busy session" false Needs::Nothing, torn_copies;
 };
 
@@ -253,6 +256,11 @@ impl Story {
 
     /// The README's pod under this name; does not wait.
     pub async fn create_pod(&self, name: &str, claim: &str, node: Option<&str>, read_only: bool) -> Result<()> {
+        self.apply(&self.pod_manifest(name, claim, node, read_only)?.to_string()).await
+    }
+
+    /// The README's pod under this name.
+    pub fn pod_manifest(&self, name: &str, claim: &str, node: Option<&str>, read_only: bool) -> Result<Value> {
         let mut pod: Value = serde_yaml::from_str(&self.sample("pod.yaml")?)?;
         pod["metadata"]["name"] = name.into();
         pod["spec"]["terminationGracePeriodSeconds"] = 0.into();
@@ -260,7 +268,7 @@ impl Story {
             pod["spec"]["affinity"] = on(node);
         }
         pod["spec"]["volumes"][0]["persistentVolumeClaim"] = json!({"claimName": claim, "readOnly": read_only});
-        self.apply(&pod.to_string()).await
+        Ok(pod)
     }
 
     /// A running pod on the first node that mounts many sessions, each at `/sessions/<its name>`.

@@ -1,8 +1,8 @@
-//! Programs that ask much of a file system, at work in a session and again in a fork of it: git and SQLite.
+//! Programs that ask much of a file system, at work in a session and again in a fork of it: git and SQLite, npm and cargo.
 
 use anyhow::{Result, ensure};
 
-use super::Story;
+use super::{Story, limit};
 
 /// A repository is made, cloned with hard links, packed, checked and compared; the session's own repository takes a commit.
 const GIT: &str = r#"
@@ -72,6 +72,83 @@ for writer in ('one', 'two'):
     count, last = database.execute('select count(*), coalesce(max(number), 0) from rows where writer = ?', (writer,)).fetchone()
     print(f'{writer}={count}\n{writer}-last={last}')
 "#;
+
+/// Installs the packages of `npm-tree` into folder `$1` of the session and, once per pod, onto the container's own disk: there must
+/// be no difference. Says how many files there are.
+const NPM: &str = r#"
+set -eu
+export HOME=/tmp
+npm() { node /opt/npm/bin/npm-cli.js "$@" --offline --cache=/tmp/npm-cache --no-audit --no-fund --loglevel=error; }
+[ -d /tmp/npm-cache ] || cp -r /opt/npm-cache /tmp/npm-cache
+for place in "$PWD/$1" /tmp/plain; do
+    [ -d "$place" ] || cp -r /opt/npm-tree "$place"
+    (cd "$place" && npm ci && npm ls >/dev/null)
+done
+diff --recursive --no-dereference "$1/node_modules" /tmp/plain/node_modules
+cd "$1"
+node_modules/.bin/tsc --version >/dev/null
+node -e 'if (typeof require("webpack") !== "function") process.exit(1)'
+echo "files=$(find node_modules ! -type d | wc -l)"
+"#;
+
+/// Builds the crate of `cargo-tree` in folder `$1` and runs it; says how many crates were compiled and what it printed.
+const CARGO: &str = r#"
+set -eu
+export HOME=/tmp
+[ -d "$1" ] || cp -r /opt/cargo-tree "$1"
+cd "$1"
+cargo build --offline >/tmp/cargo.log 2>&1 || { cat /tmp/cargo.log; exit 1; }
+echo "compiled=$(grep -c '^ *Compiling ' /tmp/cargo.log || true)"
+echo "said=$(target/debug/cargo-tree a=1)"
+"#;
+
+/// npm and cargo in a session; in a fork of it everything is fresh and an edit compiles one crate; both again in the fork.
+pub(super) async fn npm_and_cargo(story: &Story) -> Result<String> {
+    const BEFORE: &str = r#"hello {"greeting":"hello","numbers":{"a":1}}"#;
+    const AFTER: &str = r#"welcome {"greeting":"welcome","numbers":{"a":1}}"#;
+    story.source().await?;
+    let image = story.site().cluster()?.load_developer(story.first_node()).await?;
+    story.session("built").await?;
+    developer_pod(story, "builder", "built", image).await?;
+    let files = npm(story, "builder", "web").await?;
+    let (crates, said) = cargo(story, "builder", "app").await?;
+    ensure!(crates > 10 && said == BEFORE, "cargo compiled {crates} crates, the program said {said:?}");
+
+    story.aether(&["fork", "built", "built-fork"]).await?;
+    developer_pod(story, "rebuilder", "built-fork", image).await?;
+    let (fresh, said) = cargo(story, "rebuilder", "app").await?;
+    ensure!(fresh == 0 && said == BEFORE, "cargo compiled {fresh} crates again in the fork, the program said {said:?}");
+    story.exec("rebuilder", "sed -i 's/\"hello\"/\"welcome\"/' app/src/main.rs").await?;
+    let (edited, said) = cargo(story, "rebuilder", "app").await?;
+    ensure!(edited == 1 && said == AFTER, "cargo compiled {edited} crates after an edit, the program said {said:?}");
+    let (anew, _) = cargo(story, "rebuilder", "app-of-the-fork").await?;
+    ensure!(anew == crates, "cargo compiled {anew} crates in the fork, {crates} in the session");
+    for folder in ["web", "web-of-the-fork"] {
+        let again = npm(story, "rebuilder", folder).await?;
+        ensure!(again == files, "npm installed {again} files into {folder} of the fork, {files} in the session");
+    }
+    let (left, said) = cargo(story, "builder", "app").await?;
+    ensure!(left == 0 && said == BEFORE, "the fork's edit is seen in the session: {left} crates, {said:?}");
+    Ok(format!(
+        "npm: {files} files as on a plain disk, three times; cargo: {crates} crates, none of them again in the fork, 1 after an edit"
+    ))
+}
+
+async fn developer_pod(story: &Story, name: &str, claim: &str, image: &str) -> Result<()> {
+    let mut pod = story.pod_manifest(name, claim, Some(story.first_node()), false)?;
+    pod["spec"]["containers"][0]["image"] = image.into();
+    story.apply(&pod.to_string()).await?;
+    story.until_pod_ready(name, limit(120)).await
+}
+
+async fn npm(story: &Story, pod: &str, folder: &str) -> Result<i64> {
+    super::value(&story.exec_with_input(pod, &format!("bash -s -- {folder}"), NPM).await?, "files")
+}
+
+async fn cargo(story: &Story, pod: &str, folder: &str) -> Result<(i64, String)> {
+    let seen = story.exec_with_input(pod, &format!("bash -s -- {folder}"), CARGO).await?;
+    Ok((super::value(&seen, "compiled")?, super::value(&seen, "said")?))
+}
 
 /// Git and SQLite in a session, a fork of it under the writers, and both again in the fork.
 pub(super) async fn git_and_sqlite(story: &Story) -> Result<String> {

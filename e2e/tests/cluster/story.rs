@@ -56,5 +56,7 @@ steps! {
     killed_node "killed-node"
     claim_source "claim-source"
     git_and_sqlite "git-and-sqlite"
+    limits "limits"
+    npm_and_cargo "npm-and-cargo"
     torn_copies "torn-copies"
 }
