@@ -59,7 +59,7 @@ pub(crate) async fn create(cluster: &Cluster, args: &Create) -> Result<()> {
 }
 
 pub(crate) async fn fork(cluster: &Cluster, args: &Fork) -> Result<()> {
-    cluster.session(&args.parent).await?;
+    let parent = cluster.session(&args.parent).await?;
     let deadline = Deadline::after(args.patience.timeout);
     let wanted: Vec<AetherSession> = fork_names(args.name.as_deref(), args.count)
         .into_iter()
@@ -67,6 +67,8 @@ pub(crate) async fn fork(cluster: &Cluster, args: &Fork) -> Result<()> {
             let spec = AetherSessionSpec {
                 session: Some(args.parent.clone()),
                 owner: args.owner,
+                // Else a fork would be a way around them.
+                limits: parent.spec.limits.clone(),
                 time_to_live: args.ttl,
                 ..Default::default()
             };

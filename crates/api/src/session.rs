@@ -51,7 +51,8 @@ pub struct AetherSessionSpec {
     /// `Memory` is gone with its node, except for checkpoints that are durable, and takes the node's memory twice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub medium: Option<Medium>,
-    /// The most that the session may write. May be raised and lowered while it is in use.
+    /// The most that the session may write. May be raised and lowered while it is in use. A fork has limits of its own;
+    /// `kubectl aether fork` gives it those of its parent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
     /// Automatic checkpoints while a node holds the session. None when absent.

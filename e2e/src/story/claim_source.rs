@@ -2,7 +2,7 @@
 
 use aether_api::{AetherSource, conditions};
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim};
+use k8s_openapi::api::core::v1::{Node, PersistentVolume};
 use kube::ResourceExt;
 use kube::api::Api;
 use serde_json::json;
@@ -34,26 +34,12 @@ async fn play(story: &Story) -> Result<String> {
     story.exec("filler", FILL).await?;
     let expected = story.exec("filler", &format!("cd /data/tree && {LIST}")).await?;
     source(story, "from-claim", "data", "tree").await?;
-    let ready: AetherSource = story
-        .until("from-claim", "is Ready", limit(180), |source: &AetherSource| {
-            let conditions = source.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
-            conditions::is_true(conditions, conditions::READY)
-        })
-        .await?;
+    let ready = story.until_source_ready("from-claim").await?;
     let revision = ready.status.context("a status")?.revisions.into_iter().next().context("a revision")?;
     ensure!(revision.files == 5, "{} files imported, 5 are there", revision.files);
     ensure!(revision.commit.is_none(), "a directory has no commit: {:?}", revision.commit);
 
-    let session = json!({
-        "apiVersion": "aether.dev/v1alpha1", "kind": "AetherSession", "metadata": {"name": "of-claim"},
-        "spec": {"source": {"name": "from-claim"}, "owner": {"uid": 1000, "gid": 1000}},
-    });
-    story.apply(&session.to_string()).await?;
-    story
-        .until("of-claim", "is bound", limit(60), |claim: &PersistentVolumeClaim| {
-            claim.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Bound")
-        })
-        .await?;
+    story.session_of("of-claim", "from-claim").await?;
     story.pod("of-claim", "of-claim", None).await?;
     let seen = story.exec("of-claim", &format!("{LIST}; sub/run; cat locked 2>&1 || true; echo mine >plain")).await?;
     // Root's file is there, as root's: whoever could read it through a session could not read it in the claim.

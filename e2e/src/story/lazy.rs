@@ -3,9 +3,8 @@
 
 use std::time::Instant;
 
-use aether_api::{AetherSource, conditions};
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use serde_json::json;
 
@@ -47,22 +46,8 @@ async fn play(story: &Story) -> Result<String> {
         "spec": {"claim": {"claimName": "unseen", "path": "tree"}, "hydration": "OnDemand"},
     });
     story.apply(&source.to_string()).await?;
-    story
-        .until("unseen", "is Ready", limit(180), |source: &AetherSource| {
-            let conditions = source.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
-            conditions::is_true(conditions, conditions::READY)
-        })
-        .await?;
-    let session = json!({
-        "apiVersion": "aether.dev/v1alpha1", "kind": "AetherSession", "metadata": {"name": "early"},
-        "spec": {"source": {"name": "unseen"}, "owner": {"uid": 1000, "gid": 1000}},
-    });
-    story.apply(&session.to_string()).await?;
-    story
-        .until("early", "is bound", limit(60), |claim: &PersistentVolumeClaim| {
-            claim.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Bound")
-        })
-        .await?;
+    story.until_source_ready("unseen").await?;
+    story.session_of("early", "unseen").await?;
 
     let node = story.second_node().unwrap_or(story.first_node());
     let begun = Instant::now();

@@ -234,11 +234,18 @@ impl Story {
     pub async fn session(&self, name: &str) -> Result<f64> {
         let begun = Instant::now();
         self.apply(&self.session_manifest(name)).await?;
-        self.until(name, "is bound", limit(60), |claim: &PersistentVolumeClaim| {
-            claim.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Bound")
-        })
-        .await?;
+        self.until_bound(name).await?;
         Ok(milliseconds(begun.elapsed()))
+    }
+
+    /// A session of a source of the namespace, with a bound claim.
+    pub async fn session_of(&self, name: &str, source: &str) -> Result<()> {
+        let session = json!({
+            "apiVersion": "aether.dev/v1alpha1", "kind": "AetherSession", "metadata": {"name": name},
+            "spec": {"source": {"name": source}, "owner": {"uid": 1000, "gid": 1000}},
+        });
+        self.apply(&session.to_string()).await?;
+        self.until_bound(name).await
     }
 
     /// The README's session under this name.
@@ -371,6 +378,24 @@ impl Story {
     /// Waits until a check passes; its last error says why it did not.
     pub async fn poll<T>(&self, what: &str, limit: Duration, check: impl AsyncFn() -> Result<T>) -> Result<T> {
         wait::until(what, limit, async || check().await.map(Some)).await
+    }
+
+    /// Waits until a session's claim is bound.
+    async fn until_bound(&self, name: &str) -> Result<()> {
+        self.until(name, "is bound", limit(60), |claim: &PersistentVolumeClaim| {
+            claim.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Bound")
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Waits until a source of the namespace is ready.
+    pub async fn until_source_ready(&self, name: &str) -> Result<AetherSource> {
+        self.until(name, "is Ready", limit(180), |source: &AetherSource| {
+            let conditions = source.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+            conditions::is_true(conditions, conditions::READY)
+        })
+        .await
     }
 
     /// Waits until a pod is ready.
