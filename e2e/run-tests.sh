@@ -60,6 +60,10 @@ cluster() {
     tool="$CARGO_TARGET_DIR/debug/aether-cluster"
     local tests
     tests=$(targets cluster)
+    local helm
+    helm=$(e2e/third-party/kubectl-helm.sh)/helm
+    "$helm" lint --quiet --strict charts/aether
+    "$helm" template aether charts/aether >/dev/null
     make --no-print-directory build
     trap '"$tool" down' EXIT
     "$tool" up --install
