@@ -264,7 +264,7 @@ fn moved(
     about.head = Some(Head { root: root.into(), durability: Durability::Durable, time: objects::now() });
     about.changed_files = target.and_then(|target| target.changed_files);
     about.own_bytes = target.and_then(|target| target.own_bytes);
-    // A checkpoint does not say; the node that mounts the session next counts.
+    // A checkpoint does not say; it is counted with the next change.
     about.shared_bytes = None;
     conditions::set(&mut about.conditions, restore.moved(), session.meta().generation);
     about

@@ -168,7 +168,11 @@ async fn a_fork_of_a_held_session_waits_for_its_node_and_then_costs_three_writes
     );
     assert_eq!(status.forked_from.unwrap().snapshot.as_deref(), Some("snap"));
 
-    // The only copy of the moment is on that node.
+    // The only copy of the moment is on that node, and that for a while.
+    operator.api.change::<AetherSession>(NAMESPACE, "fork", |fork| {
+        let moment = fork.status.as_mut().and_then(|status| status.forked_from.as_mut()).unwrap();
+        moment.time.0 -= jiff::SignedDuration::from_mins(1);
+    });
     operator.api.remove::<Node>("", "n1");
     operator.session("fork").await;
     assert_eq!(ready_reason(&operator, "fork"), reason::WAITING_FOR_NODE);

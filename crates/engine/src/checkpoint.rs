@@ -128,9 +128,8 @@ impl Engine {
         Ok(digested)
     }
 
-    /// Brings to this node what a restore of a session to `target` will need, while its writers run.
-    /// [`Self::restore_in_place`] does so too, but who has to hold a lock over that does not want to wait for a network
-    /// under it.
+    /// Brings to this node what a restore of a session to `target` will need, while its writers run. Without it,
+    /// [`Self::restore_in_place`] holds them still once more, to learn what it has to fetch.
     ///
     /// # Errors
     /// `NotFound` without the session, `Store` if something of the target cannot be had.
@@ -165,7 +164,7 @@ impl Engine {
         remote: &dyn Store,
     ) -> Result<RestoreReport> {
         let _hold = self.inner.cache.hold(target);
-        self.prepare_restore(id, target, remote).await?;
+        hydrate::fetch_directories(target, remote, self.objects()).await?;
         for _ in 0..MOST_FREEZES {
             let (safety, cgroups) = (safety.to_owned(), cgroups.to_vec());
             let attempt = self
@@ -181,7 +180,7 @@ impl Engine {
                     self.run(move |inner| restore::verify(&root, &target, &inner.objects)).await?;
                     return Ok(RestoreReport { root, ..report });
                 }
-                // The writers changed something while the rest was fetched.
+                // It was not prepared, or the writers changed something since.
                 Attempt::Missing(contents) => self.fetch_contents(contents, remote).await?,
             }
         }

@@ -134,9 +134,9 @@ impl Engine {
         on_progress: OnProgress<'_>,
     ) -> Result<Image> {
         let id = ImageId::new(root, owner);
-        let answers = self.lazy_layer_answers().await?;
         let there = |inner: &Inner| Ok::<_, Error>(inner.state.image(id)?.is_some());
-        if !answers || (there(&self.inner)? && self.inner.state.incomplete(root)?.is_none()) {
+        let whole = there(&self.inner)? && self.inner.state.incomplete(root)?.is_none();
+        if whole || !self.lazy_layer_answers().await? {
             return self.ensure_image(root, owner, remote, on_progress).await;
         }
         let guard = self.inner.lock(Lock::Image(root)).await;

@@ -6,6 +6,7 @@ use aether_api::session::{Base, Consistency, Durability, ForkedFrom, Owner};
 use aether_api::{AetherCheckpoint, AetherSession, AetherSessionStatus, AetherSource};
 use kube::ResourceExt;
 
+use super::QUIET;
 use crate::context::Context;
 use crate::error::Result;
 use crate::{nodes, objects};
@@ -71,8 +72,9 @@ pub(super) async fn dereference(session: &AetherSession, context: &Context) -> R
     let client = &context.client;
     let namespace = session.namespace().unwrap_or_default();
     if session.status.as_ref().is_some_and(|status| status.base.is_some()) {
-        let node = moment_under_way(session).and_then(|moment| moment.node.as_deref());
-        let lost = match node {
+        // As a rule it is in the store within moments, so that nobody need ask for the node.
+        let slow = moment_under_way(session).filter(|moment| objects::since(&moment.time) >= QUIET);
+        let lost = match slow.and_then(|moment| moment.node.as_deref()) {
             Some(node) => context.nodes.lost(node).await?,
             None => None,
         };
