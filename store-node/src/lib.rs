@@ -5,10 +5,10 @@
 pub mod config;
 pub mod metrics;
 mod service;
+pub mod tiered;
 
 use std::time::Duration;
 
-use aether_cas::LocalStore;
 use aether_proto::store::v1::store_admin_server::StoreAdminServer;
 use aether_runtime::CancellationToken;
 use anyhow::Context;
@@ -28,6 +28,7 @@ use crate::{
         MAX_MESSAGE_BYTES, admin::AdminService, bytestream::ByteStreamService, capabilities::CapabilitiesService,
         cas::CasService,
     },
+    tiered::TieredStore,
 };
 
 /// Requests in hand at one time. With [`MAX_MESSAGE_BYTES`] each they bound the memory of the node.
@@ -39,10 +40,11 @@ const REQUESTS: usize = 64;
 /// When accepting connections fails for good.
 pub async fn serve(
     listener: TcpListener,
-    store: LocalStore,
+    store: impl Into<TieredStore>,
     metrics: StoreMetrics,
     token: CancellationToken,
 ) -> anyhow::Result<()> {
+    let store: TieredStore = store.into();
     let cas = CasService::new(store.clone(), metrics.clone());
     let bytes = ByteStreamService::new(store.clone(), metrics.clone());
     let admin = AdminService::new(store, metrics);

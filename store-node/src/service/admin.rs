@@ -1,6 +1,6 @@
 //! StoreAdmin: pinned roots, statistics and checks.
 
-use aether_cas::{LocalStore, local};
+use aether_cas::local;
 use aether_proto::store::v1::{
     FsckReport, FsckRequest, GetStatisticsRequest, IncompleteRoot, ListRootsRequest, ListRootsResponse, PinRootRequest,
     PinRootResponse, Root, Statistics, UnpinRootsRequest, UnpinRootsResponse, store_admin_server::StoreAdmin,
@@ -8,21 +8,24 @@ use aether_proto::store::v1::{
 use tonic::{Request, Response, Status};
 
 use super::{blocking, status};
-use crate::metrics::{Call, StoreMetrics};
+use crate::{
+    metrics::{Call, StoreMetrics},
+    tiered::TieredStore,
+};
 
 pub(crate) struct AdminService {
-    store: LocalStore,
+    store: TieredStore,
     metrics: StoreMetrics,
 }
 
 impl AdminService {
-    pub(crate) fn new(store: LocalStore, metrics: StoreMetrics) -> Self {
+    pub(crate) fn new(store: TieredStore, metrics: StoreMetrics) -> Self {
         Self { store, metrics }
     }
 
     async fn run<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&LocalStore) -> Result<T, Status> + Send + 'static,
+        work: impl FnOnce(&TieredStore) -> Result<T, Status> + Send + 'static,
     ) -> Result<Response<T>, Status> {
         let store = self.store.clone();
         let work = async { blocking(move || work(&store)).await? };

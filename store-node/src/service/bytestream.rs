@@ -15,7 +15,7 @@ use std::{
 };
 
 use aether_cas::{
-    Blob, LocalStore,
+    Blob,
     digest::BlobHasher,
     local::Ingest,
     remote::resource::{UploadName, parse_read, parse_upload},
@@ -29,7 +29,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{blocking, check_instance, status};
-use crate::metrics::{Call, StoreMetrics};
+use crate::{
+    metrics::{Call, StoreMetrics},
+    tiered::TieredStore,
+};
 
 const PIECE: u64 = 1 << 20;
 /// Pieces waiting to be sent.
@@ -40,7 +43,7 @@ const KEEP: Duration = Duration::from_secs(600);
 const STALL: Duration = Duration::from_secs(60);
 
 pub(crate) struct ByteStreamService {
-    store: LocalStore,
+    store: TieredStore,
     metrics: StoreMetrics,
     uploads: Uploads,
 }
@@ -72,7 +75,7 @@ impl Upload {
 }
 
 impl ByteStreamService {
-    pub(crate) fn new(store: LocalStore, metrics: StoreMetrics) -> Self {
+    pub(crate) fn new(store: TieredStore, metrics: StoreMetrics) -> Self {
         Self { store, metrics, uploads: Uploads::default() }
     }
 
@@ -92,6 +95,7 @@ impl ByteStreamService {
         let end = blob.size.min(offset.saturating_add(limit));
         let store = self.store.clone();
         // Before the stream begins, so that a missing blob is the status of the call.
+        self.store.bring(&[blob]).await.map_err(status)?;
         let file = blocking(move || match store.open_object(&blob) {
             Ok(Some(file)) => Ok(Bytes::File(file)),
             Ok(None) => store.read_blob(&blob).map(Bytes::Memory),
@@ -175,7 +179,7 @@ impl ByteStreamService {
 
     async fn finish(&self, blob: Blob, mut ingest: OwnedMutexGuard<Option<Ingest>>) -> Result<WriteResponse, Status> {
         let ingest = ingest.take().ok_or_else(|| Status::internal("the upload was lost"))?;
-        ingest.finish().await.map_err(status)?;
+        self.store.finish(ingest).await.map_err(status)?;
         self.metrics.hold(self.store.statistics());
         Ok(WriteResponse { committed_size: signed(blob.size) })
     }
@@ -213,7 +217,7 @@ impl ByteStreamService {
     }
 }
 
-fn append(store: &LocalStore, blob: Blob, ingest: &mut Option<Ingest>, data: &[u8]) -> Result<(), Status> {
+fn append(store: &TieredStore, blob: Blob, ingest: &mut Option<Ingest>, data: &[u8]) -> Result<(), Status> {
     let ingest = match ingest {
         Some(ingest) => ingest,
         empty => empty.insert(store.begin(blob).map_err(status)?),
@@ -239,7 +243,7 @@ enum Bytes {
 
 /// Sends a range of a blob; verifies the whole blob when all of it is sent.
 fn send(
-    store: &LocalStore,
+    store: &TieredStore,
     blob: Blob,
     bytes: &Bytes,
     range: std::ops::Range<u64>,

@@ -4,12 +4,7 @@
 
 use std::collections::{HashSet, VecDeque};
 
-use aether_cas::{
-    Blob, LocalStore, Store, StoreError,
-    store::verify,
-    transfer::BLOB_OVERHEAD,
-    tree::{Directories, MAX_DIRECTORY_BYTES},
-};
+use aether_cas::{Blob, StoreError, store::verify, transfer::BLOB_OVERHEAD, tree::MAX_DIRECTORY_BYTES};
 use bazel_remote_apis::{
     build::bazel::remote::execution::v2::{
         self as reapi, BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest,
@@ -28,18 +23,21 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{MAX_BATCH_BYTES, blocking, check_function, check_instance, parse_digest, status};
-use crate::metrics::{Call, StoreMetrics};
+use crate::{
+    metrics::{Call, StoreMetrics},
+    tiered::TieredStore,
+};
 
 /// Pages of a tree waiting to be sent.
 const PAGES: usize = 2;
 
 pub(crate) struct CasService {
-    store: LocalStore,
+    store: TieredStore,
     metrics: StoreMetrics,
 }
 
 impl CasService {
-    pub(crate) fn new(store: LocalStore, metrics: StoreMetrics) -> Self {
+    pub(crate) fn new(store: TieredStore, metrics: StoreMetrics) -> Self {
         Self { store, metrics }
     }
 
@@ -102,6 +100,7 @@ impl CasService {
         check_function(request.digest_function)?;
         let blobs = request.digests.iter().map(|d| parse_digest(Some(d))).collect::<Result<Vec<_>, _>>()?;
         check_batch(blobs.iter().fold(0, |sum: u64, blob| sum.saturating_add(blob.size)))?;
+        self.store.bring(&blobs).await.map_err(status)?;
         let store = self.store.clone();
         let responses: Vec<_> = blocking(move || {
             blobs
@@ -175,11 +174,11 @@ fn rpc_status(outcome: Result<(), Status>) -> rpc::Status {
 }
 
 /// Reads a directory of any REAPI client, not only of ours.
-fn directory(store: &LocalStore, blob: &Blob) -> Result<reapi::Directory, Status> {
+fn directory(store: &TieredStore, blob: &Blob) -> Result<reapi::Directory, Status> {
     if blob.size > MAX_DIRECTORY_BYTES as u64 {
         return Err(Status::invalid_argument(format!("blob {blob} is too large for a directory")));
     }
-    let data = store.directory_bytes(blob).map_err(status)?;
+    let data = store.read_blob(blob).map_err(status)?;
     reapi::Directory::decode(data)
         .map_err(|error| Status::invalid_argument(format!("blob {blob} is not a directory: {error}")))
 }
@@ -190,7 +189,7 @@ fn directory(store: &LocalStore, blob: &Blob) -> Result<reapi::Directory, Status
 fn send_tree(
     root: Blob,
     message: reapi::Directory,
-    store: &LocalStore,
+    store: &TieredStore,
     page_entries: usize,
     sender: &mpsc::Sender<Result<GetTreeResponse, Status>>,
     metrics: &StoreMetrics,
