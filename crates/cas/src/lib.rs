@@ -10,6 +10,8 @@
 //! a directory found in a store is complete.
 
 pub mod digest;
+#[cfg(feature = "durable")]
+pub mod durable;
 pub mod lazy;
 pub mod local;
 pub mod memory;

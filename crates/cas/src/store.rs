@@ -98,6 +98,18 @@ pub enum StoreError {
         /// gRPC's status code.
         code: tonic::Code,
     },
+    /// The bucket of the durable tier refused, or did not answer.
+    #[error("cannot {action} {object}: {message}")]
+    Bucket {
+        /// What was tried.
+        action: &'static str,
+        /// Bucket and key.
+        object: String,
+        /// What the service said.
+        message: String,
+        /// Whether it may succeed later.
+        transient: bool,
+    },
     /// An address or option is not usable.
     #[error("{0}")]
     Invalid(String),
@@ -128,6 +140,7 @@ impl StoreError {
                     | tonic::Code::Aborted
                     | tonic::Code::Cancelled
             ),
+            Self::Bucket { transient, .. } => *transient,
             _ => false,
         }
     }

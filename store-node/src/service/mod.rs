@@ -31,12 +31,17 @@ pub(crate) fn status(error: StoreError) -> Status {
             Status::invalid_argument(message)
         }
         StoreError::Closed(_) => Status::unavailable(message),
+        StoreError::Bucket { transient: true, .. } => {
+            tracing::warn!(error = message, "the durable tier does not do as asked");
+            Status::unavailable(message)
+        }
         StoreError::Io { source, .. } if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
             Status::resource_exhausted(message)
         }
         StoreError::Io { .. }
         | StoreError::Index { .. }
         | StoreError::UnknownFormat { .. }
+        | StoreError::Bucket { .. }
         | StoreError::Remote { .. } => {
             tracing::error!(error = message, "the store failed");
             Status::internal(message)
