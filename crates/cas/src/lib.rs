@@ -9,6 +9,8 @@
 //! when they are read, and a directory message is stored only after everything below it, so that
 //! a directory found in a store is complete.
 
+pub mod collect;
+pub mod crash;
 pub mod digest;
 #[cfg(feature = "durable")]
 pub mod durable;

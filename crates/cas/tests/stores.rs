@@ -27,7 +27,7 @@ fn fresh(inline_limit: u64) -> (TempDir, LocalStore) {
 /// Pretends that the last user of the store did not close it.
 fn crash(folder: &Path) {
     let index = folder.join("index");
-    let families = ["default", "objects", "data", "roots"];
+    let families = ["default", "objects", "data", "roots", "leases", "condemned", "damaged"];
     let db = rocksdb::DB::open_cf(&rocksdb::Options::default(), index, families).unwrap();
     assert!(db.get(b"clean").unwrap().is_some(), "it was closed");
     db.delete(b"clean").unwrap();
@@ -100,7 +100,7 @@ fn survives_reopening_and_refuses_a_second_opener() {
 fn refuses_an_unknown_format() {
     let (folder, store) = fresh(0);
     drop(store);
-    let families = ["default", "objects", "data", "roots"];
+    let families = ["default", "objects", "data", "roots", "leases", "condemned", "damaged"];
     let options = rocksdb::Options::default();
     let db = rocksdb::DB::open_cf(&options, folder.path().join("index"), families).unwrap();
     db.put(b"format", b"99").unwrap();

@@ -153,16 +153,14 @@ fn commit(shared: &Shared, group: Vec<Writes>) -> Result<()> {
         }
         shared.files.sync()?;
     }
+    let stored: Vec<Blob> = known.iter().map(|(digest, entry)| Blob { digest: *digest, size: entry.size }).collect();
     changes.entries = known
         .into_iter()
         .filter(|(digest, entry)| before.get(digest) != Some(entry))
         .map(|(digest, entry)| (digest, Some(entry)))
         .collect();
-    if changes.entries.is_empty() {
-        return Ok(());
-    }
     let counted: Vec<_> = changes.entries.clone();
-    shared.index.apply(changes)?;
+    shared.apply_stored(&stored, changes)?;
     for (digest, entry) in counted {
         shared.counts.replace(before.get(&digest), entry.as_ref());
     }

@@ -63,16 +63,10 @@ impl LocalStore {
         let shared = &self.shared;
         shared.index.for_each(|blob, entry| {
             let mut good = true;
-            // Each form of the blob on its own.
-            for inline in [true, false] {
-                let mut form = entry;
-                form.inline = entry.inline && inline;
-                form.file = entry.file && !inline;
-                if form.inline || form.file {
-                    report.blobs += 1;
-                    report.bytes += blob.size;
-                    good &= shared.check_copy(&blob, form)?.is_none();
-                }
+            for form in entry.forms() {
+                report.blobs += 1;
+                report.bytes += blob.size;
+                good &= shared.check_copy(&blob, form)?.is_none();
             }
             if !good {
                 report.damaged.push(blob);
@@ -123,7 +117,7 @@ impl LocalStore {
         };
         for (blob, directory) in &directories {
             let contents: Vec<Blob> = directory.contents().collect();
-            let missing = self.missing(&contents)?;
+            let missing = self.shared.missing(&contents, |_, _| true)?;
             let bad = missing
                 .first()
                 .or_else(|| contents.iter().find(|blob| damaged.contains(blob)))

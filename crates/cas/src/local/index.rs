@@ -1,8 +1,11 @@
 //! The index of a local store: a RocksDB with one small entry per blob, and the bytes of small ones.
 //!
 //! Column families: `objects` maps a digest to where the blob is and its size; `data` holds blobs
-//! that are kept in the index; `roots` the pins; `default` the format version and whether the
-//! store was closed cleanly.
+//! that are kept in the index; `roots` the pins; `leases` until when a blob was promised to a client;
+//! `condemned` since when a blob is about to be deleted; `damaged` what a copy was found to be;
+//! `default` the format version, whether the store was closed cleanly, and where collection and scrub are.
+//!
+//! Format 2 added the families `leases`, `condemned` and `damaged`; an index of format 1 becomes one when it is opened.
 //!
 //! Memory: 32 MiB of write buffers for all families together, 32 MiB of block cache that also
 //! holds indexes and filters, 128 open files; some 80 MiB when busy, a few when idle.
@@ -11,19 +14,41 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, IteratorMode, LogLevel,
-    Options, WriteBatch, WriteOptions,
+    BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor, CompactOptions, DB,
+    DBCompressionType, Direction, IteratorMode, LogLevel, Options, WriteBatch, WriteOptions,
 };
 
 use crate::{Blob, Digest, StoreError, store::Result};
 
-const FORMAT: &str = "1";
+const FORMAT: &str = "2";
+/// Has nothing that format 2 has not.
+const OLDER_FORMAT: &str = "1";
 const FORMAT_KEY: &[u8] = b"format";
 const CLEAN_KEY: &[u8] = b"clean";
 
 const OBJECTS: &str = "objects";
 const DATA: &str = "data";
 const ROOTS: &str = "roots";
+
+/// Families of small rows, each named by a digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Table {
+    Leases,
+    Condemned,
+    Damaged,
+}
+
+impl Table {
+    const ALL: [Self; 3] = [Self::Leases, Self::Condemned, Self::Damaged];
+
+    const fn family(self) -> &'static str {
+        match self {
+            Self::Leases => "leases",
+            Self::Condemned => "condemned",
+            Self::Damaged => "damaged",
+        }
+    }
+}
 
 const WRITE_BUFFERS: usize = 32 << 20;
 const BLOCK_CACHE: usize = 32 << 20;
@@ -45,6 +70,12 @@ const INLINE_FLAG: u8 = 1;
 const FILE_FLAG: u8 = 2;
 
 impl Entry {
+    /// Each copy on its own.
+    pub(super) fn forms(self) -> impl Iterator<Item = Self> {
+        let forms = [Self { file: false, ..self }, Self { inline: false, ..self }];
+        forms.into_iter().filter(|form| form.inline || form.file)
+    }
+
     fn encode(self) -> [u8; 9] {
         let mut bytes = [0; 9];
         bytes[0] = if self.inline { INLINE_FLAG } else { 0 } | if self.file { FILE_FLAG } else { 0 };
@@ -62,11 +93,23 @@ impl Entry {
     }
 }
 
+/// A row to put, or to delete.
+pub(super) type Row = (Table, Digest, Option<Vec<u8>>);
+
 /// Changes that are applied together.
 #[derive(Default)]
 pub(super) struct Changes {
     pub(super) entries: Vec<(Digest, Option<Entry>)>,
     pub(super) data: Vec<(Digest, Option<Bytes>)>,
+    pub(super) rows: Vec<Row>,
+    /// Values of family `default`.
+    pub(super) states: Vec<(&'static str, Option<Vec<u8>>)>,
+}
+
+impl Changes {
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.is_empty() && self.data.is_empty() && self.rows.is_empty() && self.states.is_empty()
+    }
 }
 
 pub(super) struct Index {
@@ -97,17 +140,15 @@ impl Index {
         data.set_min_blob_size(SEPARATE_FROM);
         data.set_blob_compression_type(DBCompressionType::Lz4);
         data.set_enable_blob_gc(true);
+        let tables = Table::ALL.map(|table| ColumnFamilyDescriptor::new(table.family(), family_options(&cache)));
         let families = [
             ColumnFamilyDescriptor::new("default", family_options(&cache)),
             ColumnFamilyDescriptor::new(OBJECTS, small),
             ColumnFamilyDescriptor::new(DATA, data),
             ColumnFamilyDescriptor::new(ROOTS, family_options(&cache)),
         ];
-        let db = DB::open_cf_descriptors(&options, path, families).map_err(|source| StoreError::Index {
-            action: "open",
-            path: path.to_owned(),
-            source,
-        })?;
+        let db = DB::open_cf_descriptors(&options, path, families.into_iter().chain(tables))
+            .map_err(|source| StoreError::Index { action: "open", path: path.to_owned(), source })?;
         let mut index = Self { db, path: path.to_owned(), was_clean: true };
         index.begin()?;
         Ok(index)
@@ -118,7 +159,8 @@ impl Index {
         let format = self.db.get(FORMAT_KEY).map_err(self.error("read"))?;
         let mut batch = WriteBatch::default();
         match format {
-            Some(found) if found == FORMAT.as_bytes() => {
+            Some(found) if [FORMAT.as_bytes(), OLDER_FORMAT.as_bytes()].contains(&&found[..]) => {
+                batch.put(FORMAT_KEY, FORMAT);
                 let clean = self.db.get(CLEAN_KEY).map_err(self.error("read"))?;
                 self.was_clean = clean.is_some();
             }
@@ -180,7 +222,87 @@ impl Index {
                 None => batch.delete_cf(self.family(OBJECTS), digest.0),
             }
         }
+        for (table, digest, row) in changes.rows {
+            match row {
+                Some(row) => batch.put_cf(self.family(table.family()), digest.0, row),
+                None => batch.delete_cf(self.family(table.family()), digest.0),
+            }
+        }
+        for (name, value) in changes.states {
+            match value {
+                Some(value) => batch.put(name, value),
+                None => batch.delete(name),
+            }
+        }
         self.write(batch)
+    }
+
+    /// A value of family `default`.
+    pub(super) fn state(&self, name: &'static str) -> Result<Option<Vec<u8>>> {
+        self.db.get(name).map_err(self.error("read"))
+    }
+
+    /// The rows of many digests, in their order.
+    pub(super) fn rows<'a>(
+        &self,
+        table: Table,
+        digests: impl IntoIterator<Item = &'a Digest>,
+    ) -> Result<Vec<Option<Vec<u8>>>> {
+        let keys = digests.into_iter().map(|digest| &digest.0);
+        let found = self.db.batched_multi_get_cf(self.family(table.family()), keys, false);
+        found.into_iter().map(|row| Ok(row.map_err(self.error("read"))?.map(|row| row.to_vec()))).collect()
+    }
+
+    /// Up to `limit` rows after a digest, in order of digest.
+    pub(super) fn rows_after(
+        &self,
+        table: Table,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<(Digest, Vec<u8>)>> {
+        Ok(self.page(table.family(), after, limit)?.into_iter().map(|(digest, row)| (digest, row.into_vec())).collect())
+    }
+
+    /// Up to `limit` blobs after a digest, in order of digest. No snapshot is held between two pages.
+    pub(super) fn entries_after(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<(Blob, Entry)>> {
+        let page = self.page(OBJECTS, after, limit)?;
+        let entry = |(digest, row): (Digest, Box<[u8]>)| {
+            Entry::decode(&row).map(|entry| (Blob { digest, size: entry.size }, entry))
+        };
+        Ok(page.into_iter().filter_map(entry).collect())
+    }
+
+    fn page(&self, family: &str, after: Option<&Digest>, limit: usize) -> Result<Vec<(Digest, Box<[u8]>)>> {
+        let from = after.map_or(IteratorMode::Start, |digest| IteratorMode::From(&digest.0, Direction::Forward));
+        let mut rows = Vec::new();
+        for item in self.db.iterator_cf(self.family(family), from) {
+            let (key, value) = item.map_err(self.error("read"))?;
+            let Ok(key) = <[u8; 32]>::try_from(key.as_ref()) else { continue };
+            if after == Some(&Digest(key)) {
+                continue;
+            }
+            rows.push((Digest(key), value));
+            if rows.len() == limit {
+                break;
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Rewrites what deleted rows still take on the disk. Costs reading and writing most of the index.
+    pub(super) fn compact(&self) -> Result<()> {
+        // Blob files are emptied by compaction, by default only the oldest quarter of them.
+        let cutoff = |value| {
+            let option = [("blob_garbage_collection_age_cutoff", value)];
+            self.db.set_options_cf(self.family(DATA), &option).map_err(self.error("set options of"))
+        };
+        cutoff("1.0")?;
+        let mut options = CompactOptions::default();
+        options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
+        for family in [OBJECTS, DATA].into_iter().chain(Table::ALL.map(Table::family)) {
+            self.db.compact_range_cf_opt(self.family(family), None::<&[u8]>, None::<&[u8]>, &options);
+        }
+        cutoff("0.25")
     }
 
     /// Visits every blob in order of digest.

@@ -8,15 +8,21 @@
 //! engine keeps its objects in one (limit 0: every content is a file that the kernel can read,
 //! directories are put with [`LocalStore::put_directory`]). Methods of [`LocalStore`] itself block the
 //! thread; the [`Store`](crate::Store) implementation does not. One process at a time may have a store open.
+//!
+//! A store of many clients is opened by [`LocalStore::open_collected`]: its answers are leases, and
+//! [`collect`](crate::collect) deletes what no pin and no lease keeps. A node's store is not: its engine knows what it needs.
 
 mod cache;
 mod commit;
+mod damage;
 mod files;
 mod fsck;
+mod heap;
 mod index;
 mod ingest;
 mod roots;
 mod store;
+mod tenure;
 
 use std::{
     collections::HashSet,
@@ -27,11 +33,13 @@ use std::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
+pub use damage::Damage;
 pub use fsck::{FsckReport, IncompleteRoot};
 pub use ingest::Ingest;
 pub use roots::Root;
@@ -40,6 +48,7 @@ use cache::DirectoryCache;
 use commit::{Committer, Writes};
 use files::{Files, TemporaryPath};
 use index::{Changes, Entry, Index};
+use tenure::Tenure;
 
 use crate::{
     Blob, Digest, StoreError,
@@ -87,6 +96,8 @@ struct Shared {
     directories: DirectoryCache,
     /// Held by whoever changes entries of the index: the commit thread, or a reader that drops a damaged copy.
     writes: Mutex<()>,
+    /// Of a store that is collected.
+    tenure: Option<Tenure>,
 }
 
 impl LocalStore {
@@ -98,9 +109,24 @@ impl LocalStore {
     /// # Errors
     /// [`StoreError::Index`] also when another process has the store open; [`StoreError::UnknownFormat`].
     pub fn open(config: LocalConfig) -> Result<Self> {
+        Self::open_for(config, None)
+    }
+
+    /// Opens a store of many clients, which are told what is present and what was stored for at least half of `lease`.
+    ///
+    /// What is in a store that was never opened this way is not collected before `lease` has passed once.
+    ///
+    /// # Errors
+    /// As [`LocalStore::open`].
+    pub fn open_collected(config: LocalConfig, lease: Duration) -> Result<Self> {
+        Self::open_for(config, Some(lease))
+    }
+
+    fn open_for(config: LocalConfig, lease: Option<Duration>) -> Result<Self> {
         // First the index: its lock keeps a second process from sweeping the first one's files.
         let index = Index::open(&config.index)?;
         let files = Files::open(&config.objects)?;
+        let tenure = lease.map(|lease| Tenure::resume(lease, &index)).transpose()?;
         let shared = Arc::new(Shared {
             index,
             files,
@@ -108,6 +134,7 @@ impl LocalStore {
             counts: Counts::default(),
             directories: DirectoryCache::default(),
             writes: Mutex::new(()),
+            tenure,
         });
         shared.recover()?;
         Ok(Self { committer: Arc::new(Committer::start(shared.clone())?), shared })
@@ -133,7 +160,7 @@ impl LocalStore {
     /// # Errors
     /// Those of the index.
     pub fn contains(&self, blob: &Blob) -> Result<bool> {
-        Ok(blob.is_empty() || self.shared.entry(blob)?.is_some())
+        Ok(self.missing(&[*blob])?.is_empty())
     }
 
     /// Which of `blobs` the store has in no form, each once, in the order asked.
@@ -141,7 +168,7 @@ impl LocalStore {
     /// # Errors
     /// Those of the index.
     pub fn missing(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
-        self.shared.missing(blobs, |_, _| true)
+        self.shared.answer_missing(blobs, |_, _| true)
     }
 
     /// Which of `blobs` the store has not where contents of files belong: as a file, or inline up to
@@ -151,7 +178,7 @@ impl LocalStore {
     /// Those of the index.
     pub fn missing_contents(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
         let limit = self.shared.inline_limit;
-        self.shared.missing(blobs, |blob, entry| entry.file || blob.size <= limit)
+        self.shared.answer_missing(blobs, |blob, entry| entry.file || blob.size <= limit)
     }
 
     /// Which of `blobs` the store has not where directory messages belong, in the index.
@@ -159,7 +186,7 @@ impl LocalStore {
     /// # Errors
     /// Those of the index.
     pub fn missing_directories(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
-        self.shared.missing(blobs, |_, entry| entry.inline)
+        self.shared.answer_missing(blobs, |_, entry| entry.inline)
     }
 
     /// The contents of a blob, verified.
@@ -458,29 +485,32 @@ impl Shared {
     fn drop_damaged(&self, blob: &Blob) -> Result<()> {
         let _writing = self.lock_writes();
         let entry = self.entry(blob)?.ok_or_else(|| self.not_found(blob))?;
-        let Some(reason) = self.check_copy(blob, entry)? else {
-            return Ok(());
-        };
         let mut changes = Changes::default();
-        // A blob that is there in both forms keeps the other one.
-        let left = if entry.inline {
-            changes.data.push((blob.digest, None));
-            Entry { inline: false, ..entry }
-        } else {
-            Entry { file: false, ..entry }
-        };
-        let left = (left.inline || left.file).then_some(left);
-        changes.entries.push((blob.digest, left));
+        let mut left = entry;
+        let mut wrong = None;
+        // A blob that is there in both forms keeps the good one.
+        for form in entry.forms() {
+            if let Some(reason) = self.check_copy(blob, form)? {
+                wrong = Some(reason);
+                if form.inline {
+                    changes.data.push((blob.digest, None));
+                }
+                left = Entry { inline: left.inline && !form.inline, file: left.file && !form.file, ..left };
+            }
+        }
+        let Some(reason) = wrong else { return Ok(()) };
+        let kept = (left.inline || left.file).then_some(left);
+        changes.entries.push((blob.digest, kept));
+        if kept.is_none() {
+            changes.rows.extend(self.damage_row(blob, &reason));
+        }
         self.index.apply(changes)?;
-        self.counts.replace(Some(&entry), left.as_ref());
-        if !entry.inline {
+        self.counts.replace(Some(&entry), kept.as_ref());
+        if entry.file && !left.file {
             self.files.set_aside(&blob.digest)?;
         }
         tracing::error!(%blob, store = %self.name(), %reason, "dropped a damaged copy");
-        match left {
-            Some(left) if self.check_copy(blob, left)?.is_none() => Ok(()),
-            _ => Err(self.corrupt(blob, reason)),
-        }
+        if kept.is_some() { Ok(()) } else { Err(self.corrupt(blob, reason)) }
     }
 
     fn remove(&self, blobs: &[Blob]) -> Result<()> {
@@ -523,7 +553,8 @@ impl Shared {
             tracing::error!(%blob, store = %self.name(), "lost a file in a crash");
             let left = Entry { file: false, ..entry };
             let left = left.inline.then_some(left);
-            self.index.apply(Changes { entries: vec![(blob.digest, left)], data: Vec::new() })?;
+            let rows = self.damage_row(&blob, "its file was lost in a crash").into_iter().collect();
+            self.index.apply(Changes { entries: vec![(blob.digest, left)], rows, ..Default::default() })?;
             self.counts.replace(None, left.as_ref());
             self.files.set_aside(&blob.digest)?;
         }

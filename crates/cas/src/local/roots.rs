@@ -23,16 +23,30 @@ pub struct Root {
 impl LocalStore {
     /// Pins `tree`; replaces what the same owner, kind and name had pinned.
     ///
+    /// A tree that is condemned is saved by its pin as long as nothing of it is being deleted.
+    ///
     /// # Errors
-    /// [`StoreError::NotFound`] when the root directory is not here, [`StoreError::Invalid`] for
+    /// [`StoreError::NotFound`] when the root directory is not here or is being deleted, [`StoreError::Invalid`] for
     /// an empty owner or kind or one with a NUL, and those of the index.
     pub fn pin(&self, owner_uid: &str, kind: &str, name: &str, tree: Blob) -> Result<()> {
         let key = key(owner_uid, kind, name)?;
-        if !self.contains(&tree)? {
-            return Err(self.shared.not_found(&tree));
-        }
+        let shared = &self.shared;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        self.shared.index.put_root(&key, format!("{tree} {now}").as_bytes())
+        let value = format!("{tree} {now}");
+        // Held until the pin is written: a collection either sees it, or has decided before.
+        let mut verdicts = shared.tenure.as_ref().map(|tenure| (tenure, tenure.write()));
+        if !shared.missing(&[tree], |_, _| true)?.is_empty() {
+            return Err(shared.not_found(&tree));
+        }
+        if let Some((tenure, verdicts)) = &mut verdicts
+            && !shared.which_condemned(tenure, std::iter::once(&tree.digest))?.is_empty()
+        {
+            if verdicts.sentenced {
+                return Err(shared.not_found(&tree));
+            }
+            verdicts.appeals += 1;
+        }
+        shared.index.put_root(&key, value.as_bytes())
     }
 
     /// Forgets the roots of an owner for which `kind` and `name`, where given, agree. Returns how many there were.

@@ -1,0 +1,93 @@
+//! What a place of blobs can do so that it can be collected.
+
+use bytes::Bytes;
+
+use crate::{Blob, Digest, local::Root, store::Result};
+
+/// Blobs and their bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Freed {
+    /// How many.
+    pub blobs: u64,
+    /// Their bytes, before compression.
+    pub bytes: u64,
+}
+
+impl Freed {
+    pub(crate) fn add(&mut self, blob: &Blob) {
+        self.blobs += 1;
+        self.bytes += blob.size;
+    }
+}
+
+/// The pins of a heap at one moment.
+#[derive(Debug)]
+pub struct Roots {
+    /// The pins.
+    pub roots: Vec<Root>,
+    /// How many condemned trees were pinned until then.
+    pub appeals: u64,
+}
+
+/// A place of blobs that can be collected: [`Collector`](super::Collector) decides, a heap acts.
+///
+/// Pages are in order of digest, begin after a given one, have a bounded length, and the empty page is the last. What
+/// comes or goes between two pages may or may not be in them.
+///
+/// A heap promises, beside what its functions say:
+/// - what it answers to be present, or acknowledges as stored, has a lease that is as durable as its blobs before the answer
+///   is given; what is condemned is never answered to be present; storing a condemned blob ends its being condemned;
+/// - condemning, sentencing and deleting never happen between the look and the answer.
+///
+/// All functions may block.
+pub trait Heap: Send + Sync {
+    /// Milliseconds since 1970, by the clock of the leases.
+    fn now(&self) -> u64;
+
+    /// Before this time nothing is to be condemned: the heap cannot know all leases yet.
+    fn protected_until(&self) -> Result<Option<u64>>;
+
+    /// The pins.
+    fn roots(&self) -> Result<Roots>;
+
+    /// A page of leases with their ends, also of those that have ended.
+    fn leases(&self, after: Option<&Digest>) -> Result<Vec<(Blob, u64)>>;
+
+    /// A page of the blobs that are there.
+    fn blobs(&self, after: Option<&Digest>) -> Result<Vec<Blob>>;
+
+    /// The contents of a blob, verified, condemned or not.
+    fn read(&self, blob: &Blob) -> Result<Bytes>;
+
+    /// Whether it is worth reading a blob to see whether it is a directory.
+    fn may_be_directory(&self, blob: &Blob) -> Result<bool>;
+
+    /// Condemns those of `blobs` that have no lease until after `begin`, durably; returns which are condemned now.
+    fn condemn(&self, blobs: &[Blob], begin: u64) -> Result<Vec<Blob>>;
+
+    /// Returns when everybody who answers for the heap knows all that is condemned.
+    fn adopt(&self) -> Result<()>;
+
+    /// A page of the condemned.
+    fn condemned(&self, after: Option<&Digest>) -> Result<Vec<Digest>>;
+
+    /// Since when each of `digests` has been condemned, in milliseconds since 1970.
+    fn condemned_since(&self, digests: &[Digest]) -> Result<Vec<Option<u64>>>;
+
+    /// Ends the being condemned of these.
+    fn rescue(&self, digests: &[Digest]) -> Result<()>;
+
+    /// From now on, and over restarts, a pin of a condemned tree is refused; until [`Heap::finish`]. Does nothing and
+    /// says no if there have been other than `appeals` appeals.
+    fn sentence(&self, appeals: u64) -> Result<bool>;
+
+    /// Whether there is a sentence.
+    fn is_sentenced(&self) -> Result<bool>;
+
+    /// Deletes those of `digests` that are still condemned. A crash may leave some of them condemned and half deleted:
+    /// deleting them again deletes the rest.
+    fn delete(&self, digests: &[Digest]) -> Result<Freed>;
+
+    /// Lifts the sentence when all is deleted, and gives space back as far as that is worth the work.
+    fn finish(&self) -> Result<()>;
+}
