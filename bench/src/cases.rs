@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::report::Measurements;
-use crate::stage::{settle, used_bytes};
+use crate::stage::{go_on, settle, used_bytes};
 use crate::subject::{Idle, Subject, is_ours};
 use crate::workload::{self, Neighbour, drop_caches, timed};
 
@@ -115,6 +115,7 @@ impl Plan {
         if self.wants_any(LIFE) {
             for round in 0..=self.rounds {
                 for turn in turns(subjects.len(), round) {
+                    go_on()?;
                     let subject = &mut subjects[turn];
                     say(&format!("round {round} of {}: a copy of {}", self.rounds, subject.name()));
                     self.life(&mut **subject, measured)?;
@@ -125,6 +126,7 @@ impl Plan {
         if self.wants("memory-per-copy") {
             for _ in 0..=2 {
                 for subject in &mut *subjects {
+                    go_on()?;
                     say(&format!("memory of {}", subject.name()));
                     let result = idle_memory(&mut **subject, measured);
                     self.settle_failure(&**subject, &["memory-per-copy"], result, measured)?;
@@ -212,6 +214,7 @@ impl Plan {
             ),
         ];
         for (case, step) in steps {
+            go_on()?;
             // What a later step stands on is done even where it is not measured.
             let for_which = match case {
                 _ if self.due(measured, case, subject) => case,
@@ -249,6 +252,7 @@ impl Plan {
                 continue;
             }
             for (index, subject) in subjects.iter_mut().enumerate() {
+                go_on()?;
                 say(&format!("{changes} changed files in a copy of {}", subject.name()));
                 let result = self.prepare(&mut **subject, &mut live[index], changed[index]..changes);
                 if result.is_ok() {
@@ -263,6 +267,7 @@ impl Plan {
                         if !self.due(measured, case, &**subject) {
                             continue;
                         }
+                        go_on()?;
                         say(&format!("round {round} of {}: {case} of {}", self.rounds, subject.name()));
                         let result = self.fork_case(case, &mut **subject, path, measured);
                         self.settle_failure(&**subject, &[case], result, measured)?;

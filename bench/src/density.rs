@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 
 use crate::cases::say;
 use crate::report::{self, show};
-use crate::stage::{Storage, profile};
+use crate::stage::{Storage, go_on, profile};
 use crate::subject::{OWNER, Source, connect};
 use crate::workload;
 
@@ -104,6 +104,7 @@ fn measure(runtime: &Runtime, work: &Path, source: &Source, sessions: usize) -> 
     let (mut creates, mut publishes, mut edited) = (Vec::new(), Vec::new(), 0);
     let mut said = Instant::now();
     for n in 0..sessions {
+        go_on()?;
         let name = format!("session-{n}");
         let (create, _) = workload::timed(|| Ok(runtime.block_on(engine.create_session(&name, &image))?))?;
         let (publish, ()) = workload::timed(|| Ok(runtime.block_on(engine.publish(&name, &target(n), false))?))?;

@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 
 use crate::cases::say;
 use crate::report::Measurements;
-use crate::stage::{free_address, run, wait_until};
+use crate::stage::{free_address, go_on, run, wait_until};
 use crate::subject::{OWNER, Source, connect, is_ours};
 use crate::workload::{self, drop_caches};
 
@@ -67,6 +67,7 @@ impl Far<'_> {
                     continue;
                 }
                 for subject in self.subjects.iter().filter(|subject| matches!(**subject, "aether" | "copy")) {
+                    go_on()?;
                     say(&format!("round {round} of {}: a source never seen{end} by {subject}", self.rounds));
                     let took = match *subject {
                         "aether" => self.session(&format!("{round}{end}"), delay).context("a lazy session")?,

@@ -125,9 +125,11 @@ fn main() -> Result<ExitCode> {
     let gib = storages(&subjects).iter().map(|(_, gib)| gib).sum::<u64>() + POOL + lazy;
     stage::on_stage(&cache, gib << 30, |work| {
         let (report, result) = compare(work, &cli, &repository, wanted, &subjects)?;
-        report.write(&out.join("report.json"))?;
+        // What broke off does not take the place of a whole run.
+        let path = out.join(if result.is_ok() { "report.json" } else { "report-broken-off.json" });
+        report.write(&path)?;
         println!("{}\n{}\n{}", report.table(), report.aims(), report.reasons());
-        say(&format!("the report is {}", out.join("report.json").display()));
+        say(&format!("the report is {}", path.display()));
         result
     })
 }
@@ -261,7 +263,7 @@ fn juicefs(peers: Option<&Path>, storage: &Storage, repository: &Path) -> Result
 
 /// Where the packages of the install case are listed.
 fn manifest() -> Result<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../e2e/third-party/npm-tree");
+    let path = Path::new(env!("AETHER_TOP")).join("e2e/third-party/npm-tree");
     fs::canonicalize(&path).with_context(|| format!("find {}", path.display()))
 }
 

@@ -18,6 +18,8 @@ use rustix::mount::MountFlags;
 
 const INSIDE: &str = "AETHER_BENCH_STAGE";
 const WORK: &str = "work-";
+/// A file of this name in the stage asks the run to end with what it has.
+const STOP: &str = "stop";
 const GIB: u64 = 1 << 30;
 /// `BTRFS_SUPER_MAGIC` (include/uapi/linux/magic.h).
 const BTRFS_MAGIC: rustix::fs::FsWord = 0x9123_683E;
@@ -69,17 +71,33 @@ async fn run_inside(work: &Path) -> Result<ExitCode> {
         .spawn()
         .context("start unshare (package util-linux)")?;
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    tokio::select! {
-        status = child.wait() => Ok(if status?.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
-        _ = interrupt.recv() => stop(child).await,
-        _ = terminate.recv() => stop(child).await,
+    let mut stopping = false;
+    loop {
+        tokio::select! {
+            status = child.wait() => return Ok(match status? {
+                status if status.success() => ExitCode::SUCCESS,
+                _ if stopping => ExitCode::from(130),
+                _ => ExitCode::FAILURE,
+            }),
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        if stopping {
+            eprintln!("taking everything down");
+            child.kill().await?;
+            return Ok(ExitCode::from(130));
+        }
+        stopping = true;
+        eprintln!("ending with what was measured, after the step that is under way; once more ends at once");
+        File::create(work.join(STOP))?;
     }
 }
 
-async fn stop(mut child: tokio::process::Child) -> Result<ExitCode> {
-    eprintln!("stopping: taking everything down");
-    child.kill().await?;
-    Ok(ExitCode::from(130))
+/// Fails once the run was asked to end. Measurements ask between their steps.
+pub(crate) fn go_on() -> Result<()> {
+    let stop = std::env::var_os(INSIDE).map(|work| Path::new(&work).join(STOP));
+    ensure!(!stop.is_some_and(|stop| stop.exists()), "it was interrupted");
+    Ok(())
 }
 
 /// Waits until nobody uses a stage and removes it.

@@ -280,5 +280,5 @@ pub fn target_folder() -> PathBuf {
 }
 
 fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    PathBuf::from(env!("AETHER_TOP"))
 }

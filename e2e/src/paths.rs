@@ -84,6 +84,6 @@ impl Paths {
 
     /// The scripts that build and fetch what others wrote.
     pub fn third_party() -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("third-party")
+        Path::new(env!("AETHER_TOP")).join("e2e/third-party")
     }
 }

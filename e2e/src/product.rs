@@ -1,6 +1,6 @@
 //! Aether itself on a cluster: its custom resources, its Helm chart, and the git server that stands for the world's.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -90,7 +90,7 @@ async fn install(cluster: &Cluster, digests: &[(&str, &str)]) -> Result<()> {
 
 /// The top folder of this repository.
 pub fn top() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    PathBuf::from(env!("AETHER_TOP"))
 }
 
 /// The git server's URL, for everybody.

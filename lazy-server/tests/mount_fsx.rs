@@ -92,7 +92,7 @@ copy_file_range = 5
 
 /// The folder of fsx; installs it on a machine that has not got it.
 fn programs() -> PathBuf {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../e2e/third-party/file-system-tests.sh");
+    let script = Path::new(env!("AETHER_TOP")).join("e2e/third-party/file-system-tests.sh");
     let output = Command::new(&script).output().unwrap();
     assert!(output.status.success(), "{}: {}", script.display(), String::from_utf8_lossy(&output.stderr));
     PathBuf::from(String::from_utf8(output.stdout).unwrap().trim())

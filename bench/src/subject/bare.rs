@@ -1,5 +1,6 @@
 //! `bare-calls`: the system calls that a session cannot do without, and nothing else: one snapshot, one overlay, one
-//! bind mount where the pod looks. No record, nothing synced beyond what the snapshot itself writes.
+//! bind mount where the pod looks. A fork needs two snapshots: the moment, which stays as it is while it is digested and uploaded,
+//! and the fork's own copy of it. No record, nothing synced beyond what the snapshots themselves write.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,7 +10,6 @@ use aether_engine::mount;
 use aether_engine::pool::{Btrfs, Medium, Pool};
 use anyhow::Result;
 
-use super::btrfs::beside;
 use super::{Idle, Subject};
 
 pub(crate) struct Bare {
@@ -49,6 +49,10 @@ impl Bare {
     }
 }
 
+fn moment_of(copy: &str) -> String {
+    format!("of-{copy}")
+}
+
 impl Subject for Bare {
     fn name(&self) -> &'static str {
         "bare-calls"
@@ -60,7 +64,8 @@ impl Subject for Bare {
     }
 
     fn fork(&mut self, from: &str, copy: &str) -> Result<PathBuf> {
-        self.pool.fork(&beside(from), copy)?;
+        self.pool.snapshot(from, &moment_of(copy))?;
+        self.pool.fork(&moment_of(copy), copy)?;
         self.show(copy)
     }
 
@@ -74,7 +79,8 @@ impl Subject for Bare {
                 mount::unmount(&self.home.join(copy).join(name))?;
             }
         }
-        Ok(self.pool.delete_session(copy)?)
+        self.pool.delete_session(copy)?;
+        Ok(self.pool.delete_snapshot(&moment_of(copy))?)
     }
 
     fn drop_checkpoint(&mut self, name: &str) -> Result<()> {

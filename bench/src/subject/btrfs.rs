@@ -26,7 +26,7 @@ impl Snapshots {
 }
 
 /// One writable snapshot of a live session: its name as seen from the directory of snapshots, where `fork` looks.
-pub(super) fn beside(session: &str) -> String {
+fn beside(session: &str) -> String {
     format!("../sessions/{session}")
 }
 

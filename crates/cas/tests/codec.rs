@@ -16,7 +16,7 @@ use prost::Message;
 /// Compares an encoding with the file that pins it. A change here is a change of the format: it
 /// needs a new format version, and a way to read the old one.
 fn golden(name: &str, directory: &Directory, blob: &str) {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    let path = PathBuf::from(env!("AETHER_TOP")).join("crates/cas/tests/golden").join(name);
     let encoded = directory.encode();
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
         std::fs::write(&path, &encoded).unwrap();

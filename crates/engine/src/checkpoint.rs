@@ -271,11 +271,22 @@ impl Inner {
         }
         // What a crash left under this name was never acknowledged.
         self.pool.delete_snapshot(name)?;
-        self.flush(session, !cgroups.is_empty())?;
+        // Where nobody is held still the snapshot may take the time to write back what is dirty. With a limit, that must be
+        // charged to the session before.
+        let flushed = !cgroups.is_empty() || session.limits.bytes.is_some();
+        if flushed {
+            self.flush(session, !cgroups.is_empty())?;
+        }
         let (frozen, mut reason) = self.hold_still(cgroups, unfrozen)?;
         crash_point!("snapshot.frozen");
-        let taken = SystemTime::now();
-        let result = self.pool.snapshot(&session.directory, name);
+        let mut taken = SystemTime::now();
+        let mut result = self.pool.snapshot(&session.directory, name);
+        if !flushed && matches!(result, Err(Error::Full { .. })) {
+            // A flush waits for space that was freed.
+            self.flush(session, false)?;
+            taken = SystemTime::now();
+            result = self.pool.snapshot(&session.directory, name);
+        }
         let (held, whole) = frozen.map_or((Duration::ZERO, true), Frozen::thaw);
         result?;
         self.pool.finish_snapshot(name)?;

@@ -431,7 +431,7 @@ fn a_pool_that_became_read_only_is_noticed_and_brought_back() {
         assert!(fs::write(target.join("x"), "x").is_err());
         let refused = engine.snapshot("s", "stuck", &[], None).await.unwrap_err();
         assert_eq!(refused.io_kind(), Some(io::ErrorKind::ReadOnlyFilesystem), "{refused}");
-        assert!(refused.to_string().contains("flush-s"), "{refused}");
+        assert!(refused.to_string().contains("snapshots/stuck"), "{refused}");
 
         // With room on the host again it comes back, once no pod is in the way; which one is, is said.
         fs::remove_dir_all(host.join("neighbour")).unwrap();

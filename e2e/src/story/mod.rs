@@ -491,7 +491,7 @@ fn on(node: &str) -> Value {
 
 /// The folder of the README's examples.
 pub fn samples() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/samples")
+    Path::new(env!("AETHER_TOP")).join("docs/samples")
 }
 
 /// A line below a step.

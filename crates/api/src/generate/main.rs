@@ -14,8 +14,7 @@ fn main() -> anyhow::Result<()> {
         Some("--check") => true,
         Some(other) => bail!("unknown argument {other}; usage: aether-generate [--check]"),
     };
-    // The crate lies at crates/api of the repository that is being built.
-    let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let top = Path::new(env!("AETHER_TOP"));
     let mut stale = Vec::new();
     for (path, text) in files()? {
         let path = top.join(path);

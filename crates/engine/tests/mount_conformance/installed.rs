@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 pub(crate) fn programs() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../e2e/third-party/file-system-tests.sh");
+        let script = Path::new(env!("AETHER_TOP")).join("e2e/third-party/file-system-tests.sh");
         let output = Command::new(&script).output().unwrap();
         assert!(output.status.success(), "{}: {}", script.display(), String::from_utf8_lossy(&output.stderr));
         PathBuf::from(String::from_utf8(output.stdout).unwrap().trim())
