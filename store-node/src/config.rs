@@ -5,9 +5,15 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use aether_cas::LocalConfig;
 use clap::{Args, Parser, Subcommand};
 
+use crate::tiered::options::TierArgs;
+
 const EXAMPLES: &str = "Examples:
   Serve a store on this machine:
     aether-store-node --data-dir /var/lib/aether-store --listen 127.0.0.1:8980
+
+  Serve a bucket, with the disk as its cache of up to 50 GiB:
+    AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... aether-store-node --listen 127.0.0.1:8980 \
+      --s3-bucket aether --s3-region eu-central-1 --cache-limit 50Gi
 
   Check the contents of a store that is not running, and drop what is damaged:
     aether-store-node fsck --data-dir /var/lib/aether-store --repair
@@ -54,6 +60,9 @@ pub struct ServeArgs {
     /// Where the store is, and what it keeps where.
     #[command(flatten)]
     pub data: DataArgs,
+    /// The bucket behind it, if any.
+    #[command(flatten)]
+    pub tier: TierArgs,
     /// Address for gRPC; port 0 takes a free one, which is logged.
     #[arg(long, env = "AETHER_LISTEN", default_value = "127.0.0.1:8980", value_name = "IP:PORT")]
     pub listen: SocketAddr,
@@ -112,6 +121,8 @@ mod tests {
             (&["--grace", "0"], "1 to 3600"),
             (&["--inline-limit", "9999999"], "--inline-limit"),
             (&["fsck", "--fix"], "--fix"),
+            (&["--cache-limit", "1Gi"], "--s3-bucket"),
+            (&["--s3-bucket", "b", "--durability", "maybe"], "through"),
         ] {
             let error = Cli::try_parse_from([&["aether-store-node"], args].concat()).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");

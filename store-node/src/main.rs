@@ -6,7 +6,7 @@ use aether_cas::LocalStore;
 use aether_runtime::{Metrics, Readiness, Stage, Tasks, http, logs, signals, tasks};
 use aether_store_node::{
     config::{Cli, Command, FsckArgs, ServeArgs},
-    metrics::StoreMetrics,
+    metrics::{self, StoreMetrics},
     serve,
 };
 use anyhow::Context;
@@ -41,7 +41,12 @@ async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let store = tasks::blocking("open the store", move || Ok(LocalStore::open(config)?))
         .await
         .with_context(|| format!("cannot open the store in {folder} (--data-dir)"))?;
-    store_metrics.hold(store.statistics());
+    let store = args.tier.over(store, &args.data.data_dir).await.context("cannot open the durable tier (--s3-bucket)")?;
+    store.learn().await.context("cannot learn what the bucket holds (--s3-bucket)")?;
+    let worker = store.clone();
+    tasks.essential(Stage::Work, "durable tier", |token| worker.work(token));
+    let (held, shown) = (store.clone(), store_metrics.clone());
+    tasks.essential(Stage::Work, "statistics", |token| metrics::follow(held, shown, token));
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {} (--listen)", args.listen))?;
     let address = listener.local_addr()?;

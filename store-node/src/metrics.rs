@@ -1,10 +1,16 @@
 //! What the store node counts.
 
-use aether_cas::local::Statistics;
+use std::time::Duration;
+
 use aether_runtime::{
-    Metrics,
+    CancellationToken, Metrics,
     metrics::{Counter, Gauge, Labelled, Timer, Unit},
 };
+
+use crate::tiered::{Statistics, TieredStore};
+
+/// How often it is shown what the store holds.
+const PAUSE: Duration = Duration::from_secs(2);
 
 aether_runtime::label! {
     /// A call of the store's protocol.
@@ -46,6 +52,16 @@ aether_runtime::label! {
     }
 }
 
+aether_runtime::label! {
+    /// What became of requests to the bucket.
+    pub enum Asked: "outcome" {
+        /// All that were made.
+        Made = "made",
+        /// Those that failed after all repetitions.
+        Failed = "failed",
+    }
+}
+
 /// The metrics of a store node.
 #[derive(Clone, Debug)]
 pub struct StoreMetrics {
@@ -55,6 +71,19 @@ pub struct StoreMetrics {
     sent: Counter,
     blobs: Labelled<(Place,), Gauge>,
     bytes: Labelled<(Place,), Gauge>,
+    bucket: Bucket,
+}
+
+/// Of the durable tier; all zero where there is none.
+#[derive(Clone, Debug)]
+struct Bucket {
+    packs: Gauge,
+    unreadable: Gauge,
+    bytes: Gauge,
+    pending_blobs: Gauge,
+    pending_bytes: Gauge,
+    compared: Gauge,
+    requests: Labelled<(Asked,), Gauge>,
 }
 
 impl StoreMetrics {
@@ -68,6 +97,27 @@ impl StoreMetrics {
             sent: metrics.counter("aether_store_sent_bytes", "Bytes of blobs sent"),
             blobs: metrics.gauges("aether_store_blobs", None, "Blobs held"),
             bytes: metrics.gauges("aether_store_held", Some(Unit::Bytes), "Bytes of blobs held, before compression"),
+            bucket: Bucket {
+                packs: metrics.gauge("aether_store_durable_packs", None, "Packs in the bucket"),
+                unreadable: metrics.gauge("aether_store_durable_unreadable_packs", None, "Packs that cannot be read"),
+                bytes: metrics.gauge(
+                    "aether_store_durable",
+                    Some(Unit::Bytes),
+                    "Bytes of blobs in the bucket, as they are stored",
+                ),
+                pending_blobs: metrics.gauge(
+                    "aether_store_pending_blobs",
+                    None,
+                    "Blobs on the disk that are on their way to the bucket",
+                ),
+                pending_bytes: metrics.gauge("aether_store_pending", Some(Unit::Bytes), "Their bytes"),
+                compared: metrics.gauge(
+                    "aether_store_compared",
+                    None,
+                    "Whether all that the disk held at the start was compared with the bucket",
+                ),
+                requests: metrics.gauges("aether_store_durable_requests", None, "Requests to the bucket"),
+            },
         }
     }
 
@@ -96,9 +146,33 @@ impl StoreMetrics {
         let show = |gauge: &Gauge, value: u64| {
             gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
         };
-        show(self.blobs.of((Place::Inline,)), statistics.inline_blobs);
-        show(self.blobs.of((Place::File,)), statistics.file_blobs);
-        show(self.bytes.of((Place::Inline,)), statistics.inline_bytes);
-        show(self.bytes.of((Place::File,)), statistics.file_bytes);
+        let disk = statistics.disk;
+        show(self.blobs.of((Place::Inline,)), disk.inline_blobs);
+        show(self.blobs.of((Place::File,)), disk.file_blobs);
+        show(self.bytes.of((Place::Inline,)), disk.inline_bytes);
+        show(self.bytes.of((Place::File,)), disk.file_bytes);
+        let Some(durable) = statistics.durable else { return };
+        show(&self.bucket.packs, durable.bucket.packs);
+        show(&self.bucket.unreadable, durable.bucket.unreadable_packs);
+        show(&self.bucket.bytes, durable.bucket.stored_bytes);
+        show(&self.bucket.pending_blobs, durable.pending_blobs);
+        show(&self.bucket.pending_bytes, durable.pending_bytes);
+        show(&self.bucket.compared, u64::from(durable.compared));
+        show(self.bucket.requests.of((Asked::Made,)), durable.bucket.requests);
+        show(self.bucket.requests.of((Asked::Failed,)), durable.bucket.failed_requests);
+    }
+}
+
+/// Shows what `store` holds, from time to time.
+///
+/// # Errors
+/// None.
+pub async fn follow(store: TieredStore, metrics: StoreMetrics, token: CancellationToken) -> anyhow::Result<()> {
+    loop {
+        metrics.hold(store.statistics());
+        tokio::select! {
+            () = token.cancelled() => return Ok(()),
+            () = tokio::time::sleep(PAUSE) => {}
+        }
     }
 }

@@ -3,6 +3,9 @@
 //! [`conformance`] checks everything that [`Store`] promises against any implementation; a store
 //! that passes it can take the place of any other.
 
+#[cfg(feature = "durable")]
+pub mod bucket;
+
 use std::{collections::BTreeMap, path::Path};
 
 use bytes::Bytes;

@@ -1,26 +1,15 @@
 //! The durable tier over a bucket in memory: what it costs in requests, and that the bucket alone is enough.
 
-use std::{
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Instant,
-};
+use std::{path::Path, sync::Arc, time::Instant};
 
 use aether_cas::{
     Blob, StoreError,
     durable::{Durable, PackName, format::HEADER_BYTES, spans},
-    testing::{blob, bytes},
+    testing::{blob, bucket::TestBucket, bytes},
 };
-use async_trait::async_trait;
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt, stream, stream::BoxStream};
-use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, memory::InMemory, path,
-};
+use futures::{StreamExt, TryStreamExt, stream};
+use object_store::{ObjectStoreExt, memory::InMemory, path};
 
 async fn open(bucket: &Arc<InMemory>, index: &Path) -> Durable {
     Durable::open(bucket.clone(), "memory://test".to_owned(), "some/folder", index).await.unwrap()
@@ -252,70 +241,12 @@ async fn pins_are_in_the_bucket() {
     assert!(error.contains("roots/x/y") && error.contains("version 7"), "{error}");
 }
 
-/// A bucket that refuses to be written while it is told to.
-#[derive(Debug)]
-struct Refusing {
-    inner: InMemory,
-    refuse: AtomicBool,
-}
-
-impl std::fmt::Display for Refusing {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("refusing")
-    }
-}
-
-#[async_trait]
-impl ObjectStore for Refusing {
-    async fn put_opts(
-        &self,
-        location: &path::Path,
-        payload: PutPayload,
-        options: PutOptions,
-    ) -> object_store::Result<PutResult> {
-        if self.refuse.load(Ordering::Relaxed) {
-            return Err(object_store::Error::Generic { store: "test", source: "slow down".into() });
-        }
-        self.inner.put_opts(location, payload, options).await
-    }
-
-    async fn put_multipart_opts(
-        &self,
-        location: &path::Path,
-        options: PutMultipartOptions,
-    ) -> object_store::Result<Box<dyn MultipartUpload>> {
-        self.inner.put_multipart_opts(location, options).await
-    }
-
-    async fn get_opts(&self, location: &path::Path, options: GetOptions) -> object_store::Result<GetResult> {
-        self.inner.get_opts(location, options).await
-    }
-
-    fn delete_stream(
-        &self,
-        locations: BoxStream<'static, object_store::Result<path::Path>>,
-    ) -> BoxStream<'static, object_store::Result<path::Path>> {
-        self.inner.delete_stream(locations)
-    }
-
-    fn list(&self, prefix: Option<&path::Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
-        self.inner.list(prefix)
-    }
-
-    async fn list_with_delimiter(&self, prefix: Option<&path::Path>) -> object_store::Result<ListResult> {
-        self.inner.list_with_delimiter(prefix).await
-    }
-
-    async fn copy_opts(&self, from: &path::Path, to: &path::Path, options: CopyOptions) -> object_store::Result<()> {
-        self.inner.copy_opts(from, to, options).await
-    }
-}
-
 #[tokio::test]
 async fn a_bucket_that_refuses_is_named_and_everyone_in_the_pack_hears() {
-    let bucket = Arc::new(Refusing { inner: InMemory::new(), refuse: AtomicBool::new(true) });
+    let bucket = Arc::new(TestBucket::default());
     let folder = tempfile::tempdir().unwrap();
     let durable = Durable::open(bucket.clone(), "s3://work".to_owned(), "here", folder.path()).await.unwrap();
+    bucket.refuse(true);
     let callers: Vec<_> = (0..5).map(|n| durable.put(vec![blob(n, 100)])).collect();
     for result in futures::future::join_all(callers).await {
         let error = result.unwrap_err();
@@ -325,7 +256,7 @@ async fn a_bucket_that_refuses_is_named_and_everyone_in_the_pack_hears() {
     }
     assert_eq!(durable.statistics().failed_requests, 1, "they shared a pack");
     assert_eq!(durable.missing(&[blob(0, 100).0]).unwrap(), [blob(0, 100).0]);
-    bucket.refuse.store(false, Ordering::Relaxed);
+    bucket.refuse(false);
     durable.put(vec![blob(0, 100)]).await.unwrap();
     assert_eq!(read(&durable, &[blob(0, 100).0]).await, [blob(0, 100)]);
 }

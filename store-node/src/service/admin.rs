@@ -2,15 +2,16 @@
 
 use aether_cas::local;
 use aether_proto::store::v1::{
-    FsckReport, FsckRequest, GetStatisticsRequest, IncompleteRoot, ListRootsRequest, ListRootsResponse, PinRootRequest,
-    PinRootResponse, Root, Statistics, UnpinRootsRequest, UnpinRootsResponse, store_admin_server::StoreAdmin,
+    DurableStatistics, FsckReport, FsckRequest, GetStatisticsRequest, IncompleteRoot, ListRootsRequest,
+    ListRootsResponse, PinRootRequest, PinRootResponse, Root, Statistics, UnpinRootsRequest, UnpinRootsResponse,
+    store_admin_server::StoreAdmin,
 };
 use tonic::{Request, Response, Status};
 
 use super::{blocking, status};
 use crate::{
     metrics::{Call, StoreMetrics},
-    tiered::TieredStore,
+    tiered::{self, TieredStore},
 };
 
 pub(crate) struct AdminService {
@@ -83,13 +84,23 @@ impl StoreAdmin for AdminService {
 
     async fn get_statistics(&self, _: Request<GetStatisticsRequest>) -> Result<Response<Statistics>, Status> {
         self.run(|store| {
-            let held = store.statistics();
+            let tiered::Statistics { disk, durable } = store.statistics();
             Ok(Statistics {
-                inline_blobs: held.inline_blobs,
-                inline_bytes: held.inline_bytes,
-                file_blobs: held.file_blobs,
-                file_bytes: held.file_bytes,
+                inline_blobs: disk.inline_blobs,
+                inline_bytes: disk.inline_bytes,
+                file_blobs: disk.file_blobs,
+                file_bytes: disk.file_bytes,
                 roots: store.roots(None, None).map_err(status)?.len() as u64,
+                durable: durable.map(|held| DurableStatistics {
+                    packs: held.bucket.packs,
+                    stored_bytes: held.bucket.stored_bytes,
+                    unreadable_packs: held.bucket.unreadable_packs,
+                    pending_blobs: held.pending_blobs,
+                    pending_bytes: held.pending_bytes,
+                    compared: held.compared,
+                    requests: held.bucket.requests,
+                    failed_requests: held.bucket.failed_requests,
+                }),
             })
         })
         .await

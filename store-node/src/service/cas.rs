@@ -30,6 +30,8 @@ use crate::{
 
 /// Pages of a tree waiting to be sent.
 const PAGES: usize = 2;
+/// Directories of a tree that are brought from the bucket together.
+const LEVEL: usize = 4096;
 
 pub(crate) struct CasService {
     store: TieredStore,
@@ -199,6 +201,7 @@ fn send_tree(
     let mut page = GetTreeResponse::default();
     let mut page_bytes = 0;
     let mut next = Some((root, message));
+    let mut brought: usize = 0;
     while let Some((blob, message)) = next.take() {
         for child in &message.directories {
             let child = parse_digest(child.digest.as_ref())?;
@@ -218,6 +221,13 @@ fn send_tree(
             page.directories.push(message);
         }
         while let Some(blob) = waiting.pop_front() {
+            if brought == 0 {
+                // Whole levels of the tree at a time, where the disk does not have them.
+                let level: Vec<Blob> = std::iter::once(blob).chain(waiting.iter().copied()).take(LEVEL).collect();
+                store.bring_now(&level).map_err(status)?;
+                brought = level.len();
+            }
+            brought -= 1;
             match directory(store, &blob) {
                 Ok(message) => {
                     next = Some((blob, message));

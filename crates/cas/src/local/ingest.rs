@@ -29,6 +29,11 @@ impl Ingest {
         Ok(Self { store, blob, hasher: BlobHasher::new(), sink })
     }
 
+    /// What it is to become.
+    pub fn blob(&self) -> Blob {
+        self.blob
+    }
+
     /// Bytes taken so far.
     pub fn written(&self) -> u64 {
         self.hasher.size()

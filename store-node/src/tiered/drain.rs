@@ -1,0 +1,230 @@
+//! From the disk to the bucket: what was acknowledged at the disk, and what a disk held before.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use aether_cas::{Blob, Store, StoreError, durable::format::MAX_SHARED_BLOB, store::Result};
+use tokio::{runtime::Handle, sync::Notify, task::JoinSet};
+
+use super::{FIRST_PAUSE, LONGEST_PAUSE, Tier, TieredStore};
+
+/// Blobs that may wait: some 10 MiB of names. Writers wait when there are more.
+const WAITING: usize = 200_000;
+/// Groups on their way at one time.
+const AT_ONCE: usize = 6;
+/// Blobs of one group.
+const GROUP: usize = 2_000;
+
+/// What waits to be brought to the bucket.
+#[derive(Debug, Default)]
+pub(super) struct Drain {
+    queue: Mutex<Queue>,
+    /// Something waits.
+    wake: Notify,
+    /// Something was brought.
+    room: Notify,
+    compared: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: VecDeque<Blob>,
+    /// Waiting and on their way.
+    blobs: u64,
+    bytes: u64,
+}
+
+impl Drain {
+    pub(super) fn add(&self, blobs: impl IntoIterator<Item = Blob>) {
+        let mut queue = self.lock();
+        for blob in blobs {
+            queue.blobs += 1;
+            queue.bytes += blob.size;
+            queue.waiting.push_back(blob);
+        }
+        drop(queue);
+        self.wake.notify_one();
+    }
+
+    /// Waits until there is room for more.
+    pub(super) async fn room(&self) {
+        loop {
+            let notified = self.room.notified();
+            if self.lock().waiting.len() < WAITING {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    /// Blobs and bytes that are not in the bucket yet, and whether these are all.
+    pub(super) fn pending(&self) -> (u64, u64, bool) {
+        let queue = self.lock();
+        (queue.blobs, queue.bytes, self.compared.load(Ordering::Acquire))
+    }
+
+    /// Blobs to bring together: small ones that fit a pack, or a large one.
+    fn group(&self) -> Vec<Blob> {
+        let mut queue = self.lock();
+        let mut group: Vec<Blob> = Vec::new();
+        let mut bytes = 0;
+        while let Some(next) = queue.waiting.front() {
+            if !group.is_empty() && (bytes + next.size > MAX_SHARED_BLOB || group.len() >= GROUP) {
+                break;
+            }
+            bytes += next.size;
+            group.extend(queue.waiting.pop_front());
+        }
+        drop(queue);
+        self.room.notify_waiters();
+        group
+    }
+
+    fn done(&self, group: &[Blob]) {
+        let mut queue = self.lock();
+        queue.blobs -= group.len() as u64;
+        queue.bytes -= group.iter().map(|blob| blob.size).sum::<u64>();
+    }
+
+    fn again(&self, group: Vec<Blob>) {
+        let mut queue = self.lock();
+        for blob in group.into_iter().rev() {
+            queue.waiting.push_front(blob);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl TieredStore {
+    /// Brings what waits, for ever. First it looks what the disk has that the bucket has not.
+    pub(super) async fn drain(&self, tier: &std::sync::Arc<Tier>) {
+        tokio::join!(self.compare(tier), self.bring_out(tier));
+    }
+
+    async fn compare(&self, tier: &std::sync::Arc<Tier>) {
+        let comparing = tier.clone();
+        let compared = self
+            .blocking(move |store| {
+                let mut some = Vec::new();
+                let look = |some: &mut Vec<Blob>| -> Result<()> {
+                    let absent = comparing.durable.missing(some)?;
+                    some.clear();
+                    Handle::current().block_on(comparing.drain.room());
+                    comparing.drain.add(absent);
+                    Ok(())
+                };
+                store.disk.for_each(|blob, _| {
+                    some.push(blob);
+                    if some.len() < 1000 { Ok(()) } else { look(&mut some) }
+                })?;
+                look(&mut some)
+            })
+            .await;
+        match compared {
+            Ok(()) => tier.drain.compared.store(true, Ordering::Release),
+            Err(error) => tracing::error!(%error, "the disk was not compared with the bucket; restart to try again"),
+        }
+    }
+
+    async fn bring_out(&self, tier: &std::sync::Arc<Tier>) {
+        let mut pause = FIRST_PAUSE;
+        let mut underway = JoinSet::new();
+        // After a failure nothing new begins until all that is under way has ended, and a pause.
+        let mut failed = false;
+        loop {
+            if failed && underway.is_empty() {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+                failed = false;
+            }
+            let woken = tier.drain.wake.notified();
+            while underway.len() < AT_ONCE && !failed {
+                let group = tier.drain.group();
+                if group.is_empty() {
+                    break;
+                }
+                let (store, tier) = (self.clone(), tier.clone());
+                underway.spawn(async move {
+                    let result = store.store_group(&tier, &group).await;
+                    (group, result)
+                });
+            }
+            let ended = tokio::select! {
+                Some(ended) = underway.join_next() => ended,
+                () = woken, if underway.len() < AT_ONCE && !failed => continue,
+            };
+            match ended {
+                Ok((group, Ok(()))) => {
+                    tier.drain.done(&group);
+                    pause = FIRST_PAUSE;
+                }
+                Ok((group, Err(error))) => {
+                    tracing::warn!(%error, blobs = group.len(), "what the disk has is not in the bucket yet");
+                    tier.drain.again(group);
+                    failed = true;
+                }
+                Err(error) => tracing::error!(%error, "bringing blobs to the bucket was not finished"),
+            }
+        }
+    }
+
+    async fn store_group(&self, tier: &Tier, group: &[Blob]) -> Result<()> {
+        if let [blob] = group {
+            return match self.store(tier, *blob).await {
+                Err(error) if error.is_missing() => {
+                    lost(&error);
+                    Ok(())
+                }
+                result => result,
+            };
+        }
+        let (durable, names) = (tier.durable.clone(), group.to_vec());
+        let blobs = self
+            .blocking(move |store| {
+                let mut blobs = Vec::new();
+                for blob in durable.missing(&names)? {
+                    match store.disk.read_blob(&blob) {
+                        Ok(data) => blobs.push((blob, data)),
+                        Err(error) if error.is_missing() => lost(&error),
+                        Err(error) => return Err(error),
+                    }
+                }
+                Ok(blobs)
+            })
+            .await?;
+        tier.durable.put(blobs).await
+    }
+
+    /// Brings one blob of any size from the disk to the bucket, unless it is there.
+    pub(super) async fn store(&self, tier: &Tier, blob: Blob) -> Result<()> {
+        let _storing = tier.stripes.lock(blob).await;
+        let durable = tier.durable.clone();
+        if self.blocking(move |_| durable.missing(&[blob])).await?.is_empty() {
+            return Ok(());
+        }
+        if blob.size > MAX_SHARED_BLOB {
+            let path = self.disk.object_path(&blob.digest);
+            let result = tier.durable.put_file(blob, &path).await;
+            if matches!(result, Err(StoreError::Mismatch { .. } | StoreError::Io { .. })) {
+                // Says so when the copy is gone, or is not good and set aside now: a client is asked for it again.
+                self.blocking(move |store| store.disk.verify(&blob)).await?;
+            }
+            return result;
+        }
+        let data = self.disk.read(blob).await?;
+        tier.durable.put(vec![(blob, data)]).await
+    }
+}
+
+/// A blob that the disk does not have any more, or has damaged: nothing is left to bring.
+fn lost(error: &StoreError) {
+    tracing::error!(%error, "a blob was lost before it was in the bucket");
+}

@@ -1,0 +1,448 @@
+//! What the services work on: the node's disk, and behind it the durable tier where there is one.
+//!
+//! Without a durable tier this is the [`LocalStore`] and nothing else. With one the disk is a cache. By
+//! [`Durability::Through`] a blob is acknowledged, and counts as present, when it is in the bucket; by
+//! [`Durability::Behind`] when it is on the disk, and it is on its way to the bucket then: [`Statistics::durable`] says
+//! how much still is. What the disk has lost, or holds damaged, is read from the bucket and kept again.
+//! Pins are in the bucket only.
+//!
+//! As in [`LocalStore`], methods that are not `async` block the thread; they must be called on a thread of a
+//! runtime that may block.
+
+mod drain;
+mod evict;
+mod fetch;
+pub mod options;
+
+use std::{
+    collections::HashSet,
+    fs::File,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use aether_cas::{
+    Blob, LocalStore, Store, StoreError,
+    durable::{self, Durable, format::MAX_SHARED_BLOB},
+    local::{self, FsckReport, IncompleteRoot, Ingest, Root},
+    store::Result,
+    tree::{Directories, Directory, walk::bottom_up},
+};
+use aether_runtime::CancellationToken;
+use bytes::Bytes;
+use tokio::runtime::Handle;
+
+use drain::Drain;
+use fetch::Stripes;
+
+/// An answer "missing" to a client that uploads may be so old: another node may have got the blob meanwhile, and
+/// then it is stored twice.
+const FRESH: Duration = Duration::from_secs(5);
+/// How often the whole bucket is listed.
+const REBUILD: Duration = Duration::from_secs(3600);
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// When a blob is acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// When it is in the bucket.
+    Through,
+    /// When it is on the node's disk; the bucket follows.
+    Behind,
+}
+
+/// What a node holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// On its disk.
+    pub disk: local::Statistics,
+    /// In the bucket, where there is one.
+    pub durable: Option<DurableStatistics>,
+}
+
+/// What the bucket holds, and what of the disk it does not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DurableStatistics {
+    /// What is known of the bucket.
+    pub bucket: durable::Statistics,
+    /// Blobs on the disk that are on their way to the bucket.
+    pub pending_blobs: u64,
+    /// Their bytes.
+    pub pending_bytes: u64,
+    /// Whether all that the disk held when the node started was compared with the bucket, so that nothing else is pending.
+    pub compared: bool,
+}
+
+/// The store behind the services of a node. Clones share it.
+#[derive(Clone, Debug)]
+pub struct TieredStore {
+    disk: LocalStore,
+    tier: Option<Arc<Tier>>,
+}
+
+#[derive(Debug)]
+struct Tier {
+    durable: Durable,
+    durability: Durability,
+    /// Bytes that the disk may keep of what the bucket has.
+    cache_limit: Option<u64>,
+    drain: Drain,
+    stripes: Stripes,
+}
+
+impl From<LocalStore> for TieredStore {
+    fn from(disk: LocalStore) -> Self {
+        Self { disk, tier: None }
+    }
+}
+
+impl TieredStore {
+    /// A disk over a bucket. [`TieredStore::learn`] comes before the first call of a service, and
+    /// [`TieredStore::work`] runs beside them.
+    pub fn over(durable: Durable, disk: LocalStore, durability: Durability, cache_limit: Option<u64>) -> Self {
+        let tier = Tier { durable, durability, cache_limit, drain: Drain::default(), stripes: Stripes::default() };
+        Self { disk, tier: Some(Arc::new(tier)) }
+    }
+
+    /// The node's disk alone: what is here need not be all there is.
+    pub fn disk(&self) -> &LocalStore {
+        &self.disk
+    }
+
+    /// The durable tier, where there is one.
+    pub fn durable(&self) -> Option<&Durable> {
+        self.tier.as_ref().map(|tier| &tier.durable)
+    }
+
+    /// Learns what the bucket holds, however long it takes to answer, and moves the pins of the disk there.
+    ///
+    /// # Errors
+    /// Those that do not pass by waiting.
+    pub async fn learn(&self) -> Result<()> {
+        let Some(tier) = &self.tier else { return Ok(()) };
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let learned = async {
+                tier.durable.rebuild().await?;
+                self.move_pins(&tier.durable).await
+            };
+            match learned.await {
+                Ok(()) => {
+                    let held = tier.durable.statistics();
+                    tracing::info!(bucket = %tier.durable.name(), packs = held.packs, bytes = held.stored_bytes, "the bucket is known");
+                    return Ok(());
+                }
+                Err(error) if error.is_transient() => {
+                    tracing::warn!(%error, "waiting for the bucket");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// A disk that was alone before has pins of its own.
+    async fn move_pins(&self, durable: &Durable) -> Result<()> {
+        let of_disk = self.blocking(|store| store.disk.roots(None, None)).await?;
+        if of_disk.is_empty() {
+            return Ok(());
+        }
+        let name = |root: &Root| (root.owner_uid.clone(), root.kind.clone(), root.name.clone());
+        let there: HashSet<_> = durable.roots(None, None).await?.iter().map(name).collect();
+        for root in &of_disk {
+            if !there.contains(&name(root)) {
+                durable.put_root(root).await?;
+            }
+        }
+        self.blocking(move |store| {
+            for root in &of_disk {
+                store.disk.unpin(&root.owner_uid, Some(&root.kind), Some(&root.name))?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Brings to the bucket what only the disk has, keeps the disk within its limit, and lists the bucket from time to time.
+    ///
+    /// # Errors
+    /// None: what fails is tried again.
+    pub async fn work(self, token: CancellationToken) -> anyhow::Result<()> {
+        let Some(tier) = self.tier.clone() else {
+            token.cancelled().await;
+            return Ok(());
+        };
+        let rebuild = async {
+            loop {
+                tokio::time::sleep(REBUILD).await;
+                if let Err(error) = tier.durable.rebuild().await {
+                    tracing::warn!(%error, "the bucket was not listed; trying again later");
+                }
+            }
+        };
+        tokio::select! {
+            () = token.cancelled() => {}
+            () = self.drain(&tier) => {}
+            () = self.evict(&tier) => {}
+            () = rebuild => {}
+        }
+        Ok(())
+    }
+
+    /// Which of `blobs` are not as durable as this store promises, each once, in the order asked.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn find_missing(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
+        let Some(tier) = &self.tier else { return self.disk.find_missing(blobs).await };
+        let mut missing = match tier.durability {
+            Durability::Through => blobs.to_vec(),
+            Durability::Behind => self.disk.find_missing(blobs).await?,
+        };
+        for attempt in 0..2 {
+            let durable = tier.durable.clone();
+            missing = self.blocking(move |_| durable.missing(&missing)).await?;
+            if missing.is_empty() || attempt == 1 {
+                break;
+            }
+            tier.durable.refresh(Instant::now().checked_sub(FRESH).unwrap_or_else(Instant::now)).await?;
+        }
+        Ok(missing)
+    }
+
+    /// Whether the blob is as durable as this store promises.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn contains(&self, blob: &Blob) -> Result<bool> {
+        match &self.tier {
+            None => self.disk.contains(blob),
+            Some(_) => Ok(Handle::current().block_on(self.find_missing(&[*blob]))?.is_empty()),
+        }
+    }
+
+    /// Brings to the disk what of `blobs` only the durable tier has, in few requests. Call it before many reads.
+    /// What is nowhere is left out: the read says so.
+    ///
+    /// # Errors
+    /// Those of the durable tier.
+    pub async fn bring(&self, blobs: &[Blob]) -> Result<()> {
+        match &self.tier {
+            None => Ok(()),
+            Some(tier) => self.bring_from(tier, blobs).await,
+        }
+    }
+
+    /// As [`TieredStore::bring`], on a thread that may block.
+    ///
+    /// # Errors
+    /// As [`TieredStore::bring`].
+    pub fn bring_now(&self, blobs: &[Blob]) -> Result<()> {
+        if self.tier.is_none() {
+            return Ok(());
+        }
+        Handle::current().block_on(self.bring(blobs))
+    }
+
+    /// The contents of a blob, verified.
+    ///
+    /// # Errors
+    /// As [`LocalStore::read_blob`], and those of the durable tier.
+    pub fn read_blob(&self, blob: &Blob) -> Result<Bytes> {
+        match (self.disk.read_blob(blob), &self.tier) {
+            (Err(error), Some(tier)) if error.is_missing() => Handle::current().block_on(self.read_from(tier, *blob)),
+            (result, _) => result,
+        }
+    }
+
+    /// Opens a blob's file without verifying it; `None` for a blob that is kept inline, or is not there.
+    ///
+    /// # Errors
+    /// Those of opening the file, and of the durable tier.
+    pub fn open_object(&self, blob: &Blob) -> Result<Option<File>> {
+        let file = self.disk.open_object(blob)?;
+        // What is small is read whole; what is large must not be.
+        if file.is_none() && blob.size > MAX_SHARED_BLOB && self.tier.is_some() {
+            self.bring_now(&[*blob])?;
+            return self.disk.open_object(blob);
+        }
+        Ok(file)
+    }
+
+    /// Reads the copy on the disk to its end and drops it if it is damaged.
+    ///
+    /// # Errors
+    /// As [`LocalStore::verify`].
+    pub fn verify(&self, blob: &Blob) -> Result<()> {
+        self.disk.verify(blob)
+    }
+
+    /// Stores many blobs, durable together when this returns.
+    ///
+    /// # Errors
+    /// As [`Store::write_batch`].
+    pub async fn write_batch(&self, blobs: Vec<(Blob, Bytes)>) -> Result<()> {
+        let Some(tier) = &self.tier else { return self.disk.write_batch(blobs).await };
+        let names: Vec<Blob> = blobs.iter().map(|(blob, _)| *blob).collect();
+        let durable = tier.durable.clone();
+        let wanted = names.clone();
+        let absent: HashSet<Blob> = self.blocking(move |_| durable.missing(&wanted)).await?.into_iter().collect();
+        match tier.durability {
+            Durability::Through => {
+                let small: Vec<_> = blobs
+                    .iter()
+                    .filter(|(blob, _)| blob.size <= MAX_SHARED_BLOB && absent.contains(blob))
+                    .cloned()
+                    .collect();
+                tokio::try_join!(self.disk.write_batch(blobs), tier.durable.put(small))?;
+                for blob in absent.into_iter().filter(|blob| blob.size > MAX_SHARED_BLOB) {
+                    self.store(tier, blob).await?;
+                }
+            }
+            Durability::Behind => {
+                // Waits when too much is on its way already.
+                tier.drain.room().await;
+                self.disk.write_batch(blobs).await?;
+                tier.drain.add(absent);
+            }
+        }
+        self.touch(tier, names).await
+    }
+
+    /// Begins to store a blob in pieces; end it with [`TieredStore::finish`].
+    ///
+    /// # Errors
+    /// Those of creating a file.
+    pub fn begin(&self, blob: Blob) -> Result<Ingest> {
+        self.disk.begin(blob)
+    }
+
+    /// Verifies a blob that came in pieces and makes it durable; returns when it is.
+    ///
+    /// # Errors
+    /// As [`Ingest::finish`], and those of the durable tier.
+    pub async fn finish(&self, ingest: Ingest) -> Result<()> {
+        let blob = ingest.blob();
+        let Some(tier) = &self.tier else { return ingest.finish().await };
+        if tier.durability == Durability::Behind {
+            tier.drain.room().await;
+        }
+        ingest.finish().await?;
+        match tier.durability {
+            Durability::Through => {
+                let (store, tier) = (self.clone(), tier.clone());
+                // Goes on when the client does not wait any more, who then finds it when he asks again.
+                let stored = tokio::spawn(async move { store.store(&tier, blob).await });
+                stored.await.unwrap_or_else(|_| Err(StoreError::Closed(self.disk.objects().display().to_string())))?;
+            }
+            Durability::Behind => tier.drain.add([blob]),
+        }
+        self.touch(tier, vec![blob]).await
+    }
+
+    /// Pins `tree`; replaces what the same owner, kind and name had pinned.
+    ///
+    /// # Errors
+    /// As [`LocalStore::pin`], and those of the durable tier.
+    pub fn pin(&self, owner_uid: &str, kind: &str, name: &str, tree: Blob) -> Result<()> {
+        let Some(tier) = &self.tier else { return self.disk.pin(owner_uid, kind, name, tree) };
+        if !self.contains(&tree)? {
+            return Err(StoreError::NotFound { blob: tree, store: tier.durable.name() });
+        }
+        Handle::current().block_on(tier.durable.pin(owner_uid, kind, name, tree))
+    }
+
+    /// Forgets roots. Returns how many there were.
+    ///
+    /// # Errors
+    /// As [`LocalStore::unpin`], and those of the durable tier.
+    pub fn unpin(&self, owner_uid: &str, kind: Option<&str>, name: Option<&str>) -> Result<usize> {
+        match &self.tier {
+            None => self.disk.unpin(owner_uid, kind, name),
+            Some(tier) => Handle::current().block_on(tier.durable.unpin(owner_uid, kind, name)),
+        }
+    }
+
+    /// The roots of an owner and kind, where given, in order of owner, kind and name.
+    ///
+    /// # Errors
+    /// As [`LocalStore::roots`], and those of the durable tier.
+    pub fn roots(&self, owner_uid: Option<&str>, kind: Option<&str>) -> Result<Vec<Root>> {
+        match &self.tier {
+            None => self.disk.roots(owner_uid, kind),
+            Some(tier) => Handle::current().block_on(tier.durable.roots(owner_uid, kind)),
+        }
+    }
+
+    /// What the node holds.
+    pub fn statistics(&self) -> Statistics {
+        let durable = self.tier.as_ref().map(|tier| {
+            let (pending_blobs, pending_bytes, compared) = tier.drain.pending();
+            DurableStatistics { bucket: tier.durable.statistics(), pending_blobs, pending_bytes, compared }
+        });
+        Statistics { disk: self.disk.statistics(), durable }
+    }
+
+    /// Checks the disk and the roots.
+    ///
+    /// # Errors
+    /// As [`LocalStore::fsck`], and those of the durable tier.
+    pub fn fsck(&self, repair: bool) -> Result<FsckReport> {
+        let mut report = self.disk.fsck(repair)?;
+        if self.tier.is_some() {
+            for root in self.roots(None, None)? {
+                if let Some(problem) = self.incomplete(&root)? {
+                    report.incomplete_roots.push(IncompleteRoot { root, problem });
+                }
+            }
+        }
+        Ok(report)
+    }
+
+    /// What a root misses first, if anything.
+    fn incomplete(&self, root: &Root) -> Result<Option<String>> {
+        let directories = match bottom_up(&root.tree, self, |_| false) {
+            Ok(directories) => directories,
+            Err(error) if error.is_missing() => return Ok(Some(error.to_string())),
+            Err(error @ (StoreError::NotADirectory { .. } | StoreError::Invalid(_))) => {
+                return Ok(Some(error.to_string()));
+            }
+            Err(error) => return Err(error),
+        };
+        for (_, directory) in &directories {
+            let contents: Vec<Blob> = directory.contents().collect();
+            if let Some(missing) = Handle::current().block_on(self.find_missing(&contents))?.first() {
+                return Ok(Some(format!("blob {missing} is missing")));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&TieredStore) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let store = self.clone();
+        match tokio::task::spawn_blocking(move || work(&store)).await {
+            Ok(result) => result,
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => Err(StoreError::Closed(self.disk.objects().display().to_string())),
+        }
+    }
+}
+
+impl Directories for TieredStore {
+    fn directory(&self, blob: &Blob) -> Result<Arc<Directory>> {
+        match self.disk.directory(blob) {
+            Err(error) if error.is_missing() && self.tier.is_some() => {
+                let data = self.read_blob(blob)?;
+                let directory =
+                    Directory::decode(&data).map_err(|source| StoreError::NotADirectory { blob: *blob, source })?;
+                Ok(Arc::new(directory))
+            }
+            result => result,
+        }
+    }
+}

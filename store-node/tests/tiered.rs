@@ -1,0 +1,318 @@
+//! A store node whose disk is a cache over a bucket.
+
+mod common;
+
+use std::{collections::HashSet, os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
+
+use aether_cas::{
+    Blob, LocalStore, MemoryStore, RemoteStore, Store, StoreError,
+    durable::Durable,
+    remote::RemoteConfig,
+    testing::{blob, bucket::TestBucket, bytes, conformance, directory, file},
+    transfer::{fetch_directories, upload_tree},
+    tree::Node,
+};
+use aether_runtime::{CancellationToken, Metrics};
+use aether_store_node::{
+    metrics::StoreMetrics,
+    tiered::{Durability, DurableStatistics, TieredStore},
+};
+use bytes::Bytes;
+use tokio::{net::TcpListener, task::JoinHandle};
+
+/// A node over a bucket, in this process.
+struct TieredNode {
+    store: TieredStore,
+    remote: RemoteStore,
+    token: CancellationToken,
+    tasks: Vec<JoinHandle<anyhow::Result<()>>>,
+}
+
+async fn tiered(bucket: &Arc<TestBucket>, folder: &Path, durability: Durability, limit: Option<u64>) -> TieredStore {
+    let durable = Durable::open(bucket.clone(), "s3://test".to_owned(), "aether", &folder.join("packs")).await.unwrap();
+    let store = TieredStore::over(durable, common::open(folder), durability, limit);
+    store.learn().await.unwrap();
+    store
+}
+
+impl TieredNode {
+    async fn start(bucket: &Arc<TestBucket>, folder: &Path, durability: Durability, limit: Option<u64>) -> Self {
+        let store = tiered(bucket, folder, durability, limit).await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut config = RemoteConfig::new(format!("http://{}", listener.local_addr().unwrap()));
+        config.patience = Duration::ZERO;
+        let token = CancellationToken::new();
+        let metrics = StoreMetrics::new(&Metrics::new());
+        let serving = aether_store_node::serve(listener, store.clone(), metrics, token.clone());
+        let tasks = vec![tokio::spawn(serving), tokio::spawn(store.clone().work(token.clone()))];
+        Self { store, remote: RemoteStore::lazy(&config).unwrap(), token, tasks }
+    }
+
+    fn durable(&self) -> DurableStatistics {
+        self.store.statistics().durable.unwrap()
+    }
+
+    async fn until(&self, what: &str, good: impl Fn(&DurableStatistics) -> bool) {
+        for _ in 0..600 {
+            if good(&self.durable()) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("it never became {what}: {:?}", self.durable());
+    }
+
+    async fn stop(self) {
+        self.token.cancel();
+        for task in self.tasks {
+            task.await.unwrap().unwrap();
+        }
+    }
+}
+
+fn names(blobs: &[(Blob, Bytes)]) -> Vec<Blob> {
+    blobs.iter().map(|(blob, _)| *blob).collect()
+}
+
+async fn assert_reads(store: &dyn Store, blobs: &[(Blob, Bytes)]) {
+    for (chunk, blobs) in store.read_batch(&names(blobs)).await.unwrap().into_iter().zip(blobs) {
+        assert_eq!(chunk, blobs.1, "{}", blobs.0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_keeps_the_promises_of_a_store_in_both_ways() {
+    for durability in [Durability::Through, Durability::Behind] {
+        let bucket = Arc::new(TestBucket::default());
+        let folder = tempfile::tempdir().unwrap();
+        let node = TieredNode::start(&bucket, folder.path(), durability, None).await;
+        conformance(&node.remote).await;
+        node.until("durable", |held| held.compared && held.pending_blobs == 0).await;
+        node.stop().await;
+
+        // A node that has nothing but the bucket has it all.
+        let folder = tempfile::tempdir().unwrap();
+        let node = TieredNode::start(&bucket, folder.path(), durability, None).await;
+        let sizes = [(1000, 1), (1005, 3670016 - 128), (1009, 9 << 20), (2005, 10 + 97 * 5), (2400, 5 << 20)];
+        let blobs: Vec<_> = sizes.into_iter().map(|(seed, length)| blob(seed, length)).collect();
+        assert_eq!(node.remote.find_missing(&names(&blobs)).await.unwrap(), []);
+        assert_reads(&node.remote, &blobs).await;
+        assert_eq!(node.store.disk().missing(&names(&blobs)).unwrap(), [], "they are kept on the disk");
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_whole_tree_is_read_from_the_bucket_with_few_requests() {
+    let bucket = Arc::new(TestBucket::default());
+    let folder = tempfile::tempdir().unwrap();
+    let node = TieredNode::start(&bucket, folder.path(), Durability::Through, None).await;
+    let source = MemoryStore::new();
+    let mut files = Vec::new();
+    let folders: Vec<(String, Node)> = (0..100)
+        .map(|n| {
+            let inner: Vec<(String, Node)> = (0..20)
+                .map(|k| {
+                    let (blob, data) = blob(n * 100 + k, 500);
+                    source.put(data);
+                    files.push(blob);
+                    (format!("f{k}"), file(blob))
+                })
+                .collect();
+            let inner = directory(inner.iter().map(|(name, node)| (name.as_str(), node.clone())));
+            (format!("d{n}"), Node::Directory(source.put_directory(&inner)))
+        })
+        .collect();
+    let root = source.put_directory(&directory(folders.iter().map(|(name, node)| (name.as_str(), node.clone()))));
+    let before = node.durable().bucket.requests;
+    upload_tree(root, Arc::new(source), &node.remote, &|_| {}).await.unwrap();
+    let requests = node.durable().bucket.requests - before;
+    assert!(requests <= 10, "{requests} requests to upload 2,000 files and 101 directories");
+    node.stop().await;
+
+    let fresh = tempfile::tempdir().unwrap();
+    let node = TieredNode::start(&bucket, fresh.path(), Durability::Through, None).await;
+    let before = node.durable().bucket.requests;
+    let target = LocalStore::open(aether_cas::LocalConfig {
+        objects: fresh.path().join("target"),
+        index: fresh.path().join("target-index"),
+        inline_limit: 0,
+    })
+    .unwrap();
+    fetch_directories(root, &node.remote, &target).await.unwrap();
+    let read = node.remote.read_batch(&files).await.unwrap();
+    assert!(files.iter().zip(read).all(|(blob, data)| blob.matches(&data)));
+    let requests = node.durable().bucket.requests - before;
+    assert!(requests <= 20, "{requests} requests to read them");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_or_lost_copy_is_healed_from_the_bucket() {
+    let bucket = Arc::new(TestBucket::default());
+    let folder = tempfile::tempdir().unwrap();
+    let node = TieredNode::start(&bucket, folder.path(), Durability::Through, None).await;
+    let blobs = vec![blob(1, 100_000), blob(2, 6 << 20), blob(3, 200_000)];
+    node.remote.write_batch(blobs.clone()).await.unwrap();
+    let damage = |blob: &Blob| {
+        let path = node.store.disk().object_path(&blob.digest);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        std::fs::write(&path, bytes(9, blob.size as usize)).unwrap();
+    };
+    damage(&blobs[0].0);
+    std::fs::remove_file(node.store.disk().object_path(&blobs[2].0.digest)).unwrap();
+    assert_reads(&node.remote, &[blobs[0].clone(), blobs[2].clone()]).await;
+    // A large blob is on its way to the client before its damage is seen: that one call fails, and says why.
+    damage(&blobs[1].0);
+    let error = node.remote.read(blobs[1].0).await.unwrap_err();
+    assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
+    assert_reads(&node.remote, &blobs).await;
+    assert!(node.store.disk().fsck(false).unwrap().is_healthy());
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn through_acknowledges_nothing_that_is_not_in_the_bucket() {
+    let bucket = Arc::new(TestBucket::default());
+    let folder = tempfile::tempdir().unwrap();
+    let node = TieredNode::start(&bucket, folder.path(), Durability::Through, None).await;
+    bucket.refuse(true);
+    let blobs = vec![blob(1, 100), blob(2, 100_000), blob(3, 6 << 20)];
+    for one in &blobs {
+        let error = node.remote.write(one.0, one.1.clone()).await.unwrap_err();
+        assert!(error.is_transient(), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("s3://test/aether/packs/") && text.contains("slow down"), "{text}");
+    }
+    // The disk has them, which is not what was promised.
+    assert_eq!(node.store.disk().missing(&names(&blobs)).unwrap(), []);
+    assert_eq!(node.remote.find_missing(&names(&blobs)).await.unwrap(), names(&blobs));
+    bucket.refuse(false);
+    node.remote.write_batch(blobs.clone()).await.unwrap();
+    assert_eq!(node.remote.find_missing(&names(&blobs)).await.unwrap(), []);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_tells_what_is_pending_and_brings_it_later_even_after_a_restart() {
+    let bucket = Arc::new(TestBucket::default());
+    let folder = tempfile::tempdir().unwrap();
+    let node = TieredNode::start(&bucket, folder.path(), Durability::Behind, None).await;
+    node.until("compared", |held| held.compared).await;
+    bucket.refuse(true);
+    let blobs: Vec<_> = (0..50).map(|n| blob(n, 1000 * n as usize + 1)).chain([blob(99, 6 << 20)]).collect();
+    node.remote.write_batch(blobs.clone()).await.unwrap();
+    assert_eq!(node.remote.find_missing(&names(&blobs)).await.unwrap(), []);
+    let held = node.durable();
+    assert_eq!(held.pending_blobs, blobs.len() as u64);
+    assert_eq!(held.pending_bytes, blobs.iter().map(|(blob, _)| blob.size).sum::<u64>());
+    node.stop().await;
+
+    // As after a kill: nothing but the disk says that something is pending. The lock of the index goes with the last user.
+    let again = loop {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let opened =
+            Durable::open(bucket.clone(), "s3://test".to_owned(), "aether", &folder.path().join("packs")).await;
+        if opened.is_ok() {
+            drop(opened);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            break TieredNode::start(&bucket, folder.path(), Durability::Behind, None).await;
+        }
+    };
+    again.until("compared", |held| held.compared && held.pending_blobs == blobs.len() as u64).await;
+    bucket.refuse(false);
+    again.until("durable", |held| held.pending_blobs == 0 && held.pending_bytes == 0).await;
+    again.stop().await;
+    let other = tempfile::tempdir().unwrap();
+    let other = TieredNode::start(&bucket, other.path(), Durability::Through, None).await;
+    assert_reads(&other.remote, &blobs).await;
+    other.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_disk_stays_within_its_limit_and_what_is_wanted_stays() {
+    const LIMIT: u64 = 8 << 20;
+    let bucket = Arc::new(TestBucket::default());
+    let folder = tempfile::tempdir().unwrap();
+    let node = TieredNode::start(&bucket, folder.path(), Durability::Through, Some(LIMIT)).await;
+    let blobs: Vec<_> = (0..300).map(|n| blob(n, 60_000)).collect();
+    for chunk in blobs.chunks(30) {
+        node.remote.write_batch(chunk.to_vec()).await.unwrap();
+    }
+    for _ in 0..200 {
+        if node.store.statistics().disk.file_bytes <= LIMIT {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(node.store.statistics().disk.file_bytes <= LIMIT, "{:?}", node.store.statistics());
+    assert_eq!(node.remote.find_missing(&names(&blobs)).await.unwrap(), []);
+    assert_reads(&node.remote, &blobs).await;
+    node.stop().await;
+
+    // What only the disk has never goes, whatever the limit is.
+    let bucket = Arc::new(TestBucket::default());
+    bucket.refuse(true);
+    let folder = tempfile::tempdir().unwrap();
+    let node = TieredNode::start(&bucket, folder.path(), Durability::Behind, Some(LIMIT)).await;
+    node.remote.write_batch(blobs.clone()).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(node.store.disk().missing(&names(&blobs)).unwrap(), []);
+    bucket.refuse(false);
+    node.until("durable", |held| held.pending_blobs == 0).await;
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_nodes_see_what_each_wrote() {
+    let bucket = Arc::new(TestBucket::default());
+    let folders: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
+    let mut nodes = Vec::new();
+    for folder in &folders {
+        nodes.push(TieredNode::start(&bucket, folder.path(), Durability::Through, None).await);
+    }
+    let blobs: Vec<_> = (0..30).map(|n| blob(n, 10_000)).collect();
+    for (one, node) in blobs.iter().zip(nodes.iter().cycle()) {
+        node.remote.write(one.0, one.1.clone()).await.unwrap();
+    }
+    for node in &nodes {
+        assert_reads(&node.remote, &blobs).await;
+    }
+    // Nobody has it: that is said, after the bucket was asked.
+    let error = nodes[0].remote.read(blob(77, 10).0).await.unwrap_err();
+    assert!(matches!(error, StoreError::NotFound { .. }), "{error}");
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pins_of_a_disk_move_to_the_bucket_and_its_blobs_follow() {
+    let bucket = Arc::new(TestBucket::default());
+    let folder = tempfile::tempdir().unwrap();
+    let disk = common::open(folder.path());
+    let (content, data) = blob(1, 3000);
+    disk.put_batch(vec![(content, data.clone())]).unwrap();
+    let tree = disk.put_directory(&directory([("f", file(content))])).unwrap();
+    disk.pin("uid", "Checkpoint", "", tree).unwrap();
+    drop(disk);
+    let node = TieredNode::start(&bucket, folder.path(), Durability::Through, None).await;
+    node.until("durable", |held| held.compared && held.pending_blobs == 0).await;
+    assert_eq!(node.store.disk().roots(None, None).unwrap(), []);
+    node.stop().await;
+
+    let fresh = tempfile::tempdir().unwrap();
+    let node = TieredNode::start(&bucket, fresh.path(), Durability::Through, None).await;
+    let store = node.store.clone();
+    tokio::task::spawn_blocking(move || {
+        let roots: HashSet<Blob> = store.roots(Some("uid"), None).unwrap().into_iter().map(|root| root.tree).collect();
+        assert_eq!(roots, HashSet::from([tree]));
+        assert!(store.fsck(false).unwrap().is_healthy());
+        let error = store.pin("uid", "Checkpoint", "x", blob(5, 10).0).unwrap_err();
+        assert!(matches!(error, StoreError::NotFound { .. }), "{error}");
+        assert_eq!(store.read_blob(&content).unwrap(), data);
+    })
+    .await
+    .unwrap();
+    node.stop().await;
+}
