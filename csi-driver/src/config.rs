@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use aether_credentials::Credentials;
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXAMPLES: &str = "\
 Examples:
   # On a node of a cluster, as the DaemonSet runs it
-  aether-csi-driver --node-name=$(NODE_NAME) --store=http://aether-store.aether-system:8980
+  aether-csi-driver --node-name=$(NODE_NAME) --store=https://aether-store.aether-system.svc:8980 \\
+    --store-ca=/var/run/aether/store/ca.crt --store-token=/var/run/aether/store/token
 
   # Sessions on a disk of their own
   aether-csi-driver --node-name=node-1 --store=http://10.0.0.7:8980 --pool=btrfs-device --pool-device=/dev/nvme1n1
@@ -45,9 +47,12 @@ pub(crate) struct Arguments {
     /// Root directory of the kubelet
     #[arg(long, env = "AETHER_KUBELET_DIR", default_value = "/var/lib/kubelet")]
     kubelet_dir: PathBuf,
-    /// The cluster's content store: http://HOST:PORT
+    /// The cluster's content store: https://HOST:PORT, or http://
     #[arg(long, env = "AETHER_STORE", required = true)]
     store: Option<String>,
+    /// How to know the store, and what to show to it
+    #[command(flatten)]
+    credentials: Credentials,
     /// Where sessions are written
     #[arg(long, env = "AETHER_POOL", value_enum, default_value_t = PoolKind::BtrfsImage)]
     pool: PoolKind,
@@ -151,6 +156,7 @@ pub(crate) struct Config {
     pub state_dir: PathBuf,
     pub kubelet_dir: PathBuf,
     pub store: String,
+    pub credentials: Credentials,
     pub pool: Pool,
     /// Bytes for sessions in memory.
     pub memory: Option<u64>,
@@ -209,7 +215,7 @@ impl Config {
             }
         }
         if !store.starts_with("http://") && !store.starts_with("https://") {
-            bail!("--store={store} is not of the form http://HOST:PORT");
+            bail!("--store={store} is not of the form https://HOST:PORT or http://HOST:PORT");
         }
         std::fs::create_dir_all(&arguments.state_dir)
             .with_context(|| format!("cannot make --state-dir {}", arguments.state_dir.display()))?;
@@ -218,6 +224,7 @@ impl Config {
             state_dir: arguments.state_dir,
             kubelet_dir: arguments.kubelet_dir,
             store,
+            credentials: arguments.credentials,
             pool,
             memory: arguments.memory_size.map(|size| size.0),
             object_limit: arguments.object_limit.map(|size| size.0),

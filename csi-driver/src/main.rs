@@ -74,7 +74,8 @@ async fn main() -> anyhow::Result<()> {
 
     let engine = open_engine(&config).await?;
     engine_ready.ready();
-    let remote = RemoteStore::lazy(&RemoteConfig::new(&config.store)).context("--store")?;
+    let remote = RemoteConfig { credentials: config.credentials.clone(), ..RemoteConfig::new(&config.store) };
+    let remote = RemoteStore::lazy(&remote).context("--store")?;
     let client = kube::Client::try_default().await.context("cannot find the Kubernetes API")?;
     let metrics = metrics::Metrics::new(&table);
     let driver = Arc::new(Driver::new(config, engine, Arc::new(remote), client, metrics, tasks.clone())?);

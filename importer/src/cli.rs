@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use aether_credentials::Credentials;
 use clap::{Args, Parser, Subcommand};
 
 /// Imports a source into the store and reports the tree.
@@ -11,9 +12,12 @@ pub struct Cli {
     /// Where from.
     #[command(subcommand)]
     pub source: Source,
-    /// Address of the store, such as http://aether-store.aether-system.svc:8980.
+    /// Address of the store, such as https://aether-store.aether-system.svc:8980.
     #[arg(long, env = "AETHER_STORE", global = true)]
     pub store: Option<String>,
+    /// How to know the store, and what to show to it.
+    #[command(flatten)]
+    pub credentials: Credentials,
     /// File that receives the result as JSON. When not given: /dev/termination-log, if there is one. It also goes to stdout.
     #[arg(long, global = true)]
     pub result: Option<PathBuf>,

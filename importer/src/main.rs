@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
+use aether_cas::remote::RemoteConfig;
 use aether_cas::{RemoteStore, Store};
 use aether_importer::cli::{Cli, Source};
 use aether_importer::failure::{Failure, Reason};
@@ -42,7 +43,9 @@ async fn import(cli: &Cli) -> Result<Imported, Failure> {
         Failure::new(Reason::Invalid, "--store is missing: say the store's address, such as http://127.0.0.1:8980")
     })?;
     // Before anything is fetched: an import without a store is of no use.
-    let store = RemoteStore::connect(address).await.map_err(|error| Failure::other("reach the store", error))?;
+    let config = RemoteConfig { credentials: cli.credentials.clone(), ..RemoteConfig::new(address) };
+    let store = RemoteStore::lazy(&config).map_err(|error| Failure::other("reach the store", error))?;
+    store.check().await.map_err(|error| Failure::other("reach the store", error))?;
     let reporter = Arc::new(Reporter::stdout());
     let scratch = tempfile::Builder::new()
         .prefix("aether-import-")

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use aether_cas::RemoteStore;
 use aether_cas::lazy::Places;
 use aether_cas::remote::RemoteConfig;
+use aether_credentials::Credentials;
 use aether_lazy::server::{self, Setup};
 use aether_lazy::{Exchange, Launch, Limits, Metrics};
 use aether_runtime::{CancellationToken, Readiness, http, logs, signals};
@@ -34,7 +35,7 @@ const PATIENCE: Duration = Duration::from_secs(15);
     version,
     after_help = "\
 Examples:
-  aether-lazy --store http://aether-store:8980
+  aether-lazy --store https://aether-store:8980 --store-ca /var/run/aether/store/ca.crt --store-token /var/run/aether/store/token
   aether-lazy --store http://aether-store:8980 --deadline 60   # for a slow network"
 )]
 struct Arguments {
@@ -44,6 +45,8 @@ struct Arguments {
     /// The store
     #[arg(long, env = "AETHER_STORE", default_value = "http://aether-store:8980", global = true)]
     store: String,
+    #[command(flatten)]
+    credentials: Credentials,
     /// How long a reader waits for a content before it gets an I/O error, in seconds
     #[arg(long, default_value_t = 30, global = true, value_parser = clap::value_parser!(u64).range(1..=3600))]
     deadline: u64,
@@ -101,7 +104,7 @@ fn hold(arguments: &Arguments, runtime: &tokio::runtime::Runtime) -> anyhow::Res
     // A bad address is told now, not by each child.
     {
         let _inside = runtime.enter();
-        RemoteStore::lazy(&RemoteConfig::new(&arguments.store)).context("--store")?;
+        RemoteStore::lazy(&remote(arguments)).context("--store")?;
     }
     let shutdown = runtime.block_on(async { signals::shutdown() }).context("cannot listen for signals")?;
     let device = aether_lazy::mount(&mountpoint)
@@ -149,6 +152,13 @@ async fn fetch_rest(arguments: &Arguments) -> anyhow::Result<()> {
 fn child(arguments: &Arguments, role: &str) -> io::Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg(role).arg("--state-dir").arg(&arguments.state_dir).args(["--store", &arguments.store]);
+    for (option, file) in
+        [("--store-ca", &arguments.credentials.authority), ("--store-token", &arguments.credentials.token)]
+    {
+        if let Some(file) = file {
+            command.arg(option).arg(file);
+        }
+    }
     command.args(["--deadline", &arguments.deadline.to_string()]);
     command.args(["--concurrency", &arguments.concurrency.to_string()]);
     command.args(["--background-bandwidth", &arguments.background_bandwidth.to_string()]);
@@ -193,6 +203,10 @@ fn serve(arguments: &Arguments, runtime: &tokio::runtime::Runtime) -> anyhow::Re
     server::serve(socket, setup, runtime.handle().clone()).context("cannot serve the lazy layer")
 }
 
+fn remote(arguments: &Arguments) -> RemoteConfig {
+    RemoteConfig { credentials: arguments.credentials.clone(), ..RemoteConfig::new(&arguments.store) }
+}
+
 fn setup(arguments: &Arguments, table: &aether_runtime::Metrics) -> anyhow::Result<Setup> {
     let deadline = Duration::from_secs(arguments.deadline);
     let concurrency = usize::from(arguments.concurrency);
@@ -201,7 +215,7 @@ fn setup(arguments: &Arguments, table: &aether_runtime::Metrics) -> anyhow::Resu
         patience: deadline,
         // The layer itself sees to it that large contents keep nobody waiting: no bound below its own.
         concurrency: 2 * concurrency,
-        ..RemoteConfig::new(&arguments.store)
+        ..remote(arguments)
     };
     Ok(Setup {
         places: Places::new(&arguments.state_dir),

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use aether_credentials::Credentials;
 use clap::{Parser, ValueEnum};
 
 /// Reconciles the sources, sessions, checkpoints, restores and commands of Aether.
@@ -14,9 +15,22 @@ pub struct Config {
     /// What this replica calls itself in the Lease; the pod's name.
     #[arg(long, env = "POD_NAME", default_value = "aether-operator")]
     pub identity: String,
-    /// Address of the store, such as http://aether-store.aether-system.svc:8980.
+    /// Address of the store, such as https://aether-store.aether-system.svc:8980.
     #[arg(long, env = "AETHER_STORE")]
     pub store: String,
+    /// How to know the store, and what to show to it. Import Jobs get the authority, and tokens of their own.
+    #[command(flatten)]
+    pub credentials: Credentials,
+    /// What the store's certificate is made out to, a name or an address; repeat it for each. With any, this operator keeps
+    /// that certificate: in Secret aether-store-tls, its authority in ConfigMap aether-store-ca, and in --store-ca for itself.
+    #[arg(
+        long = "store-certificate-name",
+        env = "AETHER_STORE_CERTIFICATE_NAMES",
+        value_delimiter = ',',
+        value_name = "NAME",
+        requires = "authority"
+    )]
+    pub store_names: Vec<String>,
     /// Image of the Jobs that import sources; its entry point is aether-importer.
     #[arg(long, env = "AETHER_IMPORTER_IMAGE")]
     pub importer_image: String,
@@ -40,7 +54,8 @@ pub struct Config {
 const EXAMPLES: &str = "\
 Examples:
   In a cluster, as the chart runs it:
-    aether-operator --store http://aether-store.aether-system.svc:8980 \\
+    aether-operator --store https://aether-store.aether-system.svc:8980 --store-certificate-name aether-store.aether-system.svc \\
+      --store-ca /var/run/aether/authority/ca.crt --store-token /var/run/aether/store/token \\
       --importer-image aether/importer:0.1.0 --worker-image aether/worker:0.1.0 --command-image aether/tools:0.1.0
 
   On a machine, against the cluster of the current KUBECONFIG:

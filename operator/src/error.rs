@@ -19,11 +19,20 @@ pub enum Error {
         #[source]
         source: Box<kube::Error>,
     },
+    /// Nobody can be told yet whom to believe to be the store.
+    #[error("the store's authority is not there yet: cannot read {file} (--store-ca): {source}")]
+    Authority {
+        /// The file.
+        file: String,
+        /// Why it cannot be read.
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 impl Error {
     fn reason(&self) -> Option<&str> {
-        let Self::Kube { source, .. } = self;
+        let Self::Kube { source, .. } = self else { return None };
         match source.as_ref() {
             kube::Error::Api(status) => Some(&status.reason),
             _ => None,
@@ -47,13 +56,13 @@ impl Error {
 
     /// The API server has read the request and will not do it, so it has not been done.
     pub fn is_refused(&self) -> bool {
-        let Self::Kube { source, .. } = self;
+        let Self::Kube { source, .. } = self else { return false };
         matches!(source.as_ref(), kube::Error::Api(status) if (400..500).contains(&status.code) && ![408, 429].contains(&status.code))
     }
 
     /// The namespace is being deleted and takes no new objects: ours will be deleted too, and nothing is wrong.
     pub fn is_terminating_namespace(&self) -> bool {
-        let Self::Kube { source, .. } = self;
+        let Self::Kube { source, .. } = self else { return false };
         match source.as_ref() {
             kube::Error::Api(status) => {
                 status.reason == reason::FORBIDDEN

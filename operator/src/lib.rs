@@ -23,4 +23,5 @@ pub mod restore;
 pub mod schedule;
 pub mod session;
 pub mod source;
+pub mod store_certificate;
 pub mod sweep;

@@ -8,6 +8,7 @@ use aether_operator::context::Context;
 use aether_operator::controllers;
 use aether_operator::leader::{Candidate, Times};
 use aether_operator::pins::Pins;
+use aether_operator::store_certificate::StoreCertificate;
 use aether_runtime::{Metrics, Readiness, Stage, Tasks, http, logs, signals};
 use anyhow::Context as _;
 use clap::Parser;
@@ -24,7 +25,7 @@ async fn main() -> anyhow::Result<()> {
     let client = Client::try_default()
         .await
         .context("no cluster: neither a pod's service account nor a KUBECONFIG was found")?;
-    let pins = Pins::connect(&config.store)?;
+    let pins = Pins::connect(&config.store, &config.credentials)?;
     let (readiness, metrics) = (Readiness::new(), Metrics::new());
     let shutdown = signals::shutdown()?;
     let tasks = Tasks::new();
@@ -62,6 +63,12 @@ async fn main() -> anyhow::Result<()> {
             }
         }
     });
+
+    if let Some(file) = config.credentials.authority.clone().filter(|_| !config.store_names.is_empty()) {
+        // By every replica: of several that write, one wins, and one that takes over has the authority at hand.
+        let certificate = StoreCertificate::new(client.clone(), &config.namespace, config.store_names.clone(), file);
+        tasks.essential(Stage::Work, "the store's certificate", |token| certificate.run(token));
+    }
 
     let context = Arc::new(Context::new(client, config, pins));
     tasks.essential(Stage::Work, "controllers", |token| async move {

@@ -8,10 +8,11 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use aether_credentials::{Connection, Credentials};
 use aether_proto::store::v1::store_admin_client::StoreAdminClient;
 use aether_proto::store::v1::{ListRootsRequest, PinRootRequest, Root, UnpinRootsRequest};
 use tonic::Code;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 
 /// A revision of a source.
 pub const SOURCE_REVISION: &str = "SourceRevision";
@@ -42,7 +43,7 @@ pub struct Pin {
 
 /// The pins of one store.
 pub struct Pins {
-    client: Option<StoreAdminClient<Channel>>,
+    client: Option<StoreAdminClient<Connection>>,
     taken: Mutex<HashMap<(String, &'static str, String), String>>,
     /// When the store last failed to answer, until it answers again.
     silent: Mutex<Option<Instant>>,
@@ -52,15 +53,17 @@ impl Pins {
     /// Pins in the store at this address, connected when first needed.
     ///
     /// # Errors
-    /// An address that is not one.
-    pub fn connect(address: &str) -> anyhow::Result<Self> {
+    /// An address that is not one, or credentials that do not fit it.
+    pub fn connect(address: &str, credentials: &Credentials) -> anyhow::Result<Self> {
         let address = match address.strip_prefix("grpc://") {
             Some(rest) => format!("http://{rest}"),
             None => address.to_owned(),
         };
         let endpoint = Endpoint::from_shared(address.clone())
             .map_err(|error| anyhow::anyhow!("--store {address:?} is not an address: {error}"))?;
-        let channel = endpoint.connect_timeout(DEADLINE).timeout(DEADLINE).connect_lazy();
+        let endpoint = endpoint.connect_timeout(DEADLINE).timeout(DEADLINE);
+        let channel =
+            credentials.connect(&endpoint).map_err(|error| anyhow::anyhow!("--store {address:?}: {error}"))?;
         Ok(Self { client: Some(StoreAdminClient::new(channel)), taken: Mutex::default(), silent: Mutex::default() })
     }
 

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use aether_credentials::Credentials;
 use clap::Parser;
 
 /// Serves the contents of sessions to reviewers, as group review.aether.dev of the Kubernetes API.
@@ -15,7 +16,8 @@ use clap::Parser;
 with its front-proxy certificate, and says in headers on whose behalf it asks. Logs are set by AETHER_LOG.
 
 Examples:
-  aether-review --store http://aether-store.aether-system.svc:8980
+  aether-review --store https://aether-store.aether-system.svc:8980 --store-ca /var/run/aether/store/ca.crt \\
+    --store-token /var/run/aether/store/token
   aether-review --store http://127.0.0.1:8980 --listen 127.0.0.1:8443 --health 127.0.0.1:8080 --namespace aether-system"
 )]
 pub struct Config {
@@ -28,6 +30,9 @@ pub struct Config {
     /// The store that holds the contents
     #[arg(long, env = "AETHER_STORE", default_value = "http://aether-store:8980", value_name = "URL")]
     pub store: String,
+    /// How to know the store, and what to show to it
+    #[command(flatten)]
+    pub credentials: Credentials,
     /// The namespace of this program, its Service and its Secret
     #[arg(long, env = "POD_NAMESPACE", default_value = "aether-system", value_name = "NAME")]
     pub namespace: String,

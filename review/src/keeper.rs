@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use aether_api::names;
 use aether_runtime::CancellationToken;
+use aether_runtime::certificate::{Data, Kept};
 use aether_runtime::readiness::Part;
 use anyhow::{Context, Result, anyhow, bail};
 use futures::{Stream, StreamExt};
@@ -13,7 +14,7 @@ use jiff::Timestamp;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::kube_aggregator::pkg::apis::apiregistration::v1::APIService;
-use kube::api::{Api, Patch, PatchParams, PostParams};
+use kube::api::{Api, Patch, PatchParams};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, watch_object};
 use kube::{Client, Resource};
@@ -22,7 +23,6 @@ use serde_json::json;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use crate::certificate::{Certificate, Data};
 use crate::front_proxy::{self, Trust};
 use crate::server::Settings;
 
@@ -108,19 +108,8 @@ impl Keeper {
         let (Some(secret), Some(front_proxy), Some(service)) = (&seen.secret, &seen.front_proxy, &seen.service) else {
             return Ok(None);
         };
-        let names = self.names();
         let data = secret.as_ref().and_then(|secret| secret.data.clone()).unwrap_or_default();
-        let certificate = match Certificate::read(&data, &names) {
-            Ok(certificate) if certificate.renew_at > Timestamp::now() => certificate,
-            stale => {
-                self.renew(secret.as_ref(), &data, &names).await?;
-                // The watch brings what was written, by us or by another replica; until then the old one serves.
-                match stale {
-                    Ok(certificate) => certificate,
-                    Err(_) => return Ok(None),
-                }
-            }
-        };
+        let Some(certificate) = self.kept().look(secret.as_ref()).await? else { return Ok(None) };
         let map = front_proxy
             .as_ref()
             .ok_or_else(|| anyhow!("ConfigMap {}/{} does not exist", front_proxy::NAMESPACE, front_proxy::NAME))?;
@@ -135,40 +124,16 @@ impl Keeper {
         Ok(Some(certificate.renew_at))
     }
 
-    /// The names by which the API server asks for us; it verifies the first.
-    fn names(&self) -> Vec<String> {
+    /// The certificate, made out to the names by which the API server asks for us; it verifies the first.
+    fn kept(&self) -> Kept {
         let base = format!("{}.{}.svc", self.service, self.namespace);
-        vec![base.clone(), format!("{base}.cluster.local")]
-    }
-
-    /// Writes a new certificate, unless another replica was faster.
-    async fn renew(&self, secret: Option<&Secret>, data: &Data, names: &[String]) -> Result<()> {
-        let api: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
-        let fresh = Certificate::issue(Some(data), names, Timestamp::now())?;
-        let how = PostParams { field_manager: Some(MANAGER.into()), ..Default::default() };
-        let written = match secret {
-            None => {
-                let mut secret =
-                    Secret { data: Some(fresh), type_: Some("kubernetes.io/tls".into()), ..Default::default() };
-                secret.metadata.name = Some(self.secret.clone());
-                secret.metadata.labels = Some(
-                    [("app.kubernetes.io/name", "aether"), ("app.kubernetes.io/component", "review")]
-                        .map(|(key, value)| (key.into(), value.into()))
-                        .into(),
-                );
-                api.create(&how, &secret).await
-            }
-            // With the resourceVersion that was read, so that of two replicas one wins.
-            Some(secret) => api.replace(&self.secret, &how, &Secret { data: Some(fresh), ..secret.clone() }).await,
-        };
-        match written {
-            Ok(_) => info!(secret = self.secret, "wrote a new certificate"),
-            Err(kube::Error::Api(status)) if status.is_already_exists() || status.is_conflict() => {}
-            Err(error) => {
-                return Err(error).with_context(|| format!("cannot write Secret {}/{}", self.namespace, self.secret));
-            }
+        Kept {
+            client: self.client.clone(),
+            namespace: self.namespace.clone(),
+            secret: self.secret.clone(),
+            component: "review",
+            names: vec![base.clone(), format!("{base}.cluster.local")],
         }
-        Ok(())
     }
 
     /// Puts our authority into the APIService, so that the API server believes our certificate.
@@ -250,7 +215,7 @@ mod tests {
 
         /// A certificate and its authority, as any replica would make it now.
         fn issued(&self) -> Data {
-            Certificate::issue(None, &self.keeper.names(), Timestamp::now()).unwrap()
+            self.keeper.kept().issue(None, Timestamp::now()).unwrap()
         }
 
         /// The front proxy has certificates of this authority from now on.
@@ -354,12 +319,8 @@ mod tests {
         let mut world = World::new();
         world.settle().await;
         // 80 of its 90 days ago; the authority lasts for years.
-        let old = Certificate::issue(
-            Some(&world.data()),
-            &world.keeper.names(),
-            Timestamp::now() - jiff::SignedDuration::from_hours(80 * 24),
-        )
-        .unwrap();
+        let then = Timestamp::now() - jiff::SignedDuration::from_hours(80 * 24);
+        let old = world.keeper.kept().issue(Some(&world.data()), then).unwrap();
         world.api.change::<Secret>(NAMESPACE, SECRET, |secret| {
             secret.data = Some(old.clone());
             secret.metadata.annotations = Some([("kept".to_owned(), "yes".to_owned())].into());

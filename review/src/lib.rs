@@ -2,11 +2,10 @@
 //!
 //! It answers the API server only ([`front_proxy`]), asks it whether the user may read the checkpoint ([`authorize`]),
 //! compares two trees ([`changes`]) and sends what differs as a `git fast-import` stream ([`fast_import`]). It keeps no
-//! state but its certificate ([`certificate`], [`keeper`]).
+//! state but its certificate ([`keeper`]).
 
 pub mod api;
 pub mod authorize;
-pub mod certificate;
 pub mod changes;
 pub mod config;
 pub mod fast_import;

@@ -29,7 +29,10 @@ async fn main() -> Result<()> {
         tempfile::tempfile_in(spool).with_context(|| format!("cannot write to --spool {}", spool.display()))?;
     }
     let client = kube::Client::try_default().await.context("no API server to talk to")?;
-    let store = Arc::new(RemoteStore::lazy(&RemoteConfig::new(&config.store))?);
+    let store = Arc::new(RemoteStore::lazy(&RemoteConfig {
+        credentials: config.credentials.clone(),
+        ..RemoteConfig::new(&config.store)
+    })?);
     let listener =
         TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
     info!(address = %config.listen, store = config.store, "serving the review API");

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aether_runtime::CancellationToken;
+use aether_runtime::certificate::Certificate;
 use anyhow::Result;
 use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -21,7 +22,6 @@ use tokio_rustls::TlsAcceptor;
 use tracing::{debug, warn};
 
 use crate::api::Peer;
-use crate::certificate::Certificate;
 use crate::front_proxy::Trust;
 
 /// What a handshake may take.

@@ -5,11 +5,17 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use aether_cas::LocalConfig;
 use clap::{Args, Parser, Subcommand};
 
+use crate::access::Grant;
+
 use crate::tiered::options::TierArgs;
 
 const EXAMPLES: &str = "Examples:
   Serve a store on this machine:
     aether-store-node --data-dir /var/lib/aether-store --listen 127.0.0.1:8980
+
+  Serve service accounts of a cluster only:
+    aether-store-node --listen 0.0.0.0:8980 --tls-cert tls.crt --tls-key tls.key \
+      --allow system:serviceaccount:aether-system:aether-driver=read,write
 
   Serve a bucket, with the disk as its cache of up to 50 GiB:
     AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... aether-store-node --listen 127.0.0.1:8980 \
@@ -66,12 +72,36 @@ pub struct ServeArgs {
     /// Address for gRPC; port 0 takes a free one, which is logged.
     #[arg(long, env = "AETHER_LISTEN", default_value = "127.0.0.1:8980", value_name = "IP:PORT")]
     pub listen: SocketAddr,
+    /// Who may call and how; everybody in the clear without it.
+    #[command(flatten)]
+    pub guard: GuardArgs,
     /// Address for /healthz, /readyz and /metrics.
     #[arg(long, env = "AETHER_HTTP", default_value = "127.0.0.1:9812", value_name = "IP:PORT")]
     pub http: SocketAddr,
     /// Time for calls to end after SIGTERM, in seconds.
     #[arg(long, env = "AETHER_GRACE", default_value = "20", value_name = "SECONDS", value_parser = seconds)]
     pub grace: Duration,
+}
+
+/// Who may call the store, and how.
+#[derive(Debug, Args)]
+pub struct GuardArgs {
+    /// File of the certificate (PEM) to serve gRPC by, in TLS; read again as it changes. In the clear without it.
+    #[arg(long, env = "AETHER_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// File of the certificate's key (PEM).
+    #[arg(long, env = "AETHER_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// What a service account may do, as system:serviceaccount:NAMESPACE:NAME=read,write,pin,admin; the namespace may be *.
+    /// Repeat it for each account. Tokens are checked by the Kubernetes API. Without any, nobody is asked for a token.
+    #[arg(
+        long,
+        env = "AETHER_ALLOW",
+        value_name = "ACCOUNT=PERMISSIONS",
+        value_delimiter = ';',
+        requires = "tls_cert"
+    )]
+    pub allow: Vec<Grant>,
 }
 
 /// Where a store is, and what it keeps where.
@@ -121,6 +151,9 @@ mod tests {
             (&["--grace", "0"], "1 to 3600"),
             (&["--inline-limit", "9999999"], "--inline-limit"),
             (&["fsck", "--fix"], "--fix"),
+            (&["--tls-cert", "/c"], "--tls-key"),
+            (&["--allow", "system:serviceaccount:a:b=read"], "--tls-cert"),
+            (&["--tls-cert", "/c", "--tls-key", "/k", "--allow", "alice=read"], "alice=read"),
             (&["--cache-limit", "1Gi"], "--s3-bucket"),
             (&["--s3-bucket", "b", "--durability", "maybe"], "through"),
         ] {

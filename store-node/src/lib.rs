@@ -2,6 +2,7 @@
 //!
 //! The binary is a thin shell around this library; tests run [`serve`] in their own process.
 
+pub mod access;
 pub mod config;
 pub mod metrics;
 mod service;
@@ -23,6 +24,7 @@ use tonic::transport::{Server, server::TcpIncoming};
 use tower::limit::GlobalConcurrencyLimitLayer;
 
 use crate::{
+    access::{Access, AccessLayer, Tls},
     metrics::StoreMetrics,
     service::{
         MAX_MESSAGE_BYTES, admin::AdminService, bytestream::ByteStreamService, capabilities::CapabilitiesService,
@@ -34,7 +36,16 @@ use crate::{
 /// Requests in hand at one time. With [`MAX_MESSAGE_BYTES`] each they bound the memory of the node.
 const REQUESTS: usize = 64;
 
-/// Serves `store` on `listener` until the token is cancelled, then finishes the calls that have begun.
+/// Who may talk to the node, and how. By default everybody, in the clear: for trials on one machine.
+#[derive(Default)]
+pub struct Guard {
+    /// By TLS only, when it is there.
+    pub tls: Option<Tls>,
+    /// Whoever this admits, when it is there.
+    pub access: Option<Access>,
+}
+
+/// Serves `store` on `listener`, behind `guard`, until the token is cancelled, then finishes the calls that have begun.
 ///
 /// # Errors
 /// When accepting connections fails for good.
@@ -42,13 +53,16 @@ pub async fn serve(
     listener: TcpListener,
     store: impl Into<TieredStore>,
     metrics: StoreMetrics,
+    guard: Guard,
     token: CancellationToken,
 ) -> anyhow::Result<()> {
     let store: TieredStore = store.into();
     let cas = CasService::new(store.clone(), metrics.clone());
     let bytes = ByteStreamService::new(store.clone(), metrics.clone());
     let admin = AdminService::new(store, metrics);
-    Server::builder()
+    let router = Server::builder()
+        // First: who is refused takes no place from others.
+        .layer(AccessLayer::new(guard.access))
         .layer(GlobalConcurrencyLimitLayer::new(REQUESTS))
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
@@ -61,8 +75,14 @@ pub async fn serve(
                 .max_encoding_message_size(MAX_MESSAGE_BYTES),
         )
         .add_service(ByteStreamServer::new(bytes).max_decoding_message_size(MAX_MESSAGE_BYTES))
-        .add_service(StoreAdminServer::new(admin))
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), token.cancelled_owned())
-        .await
-        .context("serving the store")
+        .add_service(StoreAdminServer::new(admin));
+    let stop = token.cancelled_owned();
+    match guard.tls {
+        Some(tls) => router.serve_with_incoming_shutdown(tls.accept(listener), stop).await,
+        None => {
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            router.serve_with_incoming_shutdown(incoming, stop).await
+        }
+    }
+    .context("serving the store")
 }

@@ -1,11 +1,13 @@
 //! `aether-store-node`: serves a store, or checks one.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use aether_cas::LocalStore;
 use aether_runtime::{Metrics, Readiness, Stage, Tasks, http, logs, signals, tasks};
 use aether_store_node::{
-    config::{Cli, Command, FsckArgs, ServeArgs},
+    Guard,
+    access::{Access, Reviews, Times, Tls},
+    config::{Cli, Command, FsckArgs, GuardArgs, ServeArgs},
     metrics::{self, StoreMetrics},
     serve,
 };
@@ -13,6 +15,9 @@ use anyhow::Context;
 use clap::Parser;
 use tokio::net::TcpListener;
 use tracing::info;
+
+/// How often the files of the certificate are looked at.
+const FOLLOW: Duration = Duration::from_secs(10);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<ExitCode> {
@@ -32,6 +37,10 @@ async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let metrics = Metrics::new();
     let store_metrics = StoreMetrics::new(&metrics);
 
+    let guard = guard(args.guard, &metrics).await?;
+    if let Some(tls) = guard.tls.clone() {
+        tasks.essential(Stage::Work, "certificate", |token| tls.follow(FOLLOW, token));
+    }
     let routes = http::routes(readiness, metrics);
     tasks.essential(Stage::Foundation, "health and metrics", |token| http::serve(args.http, routes, token));
 
@@ -51,9 +60,20 @@ async fn run(args: ServeArgs) -> anyhow::Result<()> {
         TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {} (--listen)", args.listen))?;
     let address = listener.local_addr()?;
     info!(%address, folder, "serving the store");
-    tasks.essential(Stage::Intake, "store service", |token| serve(listener, store, store_metrics, token));
+    tasks.essential(Stage::Intake, "store service", |token| serve(listener, store, store_metrics, guard, token));
     ready.ready();
     tasks.run(shutdown, args.grace).await
+}
+
+async fn guard(args: GuardArgs, metrics: &Metrics) -> anyhow::Result<Guard> {
+    let tls = args.tls_cert.zip(args.tls_key).map(|(certificate, key)| Tls::load(certificate, key)).transpose()?;
+    let access = if args.allow.is_empty() {
+        None
+    } else {
+        let client = kube::Client::try_default().await.context("no API server to check tokens with (--allow)")?;
+        Some(Access::new(Reviews::new(client, Times::default()), args.allow, metrics))
+    };
+    Ok(Guard { tls, access })
 }
 
 fn fsck(args: &FsckArgs) -> anyhow::Result<ExitCode> {

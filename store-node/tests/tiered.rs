@@ -14,6 +14,7 @@ use aether_cas::{
 };
 use aether_runtime::{CancellationToken, Metrics};
 use aether_store_node::{
+    Guard,
     metrics::StoreMetrics,
     tiered::{Durability, DurableStatistics, TieredStore},
 };
@@ -43,7 +44,7 @@ impl TieredNode {
         config.patience = Duration::ZERO;
         let token = CancellationToken::new();
         let metrics = StoreMetrics::new(&Metrics::new());
-        let serving = aether_store_node::serve(listener, store.clone(), metrics, token.clone());
+        let serving = aether_store_node::serve(listener, store.clone(), metrics, Guard::default(), token.clone());
         let tasks = vec![tokio::spawn(serving), tokio::spawn(store.clone().work(token.clone()))];
         Self { store, remote: RemoteStore::lazy(&config).unwrap(), token, tasks }
     }

@@ -5,10 +5,13 @@
 //! - [`logs`]: for people on a terminal, JSON elsewhere;
 //! - [`readiness`]: which parts are not ready, and why;
 //! - [`metrics`]: a table of metrics with labels from closed sets;
-//! - [`http`]: `/healthz`, `/readyz` and `/metrics`.
+//! - [`http`]: `/healthz`, `/readyz` and `/metrics`;
+//! - `certificate` (a feature): a serving certificate of our own authority, kept in a Secret.
 //!
 //! A `main` reads: start logs, parse configuration, make [`tasks::Tasks`], spawn, and end with [`tasks::Tasks::run`].
 
+#[cfg(feature = "certificate")]
+pub mod certificate;
 pub mod http;
 pub mod logs;
 pub mod metrics;

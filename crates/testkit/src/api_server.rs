@@ -57,6 +57,8 @@ struct State {
     /// By (plural, namespace, name).
     objects: BTreeMap<(String, String, String), Value>,
     logs: BTreeMap<(String, String), String>,
+    /// Accounts and audiences by token.
+    tokens: BTreeMap<String, (String, Vec<String>)>,
     writes: Vec<Write>,
     version: u64,
     made: u64,
@@ -141,6 +143,18 @@ impl ApiServer {
     /// What the log of a pod says.
     pub fn set_log(&self, namespace: &str, pod: &str, log: &str) {
         self.state().logs.insert((namespace.into(), pod.into()), log.into());
+    }
+
+    /// From now on a TokenReview says that this token is the account's, for these audiences. Without audiences the server
+    /// knows nothing of them, and accepts the token for any.
+    pub fn know_token(&self, token: &str, account: &str, audiences: &[&str]) {
+        let audiences = audiences.iter().map(|audience| (*audience).to_owned()).collect();
+        self.state().tokens.insert(token.into(), (account.into(), audiences));
+    }
+
+    /// From now on a TokenReview says that the token is nobody's.
+    pub fn forget_token(&self, token: &str) {
+        self.state().tokens.remove(token);
     }
 
     /// The writes since the last call of this.
@@ -241,6 +255,7 @@ impl State {
             )),
             Method::GET if path.name.is_empty() => Ok(self.list(&path, uri)),
             Method::GET => self.objects.get(&path.key()).cloned().ok_or_else(|| not_found(&path.name)),
+            Method::POST if path.plural == "tokenreviews" => Ok(self.review_token(sent)),
             Method::POST => self.create(&path, sent),
             Method::PUT => self.update(&path, |_| Ok(sent)),
             Method::PATCH => self.update(&path, |old| {
@@ -256,6 +271,23 @@ impl State {
             self.writes.push(Write { method: method.to_string(), plural, name, subresource, accepted: answer.is_ok() });
         }
         answer
+    }
+
+    fn review_token(&self, mut review: Value) -> Value {
+        let asked: Vec<String> = serde_json::from_value(review["spec"]["audiences"].clone()).unwrap_or_default();
+        let known = self.tokens.get(review["spec"]["token"].as_str().unwrap_or_default());
+        review["status"] = match known {
+            Some((account, audiences)) if audiences.is_empty() => {
+                json!({"authenticated": true, "user": {"username": account}})
+            }
+            Some((account, audiences)) if asked.iter().any(|one| audiences.contains(one)) => {
+                let shared: Vec<&String> = asked.iter().filter(|one| audiences.contains(one)).collect();
+                json!({"authenticated": true, "user": {"username": account}, "audiences": shared})
+            }
+            Some(_) => json!({"authenticated": false, "error": "token audiences are not those that were asked for"}),
+            None => json!({"authenticated": false, "error": "invalid bearer token"}),
+        };
+        review
     }
 
     fn name_of(&mut self, sent: &Value) -> String {

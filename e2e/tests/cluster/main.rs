@@ -2,6 +2,7 @@
 //! `cargo test -p aether-e2e --test cluster NAME`. They bring the cluster up when it is not.
 
 mod harness;
+mod store_access;
 mod story;
 
 use aether_e2e::testing::{self, Test};

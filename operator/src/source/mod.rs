@@ -3,6 +3,7 @@
 //! A failed import takes nothing away: the revisions that are there stay usable, and the `Importing` condition says
 //! what is wrong. A revision is added only when its tree differs from the newest one's.
 
+mod admission;
 mod job;
 mod outcome;
 mod plan;
@@ -133,12 +134,18 @@ async fn start(
     failures: u32,
     context: &Context,
 ) -> Result<()> {
-    let jobs: Api<Job> = objects::namespaced(&context.client, &source.namespace().unwrap_or_default());
+    let namespace = source.namespace().unwrap_or_default();
+    let jobs: Api<Job> = objects::namespaced(&context.client, &namespace);
     let origin = plan::origin(source);
     let previous = status.import.as_ref().map(|import| import.job.clone()).unwrap_or_default();
     let name = job::name(source, &origin, &previous);
     let known = known_commit(status, &origin);
-    objects::create(&jobs, &job::job(source, name.clone(), known.as_deref(), &context.config)).await?;
+    let mut job = job::job(source, name.clone(), known.as_deref(), &context.config);
+    if let Some(authority) = admission::authority(context.config.credentials.authority.as_deref())? {
+        admission::provide_account(&context.client, &namespace).await?;
+        job.spec.iter_mut().for_each(|spec| admission::admit(&mut spec.template, authority.clone()));
+    }
+    objects::create(&jobs, &job).await?;
     if !previous.is_empty()
         && let Some(old) = objects::get(&jobs, &previous).await?
     {

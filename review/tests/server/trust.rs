@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use aether_cas::MemoryStore;
 use aether_review::api::router;
-use aether_review::certificate::Certificate;
 use aether_review::front_proxy::Trust;
 use aether_review::server::{Settings, serve};
 use aether_runtime::CancellationToken;
+use aether_runtime::certificate::Certificate;
 use bytes::Bytes;
 use http::Request;
 use http_body_util::{BodyExt, Empty};
@@ -77,7 +77,8 @@ impl Server {
     async fn start(trust: Trust) -> Self {
         let names = [NAME.to_owned()];
         let certificate =
-            Certificate::read(&Certificate::issue(None, &names, Timestamp::now()).unwrap(), &names).unwrap();
+            Certificate::read(&Certificate::issue(None, "aether-review-ca", &names, Timestamp::now()).unwrap(), &names)
+                .unwrap();
         let (settings, served) = watch::channel(Some(Settings::new(&certificate, trust).unwrap()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

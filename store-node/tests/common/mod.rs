@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::Path};
 
 use aether_cas::{LocalConfig, LocalStore, RemoteStore};
 use aether_runtime::{CancellationToken, Metrics};
-use aether_store_node::metrics::StoreMetrics;
+use aether_store_node::{Guard, metrics::StoreMetrics};
 use tempfile::TempDir;
 use tokio::{net::TcpListener, task::JoinHandle};
 use tonic::transport::Channel;
@@ -30,14 +30,23 @@ pub(crate) fn open(folder: &Path) -> LocalStore {
 
 impl Node {
     pub(crate) async fn start() -> Self {
+        Self::start_behind(Guard::default()).await
+    }
+
+    pub(crate) async fn start_behind(guard: Guard) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let store = open(folder.path());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let metrics = Metrics::new();
         let token = CancellationToken::new();
-        let server =
-            tokio::spawn(aether_store_node::serve(listener, store.clone(), StoreMetrics::new(&metrics), token.clone()));
+        let server = tokio::spawn(aether_store_node::serve(
+            listener,
+            store.clone(),
+            StoreMetrics::new(&metrics),
+            guard,
+            token.clone(),
+        ));
         Self { folder, store, address, metrics, token, server }
     }
 

@@ -19,6 +19,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use aether_credentials::{Connection, Credentials};
 use async_trait::async_trait;
 use bazel_remote_apis::{
     build::bazel::remote::execution::v2::{
@@ -30,10 +31,7 @@ use bazel_remote_apis::{
 use bytes::Bytes;
 use prost::Message;
 use tokio::sync::Semaphore;
-use tonic::{
-    Code, Status,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Code, Status, transport::Endpoint};
 
 use crate::{
     Blob, Store, StoreError,
@@ -52,6 +50,8 @@ const BLAKE3: i32 = digest_function::Value::Blake3 as i32;
 pub struct RemoteConfig {
     /// `http://host:port`, or `https://`.
     pub uri: String,
+    /// Whom to believe to be the store, and what to show to it.
+    pub credentials: Credentials,
     /// Longest wait for an answer, or for the next piece of a stream.
     pub stall: Duration,
     /// How long a server that is not there, or that broke the connection, is tried again.
@@ -63,7 +63,13 @@ pub struct RemoteConfig {
 impl RemoteConfig {
     /// The usual settings: 30 s for an answer, 10 s for a server to come back, 16 calls.
     pub fn new(uri: impl Into<String>) -> Self {
-        Self { uri: uri.into(), stall: Duration::from_secs(30), patience: Duration::from_secs(10), concurrency: 16 }
+        Self {
+            uri: uri.into(),
+            credentials: Credentials::default(),
+            stall: Duration::from_secs(30),
+            patience: Duration::from_secs(10),
+            concurrency: 16,
+        }
     }
 }
 
@@ -78,7 +84,7 @@ struct Inner {
     /// Most bytes of blobs in one message, by us and by the server.
     batch_bytes: AtomicU64,
     calls: Semaphore,
-    channel: Channel,
+    channel: Connection,
     /// Makes ids of uploads unique: start of this process's store, and a count.
     upload_prefix: String,
     uploads: AtomicU64,
@@ -119,6 +125,7 @@ impl RemoteStore {
         if !matches!(endpoint.uri().scheme_str(), Some("http" | "https")) {
             return Err(invalid("it needs http:// or https://".to_owned()));
         }
+        let channel = config.credentials.connect(&endpoint).map_err(|error| invalid(error.to_string()))?;
         let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
         Ok(Self(Arc::new(Inner {
             name: config.uri.clone(),
@@ -126,7 +133,7 @@ impl RemoteStore {
             patience: config.patience,
             batch_bytes: AtomicU64::new(BATCH_BYTES),
             calls: Semaphore::new(config.concurrency.max(1)),
-            channel: endpoint.connect_lazy(),
+            channel,
             upload_prefix: format!("{started:x}-{:x}", std::process::id()),
             uploads: AtomicU64::new(0),
         })))
@@ -155,13 +162,13 @@ impl RemoteStore {
         Ok(())
     }
 
-    fn cas(&self) -> ContentAddressableStorageClient<Channel> {
+    fn cas(&self) -> ContentAddressableStorageClient<Connection> {
         ContentAddressableStorageClient::new(self.0.channel.clone())
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE)
     }
 
-    fn bytestream(&self) -> ByteStreamClient<Channel> {
+    fn bytestream(&self) -> ByteStreamClient<Connection> {
         ByteStreamClient::new(self.0.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 

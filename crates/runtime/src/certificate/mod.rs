@@ -1,10 +1,14 @@
-//! The serving certificate and its authority: ours alone, made out to the Service, kept in one Secret for all replicas.
+//! A serving certificate and its authority: ours alone, made out to a Service, kept in one Secret for all replicas
+//! ([`Kept`]).
 //!
-//! The authority's key stays in the Secret so that certificates can be renewed without the API server noticing. Before
+//! The authority's key stays in the Secret so that certificates can be renewed without the clients noticing. Before
 //! the authority itself expires a new one is made; the old one stays in the bundle until its end, so that a replica
 //! that still serves under it is believed.
 
+mod kept;
+
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use jiff::{Span, Timestamp, tz::TimeZone};
 use k8s_openapi::ByteString;
@@ -14,6 +18,8 @@ use rcgen::{
 };
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+
+pub use kept::Kept;
 
 /// Keys of the Secret; its type is `kubernetes.io/tls`.
 const CA: &str = "ca.crt";
@@ -72,19 +78,20 @@ impl Certificate {
         Ok(Self { bundle, chain, key, renew_at })
     }
 
-    /// Makes a certificate for `names`, by the authority of `old` if that lasts, and returns what the Secret is to hold.
+    /// Makes a certificate for `names` (of DNS, or addresses), by the authority of `old` if that lasts, and returns what the
+    /// Secret is to hold. The authority calls itself `authority`, always the same for one Secret.
     ///
     /// # Errors
     /// Those of the cryptography.
-    pub fn issue(old: Option<&Data>, names: &[String], now: Timestamp) -> Result<Data, Error> {
-        let kept = old.and_then(|old| Authority::kept(old, now));
+    pub fn issue(old: Option<&Data>, authority: &str, names: &[String], now: Timestamp) -> Result<Data, Error> {
+        let kept = old.and_then(|old| Authority::kept(old, authority, now));
         let (authority, bundle) = match kept {
             Some(authority) => {
                 let bundle = authority.pem.clone();
                 (authority, bundle)
             }
             None => {
-                let authority = Authority::new(now)?;
+                let authority = Authority::new(authority, now)?;
                 let before =
                     old.and_then(|old| text(old, CA).ok()).map(|before| still_valid(before, now)).unwrap_or_default();
                 let bundle = format!("{}{before}", authority.pem);
@@ -117,14 +124,14 @@ struct Authority {
 }
 
 impl Authority {
-    fn new(now: Timestamp) -> Result<Self, Error> {
+    fn new(name: &str, now: Timestamp) -> Result<Self, Error> {
         let key = KeyPair::generate()?;
-        let params = Self::params(now)?;
+        let params = Self::params(name, now)?;
         Ok(Self { pem: params.self_signed(&key)?.pem(), params, key })
     }
 
     /// The authority of the Secret, if it has one that outlasts the certificates it is to sign.
-    fn kept(old: &Data, now: Timestamp) -> Option<Self> {
+    fn kept(old: &Data, name: &str, now: Timestamp) -> Option<Self> {
         let first = certificates(text(old, CA).ok()?, CA).ok()?.into_iter().next()?;
         if earlier(end(&first, CA).ok()?, AUTHORITY_DAYS.1) <= now {
             return None;
@@ -136,12 +143,12 @@ impl Authority {
             return None;
         }
         let pem = pem_of(&first);
-        Some(Self { pem, params: Self::params(now).ok()?, key })
+        Some(Self { pem, params: Self::params(name, now).ok()?, key })
     }
 
-    fn params(now: Timestamp) -> Result<CertificateParams, Error> {
+    fn params(name: &str, now: Timestamp) -> Result<CertificateParams, Error> {
         let mut params = CertificateParams::new(Vec::new())?;
-        params.distinguished_name = named("aether-review-ca");
+        params.distinguished_name = named(name);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         set_validity(&mut params, now, AUTHORITY_DAYS.0);
@@ -194,7 +201,15 @@ fn is_for(certificate: &CertificateDer<'_>, name: &str) -> bool {
     use x509_parser::extensions::GeneralName;
     let Ok((_, parsed)) = x509_parser::parse_x509_certificate(certificate) else { return false };
     let Ok(Some(names)) = parsed.subject_alternative_name() else { return false };
-    names.value.general_names.iter().any(|general| matches!(general, GeneralName::DNSName(dns) if *dns == name))
+    let address = name.parse().map(|address| match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    });
+    names.value.general_names.iter().any(|general| match (general, &address) {
+        (GeneralName::DNSName(dns), Err(_)) => *dns == name,
+        (GeneralName::IPAddress(bytes), Ok(address)) => bytes == address,
+        _ => false,
+    })
 }
 
 fn earlier(time: Timestamp, days: i64) -> Timestamp {
@@ -219,44 +234,47 @@ fn set_validity(params: &mut CertificateParams, now: Timestamp, days: i64) {
 mod tests {
     use super::*;
 
+    const AUTHORITY: &str = "aether-review-ca";
+
     fn names() -> Vec<String> {
-        vec!["aether-review.aether-system.svc".into()]
+        ["aether-review.aether-system.svc", "10.96.0.7", "fd00::7"].map(Into::into).into()
     }
 
     #[test]
     fn a_certificate_is_renewed_under_the_same_authority_until_that_ends() {
         let start: Timestamp = "2026-01-01T12:00:00Z".parse().unwrap();
-        let first = Certificate::issue(None, &names(), start).unwrap();
+        let first = Certificate::issue(None, AUTHORITY, &names(), start).unwrap();
         let read = Certificate::read(&first, &names()).unwrap();
         assert!(read.renew_at > later(start, 50) && read.renew_at < later(start, 70), "{}", read.renew_at);
 
-        let second = Certificate::issue(Some(&first), &names(), read.renew_at).unwrap();
+        let second = Certificate::issue(Some(&first), AUTHORITY, &names(), read.renew_at).unwrap();
         let renewed = Certificate::read(&second, &names()).unwrap();
         assert_eq!(renewed.bundle, read.bundle, "the API server need not notice");
         assert_ne!(renewed.chain, read.chain);
         assert!(renewed.renew_at > read.renew_at);
 
         let old = later(start, AUTHORITY_DAYS.0 - 100);
-        let third = Certificate::issue(Some(&second), &names(), old).unwrap();
+        let third = Certificate::issue(Some(&second), AUTHORITY, &names(), old).unwrap();
         let bundle = Certificate::read(&third, &names()).unwrap().bundle;
         assert_eq!(certificates(&bundle, CA).unwrap().len(), 2, "both authorities are believed for a while");
-        let fourth = Certificate::issue(Some(&third), &names(), later(old, 200)).unwrap();
+        let fourth = Certificate::issue(Some(&third), AUTHORITY, &names(), later(old, 200)).unwrap();
         assert_eq!(certificates(&Certificate::read(&fourth, &names()).unwrap().bundle, CA).unwrap().len(), 1);
     }
 
     #[test]
     fn a_certificate_for_another_name_is_not_used() {
-        let data = Certificate::issue(None, &names(), Timestamp::now()).unwrap();
+        let data = Certificate::issue(None, AUTHORITY, &names(), Timestamp::now()).unwrap();
         assert!(Certificate::read(&data, &["other.svc".into()]).is_err());
+        assert!(Certificate::read(&data, &["10.96.0.8".into()]).is_err());
         assert!(Certificate::read(&Data::new(), &names()).is_err());
     }
 
     #[test]
     fn a_key_that_is_not_the_authoritys_makes_a_new_authority() {
         let now = Timestamp::now();
-        let mut data = Certificate::issue(None, &names(), now).unwrap();
+        let mut data = Certificate::issue(None, AUTHORITY, &names(), now).unwrap();
         data.insert(CA_KEY.into(), ByteString(KeyPair::generate().unwrap().serialize_pem().into_bytes()));
-        let again = Certificate::issue(Some(&data), &names(), now).unwrap();
+        let again = Certificate::issue(Some(&data), AUTHORITY, &names(), now).unwrap();
         assert_ne!(data[CA], again[CA]);
         assert_eq!(certificates(&Certificate::read(&again, &names()).unwrap().bundle, CA).unwrap().len(), 2);
     }

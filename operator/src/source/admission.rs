@@ -1,0 +1,88 @@
+//! What lets an import into the store: a token of its own account for the store's audience, and the store's authority.
+//!
+//! The account is of the source's namespace, where the Job runs. Whoever may create pods there can run them under it and
+//! have such a token too; so the store lets it bring contents and ask which are missing, and read nothing.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use aether_credentials::AUDIENCE;
+use k8s_openapi::api::core::v1::{
+    DownwardAPIProjection, DownwardAPIVolumeFile, ObjectFieldSelector, PodTemplateSpec, ProjectedVolumeSource,
+    ServiceAccount, ServiceAccountTokenProjection, Volume, VolumeMount, VolumeProjection,
+};
+use kube::Client;
+
+use crate::error::{Error, Result};
+use crate::objects;
+
+/// The service account of import Jobs, in each namespace of sources; the chart grants it `write`.
+const ACCOUNT: &str = "aether-importer";
+/// Carries the authority into the pod: a certificate is no secret, and a ConfigMap of another namespace cannot be mounted.
+const AUTHORITY_ANNOTATION: &str = "aether.dev/store-ca";
+/// Where the authority and the token are, as files.
+const DIRECTORY: &str = "/var/run/aether/store";
+/// For how long a token is good; the kubelet renews it before.
+const TOKEN_SECONDS: i64 = 3600;
+
+/// The authority (PEM) that import Jobs are to believe; none for a store in the clear.
+pub(super) fn authority(file: Option<&Path>) -> Result<Option<String>> {
+    let read = |file: &Path| {
+        std::fs::read_to_string(file).map_err(|source| Error::Authority { file: file.display().to_string(), source })
+    };
+    file.map(read).transpose()
+}
+
+/// Makes the account where it is missing. One that is there stays as it is: platform teams give it pull secrets.
+pub(super) async fn provide_account(client: &Client, namespace: &str) -> Result<()> {
+    let mut account = ServiceAccount { automount_service_account_token: Some(false), ..ServiceAccount::default() };
+    account.metadata.name = Some(ACCOUNT.into());
+    account.metadata.labels =
+        Some([("app.kubernetes.io/name", "aether")].map(|(key, value)| (key.into(), value.into())).into());
+    objects::create(&objects::namespaced(client, namespace), &account).await.map(drop)
+}
+
+/// Lets the pods of a Job into a store that `authority` vouches for.
+pub(super) fn admit(pods: &mut PodTemplateSpec, authority: String) {
+    let file = |path: &str| format!("{DIRECTORY}/{path}");
+    let token = ServiceAccountTokenProjection {
+        audience: Some(AUDIENCE.into()),
+        expiration_seconds: Some(TOKEN_SECONDS),
+        path: "token".into(),
+    };
+    let annotation = DownwardAPIVolumeFile {
+        path: "ca.crt".into(),
+        field_ref: Some(ObjectFieldSelector {
+            field_path: format!("metadata.annotations['{AUTHORITY_ANNOTATION}']"),
+            api_version: None,
+        }),
+        ..DownwardAPIVolumeFile::default()
+    };
+    let sources = vec![
+        VolumeProjection { service_account_token: Some(token), ..VolumeProjection::default() },
+        VolumeProjection {
+            downward_api: Some(DownwardAPIProjection { items: Some(vec![annotation]) }),
+            ..VolumeProjection::default()
+        },
+    ];
+    let volume = ProjectedVolumeSource { sources: Some(sources), ..ProjectedVolumeSource::default() };
+    let annotations = BTreeMap::from([(AUTHORITY_ANNOTATION.to_owned(), authority)]);
+    pods.metadata.get_or_insert_default().annotations.get_or_insert_default().extend(annotations);
+    let Some(pod) = &mut pods.spec else { return };
+    pod.service_account_name = Some(ACCOUNT.into());
+    pod.volumes.get_or_insert_default().push(Volume {
+        name: "store".into(),
+        projected: Some(volume),
+        ..Volume::default()
+    });
+    for container in &mut pod.containers {
+        container.volume_mounts.get_or_insert_default().push(VolumeMount {
+            name: "store".into(),
+            mount_path: DIRECTORY.into(),
+            read_only: Some(true),
+            ..VolumeMount::default()
+        });
+        let options = ["--store-ca".into(), file("ca.crt"), "--store-token".into(), file("token")];
+        container.args.get_or_insert_default().extend(options);
+    }
+}

@@ -1,0 +1,136 @@
+//! Who shows a token: Kubernetes is asked by a TokenReview, and its answer remembered for a short time.
+//!
+//! An answer counts until its time even while the API server is away. A token that is withdrawn (its pod or its account
+//! was deleted) is refused when that time is over, at the latest. What is refused is remembered apart from what is
+//! believed, so that a flood of bad tokens cannot push out good ones, and only so many questions are asked at one time.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use aether_cas::Digest;
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
+use kube::api::{Api, PostParams};
+use tokio::sync::Semaphore;
+use tonic::Status;
+
+use super::cache::Cache;
+use super::grant::ACCOUNTS;
+use super::{AUDIENCE, claims};
+
+/// Answers that are remembered: a token for each pod of Aether's own, times the renewals of some minutes.
+const REMEMBERED: usize = 8192;
+/// Questions at one time.
+const QUESTIONS: usize = 16;
+
+/// How long answers count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Times {
+    /// That a token is an account's.
+    pub believed: Duration,
+    /// That it is nobody's.
+    pub refused: Duration,
+    /// How long the API server may take.
+    pub answer: Duration,
+}
+
+impl Default for Times {
+    fn default() -> Self {
+        Self { believed: Duration::from_secs(120), refused: Duration::from_secs(10), answer: Duration::from_secs(5) }
+    }
+}
+
+/// Knows who shows a token.
+pub struct Reviews {
+    api: Api<TokenReview>,
+    times: Times,
+    believed: Mutex<Cache<Arc<str>>>,
+    refused: Mutex<Cache<Arc<str>>>,
+    questions: Semaphore,
+}
+
+impl Reviews {
+    /// Asks this API server.
+    #[must_use]
+    pub fn new(client: kube::Client, times: Times) -> Self {
+        Self {
+            api: Api::all(client),
+            times,
+            believed: Mutex::new(Cache::new(REMEMBERED)),
+            refused: Mutex::new(Cache::new(REMEMBERED)),
+            questions: Semaphore::new(QUESTIONS),
+        }
+    }
+
+    /// The user name of the service account that shows the token.
+    pub(super) async fn account(&self, token: &str) -> Result<Arc<str>, Status> {
+        let left = claims::remaining(token, SystemTime::now())?;
+        // Only the hash is kept: what is in memory opens nothing.
+        let key = Digest::of(token.as_bytes());
+        if let Some(known) = self.known(&key) {
+            return known;
+        }
+        let asked = tokio::time::timeout(self.times.answer, async {
+            let _turn = self.questions.acquire().await;
+            // Another call with this token may have been first.
+            match self.known(&key) {
+                Some(known) => known,
+                None => self.learn(key, token, left).await,
+            }
+        });
+        asked.await.unwrap_or_else(|_| {
+            Err(cannot_ask(format_args!("the API server has not answered for {} s", self.times.answer.as_secs_f32())))
+        })
+    }
+
+    fn known(&self, key: &Digest) -> Option<Result<Arc<str>, Status>> {
+        let now = Instant::now();
+        let account = self.believed.lock().expect("no holder panics").get(key, now);
+        account.map(Ok).or_else(|| {
+            let reason = self.refused.lock().expect("no holder panics").get(key, now)?;
+            Some(Err(Status::unauthenticated(&*reason)))
+        })
+    }
+
+    async fn learn(&self, key: Digest, token: &str, left: Duration) -> Result<Arc<str>, Status> {
+        let spec = TokenReviewSpec { token: Some(token.into()), audiences: Some(vec![AUDIENCE.into()]) };
+        let review = TokenReview { spec, ..TokenReview::default() };
+        let answer = self.api.create(&PostParams::default(), &review).await.map_err(cannot_ask)?;
+        let now = Instant::now();
+        match judge(answer.status.unwrap_or_default()) {
+            Ok(account) => {
+                let account: Arc<str> = account.into();
+                let until = now + self.times.believed.min(left);
+                self.believed.lock().expect("no holder panics").insert(key, account.clone(), until, now);
+                Ok(account)
+            }
+            Err(reason) => {
+                let until = now + self.times.refused;
+                self.refused.lock().expect("no holder panics").insert(key, reason.as_str().into(), until, now);
+                Err(Status::unauthenticated(reason))
+            }
+        }
+    }
+}
+
+/// The account that Kubernetes vouches for, or why there is none.
+fn judge(status: TokenReviewStatus) -> Result<String, String> {
+    if status.authenticated != Some(true) {
+        let reason = status.error.filter(|reason| !reason.is_empty());
+        let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+        return Err(format!(
+            "Kubernetes does not accept the token{reason}. It may be too old, or its pod or service account gone"
+        ));
+    }
+    // A server that knows nothing of audiences accepts any token of its own, and leaves this out.
+    if !status.audiences.unwrap_or_default().iter().any(|audience| audience == AUDIENCE) {
+        return Err(format!("Kubernetes does not accept the token for audience {AUDIENCE}"));
+    }
+    let user = status.user.and_then(|user| user.username).unwrap_or_default();
+    if user.starts_with(ACCOUNTS) { Ok(user) } else { Err(format!("{user:?} is not a service account")) }
+}
+
+fn cannot_ask(problem: impl std::fmt::Display) -> Status {
+    let message = format!("the store cannot ask Kubernetes about the token now; try again: {problem}");
+    tracing::warn!("{message}");
+    Status::unavailable(message)
+}
