@@ -10,7 +10,7 @@ use std::{
 
 use aether_cas::{
     Blob, LocalConfig, LocalStore, StoreError,
-    collect::{Collector, Pace, Phase, Progress, Verdict},
+    collect::{Pace, Phase, Progress, Verdict},
     testing::{blob, bytes, directory, file},
     tree::{Directory, Node},
 };
@@ -63,21 +63,20 @@ fn held(store: &LocalStore) -> BTreeSet<Blob> {
 }
 
 fn collect_watched(
-    folder: &TempDir,
     store: &LocalStore,
     mut watch: impl FnMut(&Progress) -> ControlFlow<()>,
 ) -> Result<Progress, StoreError> {
-    Collector::new(store, &folder.path().join("marks")).collect(Pace::new(None), &mut watch)
+    store.collect(Pace::new(None), &mut watch)
 }
 
-fn collect(folder: &TempDir, store: &LocalStore) -> Progress {
-    collect_watched(folder, store, |_| ControlFlow::Continue(())).unwrap()
+fn collect(store: &LocalStore) -> Progress {
+    collect_watched(store, |_| ControlFlow::Continue(())).unwrap()
 }
 
 /// Collects, and does something once when the phase begins.
-fn collect_with(folder: &TempDir, store: &LocalStore, phase: Phase, act: impl FnOnce()) -> Progress {
+fn collect_with(store: &LocalStore, phase: Phase, act: impl FnOnce()) -> Progress {
     let mut act = Some(act);
-    let progress = collect_watched(folder, store, |progress| {
+    let progress = collect_watched(store, |progress| {
         if progress.phase == phase
             && let Some(act) = act.take()
         {
@@ -89,9 +88,9 @@ fn collect_with(folder: &TempDir, store: &LocalStore, phase: Phase, act: impl Fn
     progress.unwrap()
 }
 
-fn verdicts(folder: &TempDir, store: &LocalStore) -> BTreeMap<Blob, Verdict> {
+fn verdicts(store: &LocalStore) -> BTreeMap<Blob, Verdict> {
     let mut verdicts = BTreeMap::new();
-    Collector::new(store, &folder.path().join("marks"))
+    store
         .explain(
             &mut |blob, verdict| {
                 verdicts.insert(blob, verdict);
@@ -105,17 +104,17 @@ fn verdicts(folder: &TempDir, store: &LocalStore) -> BTreeMap<Blob, Verdict> {
 
 #[test]
 fn a_pin_keeps_its_tree_and_the_rest_goes() {
-    let (folder, store) = fresh(NONE);
+    let (_folder, store) = fresh(NONE);
     let (kept, kept_blobs) = put_tree(&store, 10);
     let (gone, gone_blobs) = put_tree(&store, 20);
     store.pin("uid-1", "Checkpoint", "", kept).unwrap();
     store.pin("uid-2", "Checkpoint", "", gone).unwrap();
-    let progress = collect(&folder, &store);
+    let progress = collect(&store);
     assert_eq!((progress.deleted.blobs, progress.condemned.blobs), (0, 0));
     assert_eq!(progress.examined.blobs, 8);
 
     store.unpin("uid-2", None, None).unwrap();
-    let progress = collect(&folder, &store);
+    let progress = collect(&store);
     assert_eq!(held(&store), kept_blobs);
     assert_eq!(progress.deleted.blobs, 4);
     assert_eq!(progress.deleted.bytes, gone_blobs.iter().map(|blob| blob.size).sum::<u64>());
@@ -127,24 +126,24 @@ fn a_pin_keeps_its_tree_and_the_rest_goes() {
         (held.inline_blobs + held.file_blobs, held.inline_bytes + held.file_bytes),
         (report.blobs, report.bytes)
     );
-    assert!(!folder.path().join("marks").exists());
+    assert!(!store.objects().join(".marks").exists());
     // What was deleted can come back.
     put_tree(&store, 20);
     store.pin("uid-2", "Checkpoint", "", gone).unwrap();
-    assert_eq!(collect(&folder, &store).deleted.blobs, 0);
+    assert_eq!(collect(&store).deleted.blobs, 0);
 }
 
 #[test]
 fn what_was_stored_or_said_to_be_present_is_kept_until_the_lease_ends() {
     let (folder, store) = fresh(HOUR);
     let (root, blobs) = put_tree(&store, 10);
-    assert_eq!(collect(&folder, &store).condemned.blobs, 0, "stored within the hour");
+    assert_eq!(collect(&store).condemned.blobs, 0, "stored within the hour");
     drop(store);
 
     // The leases given from now on end at once, those given do not.
     let store = open(&folder, NONE);
     let (_, other) = put_tree(&store, 20);
-    collect(&folder, &store);
+    collect(&store);
     assert_eq!(held(&store), blobs);
     assert!(held(&store).is_disjoint(&other));
     drop(store);
@@ -158,7 +157,7 @@ fn what_was_stored_or_said_to_be_present_is_kept_until_the_lease_ends() {
     assert_eq!(store.missing(&[root]).unwrap(), []);
     drop(store);
     let store = open(&folder, NONE);
-    collect(&folder, &store);
+    collect(&store);
     assert_eq!(held(&store), blobs);
 }
 
@@ -179,13 +178,13 @@ fn asking_again_writes_nothing_and_a_node_s_store_keeps_no_leases() {
 
     let store = LocalStore::open(config(folder.path())).unwrap();
     store.pin("uid", "Checkpoint", "", root).unwrap();
-    let error = collect_watched(&folder, &store, |_| ControlFlow::Continue(())).unwrap_err();
+    let error = collect_watched(&store, |_| ControlFlow::Continue(())).unwrap_err();
     assert!(error.to_string().contains("not open for being collected"), "{error}");
 }
 
 #[test]
 fn the_condemned_are_missing_but_readable_and_storing_them_again_saves_them() {
-    let (folder, store) = fresh(NONE);
+    let (_folder, store) = fresh(NONE);
     let (_, blobs) = put_tree(&store, 10);
     let (saved, data) = blob(10, 100);
     let (large, large_data) = blob(11, 5000);
@@ -198,7 +197,7 @@ fn the_condemned_are_missing_but_readable_and_storing_them_again_saves_them() {
         assert_eq!(store.missing(&[saved, large]).unwrap(), []);
     };
     // In the midst of deletion it is not too late.
-    let progress = collect_with(&folder, &store, Phase::Sweep, act);
+    let progress = collect_with(&store, Phase::Sweep, act);
     assert_eq!(progress.deleted.blobs, 2);
     assert_eq!(held(&store), BTreeSet::from([saved, large]));
     assert_eq!(store.read_blob(&large).unwrap(), large_data);
@@ -207,15 +206,15 @@ fn the_condemned_are_missing_but_readable_and_storing_them_again_saves_them() {
 #[test]
 fn a_pin_saves_a_condemned_tree_until_the_sentence_and_is_refused_after() {
     for phase in [Phase::Condemn, Phase::Rescue] {
-        let (folder, store) = fresh(NONE);
+        let (_folder, store) = fresh(NONE);
         let (root, blobs) = put_tree(&store, 10);
-        let progress = collect_with(&folder, &store, phase, || store.pin("uid", "Checkpoint", "", root).unwrap());
+        let progress = collect_with(&store, phase, || store.pin("uid", "Checkpoint", "", root).unwrap());
         assert_eq!((progress.condemned.blobs, progress.rescued, progress.deleted.blobs), (4, 4, 0), "{phase:?}");
         assert_eq!(held(&store), blobs);
     }
-    let (folder, store) = fresh(NONE);
+    let (_folder, store) = fresh(NONE);
     let (root, _) = put_tree(&store, 10);
-    collect_with(&folder, &store, Phase::Sweep, || {
+    collect_with(&store, Phase::Sweep, || {
         let error = store.pin("uid", "Checkpoint", "", root).unwrap_err();
         assert!(matches!(error, StoreError::NotFound { .. }), "{error}");
     });
@@ -226,10 +225,10 @@ fn a_pin_saves_a_condemned_tree_until_the_sentence_and_is_refused_after() {
 /// The pin comes between the second marking and the sentence: only the count of appeals tells.
 #[test]
 fn an_appeal_in_the_last_moment_is_heard() {
-    let (folder, store) = fresh(NONE);
+    let (_folder, store) = fresh(NONE);
     let (root, blobs) = put_tree(&store, 10);
     let mut pages = 0;
-    let progress = collect_watched(&folder, &store, |progress| {
+    let progress = collect_watched(&store, |progress| {
         // Called when the phase begins, and then after the one page of condemned blobs was found not to be marked.
         pages += u32::from(progress.phase == Phase::Rescue);
         if progress.phase == Phase::Rescue && pages == 2 {
@@ -250,20 +249,20 @@ fn a_lease_given_during_the_condemning_saves_all_below() {
     let (root, blobs) = put_tree(&store, 10);
     drop(store);
     let store = open(&folder, HOUR);
-    collect_with(&folder, &store, Phase::Condemn, || assert_eq!(store.missing(&[root]).unwrap(), []));
+    collect_with(&store, Phase::Condemn, || assert_eq!(store.missing(&[root]).unwrap(), []));
     assert_eq!(held(&store), blobs);
     assert_eq!(store.missing(&blobs.iter().copied().collect::<Vec<_>>()).unwrap(), [], "none is condemned");
 }
 
 #[test]
 fn below_a_pin_that_is_incomplete_anything_may_be_so_nothing_goes() {
-    let (folder, store) = fresh(NONE);
+    let (_folder, store) = fresh(NONE);
     let (kept, _) = put_tree(&store, 10);
     let (_, rest) = put_tree(&store, 20);
     store.pin("uid", "Checkpoint", "c", kept).unwrap();
     let below = directory([("large", file(blob(11, 5000).0))]);
     store.remove(&[below.blob()]).unwrap();
-    let progress = collect(&folder, &store);
+    let progress = collect(&store);
     assert_eq!((progress.condemned.blobs, progress.deleted.blobs), (0, 0));
     assert_eq!(progress.incomplete.len(), 1);
     assert_eq!(progress.incomplete[0].root.name, "c");
@@ -271,7 +270,7 @@ fn below_a_pin_that_is_incomplete_anything_may_be_so_nothing_goes() {
     assert!(held(&store).is_superset(&rest));
     // Brought back, or unpinned: it goes on.
     put(&store, &below);
-    assert_eq!(collect(&folder, &store).deleted.blobs, 4);
+    assert_eq!(collect(&store).deleted.blobs, 4);
 }
 
 #[test]
@@ -281,18 +280,18 @@ fn what_an_older_version_stored_is_left_alone_for_one_lease() {
     put_tree(&store, 10);
     drop(store);
     let store = open(&folder, HOUR);
-    let progress = collect(&folder, &store);
+    let progress = collect(&store);
     assert!(progress.protected_until.is_some() && progress.condemned.blobs == 0);
     drop(store);
     let store = open(&folder, NONE);
-    assert_eq!(collect(&folder, &store).condemned.blobs, 0, "the time was set once");
+    assert_eq!(collect(&store).condemned.blobs, 0, "the time was set once");
 
     let folder = tempfile::tempdir().unwrap();
     let store = LocalStore::open(config(folder.path())).unwrap();
     put_tree(&store, 10);
     drop(store);
     let store = open(&folder, NONE);
-    assert_eq!(collect(&folder, &store).deleted.blobs, 4);
+    assert_eq!(collect(&store).deleted.blobs, 4);
 }
 
 #[test]
@@ -304,7 +303,7 @@ fn a_dry_run_gives_the_reason_of_each_blob_and_changes_nothing() {
     drop(store);
     let store = open(&folder, HOUR);
     let (_, leased) = put_tree(&store, 30);
-    for (blob, verdict) in verdicts(&folder, &store) {
+    for (blob, verdict) in verdicts(&store) {
         match verdict {
             Verdict::Pinned(root) => assert!(root.owner_uid == "uid" && pinned_blobs.contains(&blob)),
             Verdict::Leased(until) => assert!(until > 0 && leased.contains(&blob)),
@@ -313,12 +312,12 @@ fn a_dry_run_gives_the_reason_of_each_blob_and_changes_nothing() {
         }
     }
     assert_eq!(held(&store).len(), 12);
-    let error = collect_watched(&folder, &store, |progress| match progress.phase {
+    let error = collect_watched(&store, |progress| match progress.phase {
         Phase::Rescue => ControlFlow::Break(()),
         _ => ControlFlow::Continue(()),
     });
     assert!(matches!(error, Err(StoreError::Closed(_))), "{error:?}");
-    for (blob, verdict) in verdicts(&folder, &store) {
+    for (blob, verdict) in verdicts(&store) {
         assert_eq!(loose.contains(&blob), matches!(verdict, Verdict::Condemned(_)), "{blob} {verdict:?}");
     }
 }
@@ -336,8 +335,8 @@ fn what_was_broken_off_is_finished() {
         (folder, store, blobs)
     };
     let mut whole = 0;
-    let (folder, store, _) = store_with_garbage();
-    collect_watched(&folder, &store, |_| {
+    let (_folder, store, _) = store_with_garbage();
+    collect_watched(&store, |_| {
         whole += 1;
         ControlFlow::Continue(())
     })
@@ -346,14 +345,14 @@ fn what_was_broken_off_is_finished() {
     for stop_at in 1..=whole {
         let (folder, store, blobs) = store_with_garbage();
         let mut calls = 0;
-        let stopped = collect_watched(&folder, &store, |_| {
+        let stopped = collect_watched(&store, |_| {
             calls += 1;
             if calls == stop_at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
         assert!(stopped.is_err(), "{stop_at} of {whole}");
         drop(store);
         let store = open(&folder, NONE);
-        collect(&folder, &store);
+        collect(&store);
         assert_eq!(held(&store), blobs, "stopped at call {stop_at} of {whole}");
         assert!(store.fsck(false).unwrap().is_healthy());
     }
@@ -394,7 +393,7 @@ fn the_space_is_given_back() {
     let before = disk_usage(folder.path());
     let logical = |store: &LocalStore| store.statistics().inline_bytes + store.statistics().file_bytes;
     let stored = logical(&store);
-    let progress = collect(&folder, &store);
+    let progress = collect(&store);
     let after = disk_usage(folder.path());
     let left = logical(&store);
     assert_eq!(progress.deleted.bytes, stored - left);

@@ -332,7 +332,7 @@ impl<'a> Collector<'a> {
                 self.progress.deleted.blobs += freed.blobs;
                 self.progress.deleted.bytes += freed.bytes;
                 self.tell(watch)?;
-                pace.wait(digests.len());
+                pace.wait(digests.len() as u64);
             }
             after = Some(last);
         }

@@ -38,8 +38,8 @@ impl Pace {
     }
 
     /// Waits as [`Pace::delay`] says.
-    pub(crate) fn wait(&mut self, count: usize) {
-        thread::sleep(self.delay(count as u64));
+    pub(crate) fn wait(&mut self, count: u64) {
+        thread::sleep(self.delay(count));
     }
 }
 

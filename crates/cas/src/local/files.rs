@@ -3,6 +3,7 @@
 //! ```text
 //! objects/ab/cdef…     a blob, mode 0444
 //! objects/.tmp/        being written; emptied when the store is opened
+//! objects/.marks/      the marks of a collection that is running
 //! objects/.damaged/    copies that did not match their digest, kept for a person to look at
 //! ```
 

@@ -1,6 +1,10 @@
 //! A local store as a heap that can be collected.
 
-use std::io::Read;
+use std::{
+    io::Read,
+    ops::ControlFlow,
+    sync::{MutexGuard, TryLockError},
+};
 
 use bytes::Bytes;
 
@@ -11,7 +15,7 @@ use super::{
 };
 use crate::{
     Blob, Digest, StoreError,
-    collect::{Freed, Heap, Roots},
+    collect::{Collector, Freed, Heap, Pace, Progress, Roots, Verdict, Watch},
     crash::crash_point,
     store::Result,
 };
@@ -24,7 +28,43 @@ const WORTH: u64 = 8;
 /// The first bytes of messages that a directory can begin with: the tags of its fields.
 const DIRECTORY_TAGS: [u8; 4] = [0x0a, 0x12, 0x1a, 0x2a];
 
+/// Folder of the marks, beside the objects.
+const MARKS: &str = ".marks";
+
 impl LocalStore {
+    /// Deletes what neither a pin nor a lease keeps, at most at `pace`: see [`collect`](crate::collect).
+    ///
+    /// # Errors
+    /// [`StoreError::Invalid`] for a store that was not opened by [`LocalStore::open_collected`] and while another
+    /// collection runs, [`StoreError::Closed`] when `watch` broke it off, and those of the disk.
+    pub fn collect(&self, pace: Pace, watch: Watch<'_>) -> Result<Progress> {
+        let _collecting = self.begin_collection()?;
+        Collector::new(self, &self.objects().join(MARKS)).collect(pace, watch)
+    }
+
+    /// Says of each blob why a collection would keep it, or not, and changes nothing.
+    ///
+    /// # Errors
+    /// As [`LocalStore::collect`].
+    pub fn explain(
+        &self,
+        tell: &mut dyn FnMut(Blob, Verdict) -> ControlFlow<()>,
+        watch: Watch<'_>,
+    ) -> Result<Progress> {
+        let _collecting = self.begin_collection()?;
+        Collector::new(self, &self.objects().join(MARKS)).explain(tell, watch)
+    }
+
+    fn begin_collection(&self) -> Result<MutexGuard<'_, ()>> {
+        match self.tenure()?.collecting.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => {
+                Err(StoreError::Invalid(format!("the store {} is being collected already", self.shared.name())))
+            }
+        }
+    }
+
     fn tenure(&self) -> Result<&Tenure> {
         self.shared.tenure.as_ref().ok_or_else(|| {
             StoreError::Invalid(format!("the store {} is not open for being collected", self.shared.name()))

@@ -12,6 +12,7 @@
 //! A store of many clients is opened by [`LocalStore::open_collected`]: its answers are leases, and
 //! [`collect`](crate::collect) deletes what no pin and no lease keeps. A node's store is not: its engine knows what it needs.
 
+mod affected;
 mod cache;
 mod commit;
 mod damage;
@@ -21,6 +22,7 @@ mod heap;
 mod index;
 mod ingest;
 mod roots;
+mod scrub;
 mod store;
 mod tenure;
 
@@ -39,10 +41,12 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
+pub use affected::Affected;
 pub use damage::Damage;
 pub use fsck::{FsckReport, IncompleteRoot};
 pub use ingest::Ingest;
 pub use roots::Root;
+pub use scrub::{Heal, ScrubState};
 
 use cache::DirectoryCache;
 use commit::{Committer, Writes};

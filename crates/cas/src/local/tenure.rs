@@ -12,7 +12,7 @@
 use std::{
     collections::HashSet,
     sync::{
-        PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -39,6 +39,8 @@ pub(super) struct Tenure {
     verdicts: RwLock<Verdicts>,
     /// How many rows the table of the condemned has at most, so that nothing is looked up in an empty one.
     condemned: AtomicU64,
+    /// Held by the one collection.
+    pub(super) collecting: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -61,7 +63,12 @@ impl Tenure {
             condemned += rows.len() as u64;
         }
         let verdicts = Verdicts { sentenced: index.state(SENTENCED)?.is_some(), appeals: 0 };
-        let tenure = Self { period, verdicts: RwLock::new(verdicts), condemned: AtomicU64::new(condemned) };
+        let tenure = Self {
+            period,
+            verdicts: RwLock::new(verdicts),
+            condemned: AtomicU64::new(condemned),
+            collecting: Mutex::default(),
+        };
         if index.state(PROTECTED)?.is_none() {
             let is_empty = index.entries_after(None, 1)?.is_empty();
             let until = if is_empty { 0 } else { now().saturating_add(tenure.period()) };
