@@ -7,6 +7,7 @@ pub mod audit;
 pub mod cluster;
 pub mod command;
 pub mod control_plane;
+pub mod density;
 pub mod git_server;
 pub mod images;
 pub mod init;

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use aether_e2e::{cluster::Cluster, init, options::Options, product};
+use aether_e2e::{cluster::Cluster, density, init, options::Options, product};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
@@ -57,6 +57,12 @@ enum Command {
         #[command(subcommand)]
         action: NodeAction,
     },
+    /// In a node: make that many mounts, and take them away when the input ends.
+    #[command(hide = true)]
+    HoldMounts {
+        /// How many.
+        mounts: usize,
+    },
     /// Serve the repositories of tests and the demo to the cluster.
     #[command(hide = true)]
     GitServer,
@@ -89,6 +95,17 @@ enum NodeAction {
     Start {
         /// The node.
         name: String,
+    },
+    /// Measure what its kubelet costs without and beside that many more mounts.
+    Measure {
+        /// The node.
+        name: String,
+        /// How many: sessions of one node.
+        #[arg(long, default_value_t = 10_000)]
+        mounts: usize,
+        /// How long each time.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
     },
     /// Run a command inside it.
     Run {
@@ -128,6 +145,7 @@ async fn run(command: Command) -> Result<()> {
             }
             println!("{}", cluster.environment());
         }
+        Command::HoldMounts { mounts } => density::hold(mounts)?,
         Command::GitServer => product::serve_git().await?,
         Command::Down => Cluster::down().await?,
         Command::Status => {
@@ -155,6 +173,14 @@ async fn act(action: NodeAction) -> Result<()> {
         NodeAction::Heal { name } => cluster.node(&name)?.network().heal().await,
         NodeAction::Kill { name } => cluster.node(&name)?.kill().await,
         NodeAction::Start { name } => cluster.start_node(&name).await,
+        NodeAction::Measure { name, mounts, seconds } => {
+            let costs = density::measure(&cluster.node(&name)?, mounts, seconds).await?;
+            println!("percent of a processor, over {seconds} s each    without    beside {mounts} mounts");
+            for cost in costs {
+                println!("{:<40} {:>9.2} {:>10.2}", cost.program, cost.before, cost.with);
+            }
+            Ok(())
+        }
         NodeAction::Run { name, argv } => {
             let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
             let output = cluster.node(&name)?.output(&argv).await?;

@@ -288,7 +288,8 @@ impl Node {
         Ok(())
     }
 
-    fn harness(&self) -> PathBuf {
+    /// The copy of this program on its disk, which it runs.
+    pub fn harness(&self) -> PathBuf {
         self.disk().join("aether-cluster")
     }
 
