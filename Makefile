@@ -52,6 +52,10 @@ bench-density: build ## Mount 10,000 sessions on this machine and measure what e
 	AETHER_BENCH_REPOSITORY=$$(e2e/third-party/kubernetes-repository.sh) \
 	$(CARGO_TARGET_DIR)/debug/aether-bench --density
 
+.PHONY: bench-kubelet
+bench-kubelet: build ## What 10,000 mounts cost the real kubelet and containerd of a node, in processor time. Needs root.
+	@trap '$(CLUSTER_TOOL) down' EXIT; $(CLUSTER_TOOL) up >/dev/null && $(CLUSTER_TOOL) node measure node-1
+
 .PHONY: demo
 demo: build ## The whole story on a two-node cluster. KEEP=1 leaves it up, STEPS=a,b plays only some; CLUSTER=current plays on yours.
 	$(CARGO_TARGET_DIR)/debug/aether-demo
