@@ -5,9 +5,12 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use aether_cas::LocalConfig;
 use clap::{Args, Parser, Subcommand};
 
-use crate::access::Grant;
-
-use crate::tiered::options::TierArgs;
+use crate::{
+    access::Grant,
+    commands::{gc, gc::GcArgs, integrity, integrity::IntegrityArgs},
+    tiered::options::TierArgs,
+    upkeep::UpkeepArgs,
+};
 
 const EXAMPLES: &str = "Examples:
   Serve a store on this machine:
@@ -23,6 +26,10 @@ const EXAMPLES: &str = "Examples:
 
   Check the contents of a store that is not running, and drop what is damaged:
     aether-store-node fsck --data-dir /var/lib/aether-store --repair
+
+  What would be deleted from a node that runs, and what has it found damaged?
+    aether-store-node gc --dry-run --address http://127.0.0.1:8980
+    aether-store-node integrity --address http://127.0.0.1:8980
 
 Any client of Bazel's Remote Execution API that uses BLAKE3 digests can use the store, for example:
     bazel build --digest_function=BLAKE3 --remote_cache=grpc://127.0.0.1:8980 //...";
@@ -47,6 +54,16 @@ pub enum Command {
     /// The store node must not be running on the folder; ask a running one through its administration service.
     /// Exits with 1 when something is damaged or a pinned tree is incomplete.
     Fsck(FsckArgs),
+    /// Delete what neither a pin nor a lease keeps, of a folder or a node that runs, or say why each blob stays.
+    ///
+    /// A node does this by itself (--gc-interval). Exits with 1 when incomplete pins keep everything.
+    #[command(after_long_help = gc::EXAMPLES)]
+    Gc(GcArgs),
+    /// Say where the scrub is, which blobs are lost, and which pinned trees name them under which paths.
+    ///
+    /// Exits with 1 when something is lost.
+    #[command(after_long_help = integrity::EXAMPLES)]
+    Integrity(IntegrityArgs),
 }
 
 /// Options of `fsck`.
@@ -75,6 +92,9 @@ pub struct ServeArgs {
     /// Who may call and how; everybody in the clear without it.
     #[command(flatten)]
     pub guard: GuardArgs,
+    /// How it looks after itself.
+    #[command(flatten)]
+    pub upkeep: UpkeepArgs,
     /// Address for /healthz, /readyz and /metrics.
     #[arg(long, env = "AETHER_HTTP", default_value = "127.0.0.1:9812", value_name = "IP:PORT")]
     pub http: SocketAddr,
@@ -117,6 +137,16 @@ pub struct DataArgs {
 }
 
 impl DataArgs {
+    /// The folder, if there is a store in it: a mistyped one must not become an empty store that is found healthy.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn existing(&self) -> anyhow::Result<std::path::Display<'_>> {
+        let folder = self.data_dir.display();
+        anyhow::ensure!(self.data_dir.join("index").is_dir(), "there is no store in {folder} (--data-dir)");
+        Ok(folder)
+    }
+
     /// The layout of the data folder.
     pub fn store(&self) -> LocalConfig {
         LocalConfig {
@@ -151,11 +181,14 @@ mod tests {
             (&["--grace", "0"], "1 to 3600"),
             (&["--inline-limit", "9999999"], "--inline-limit"),
             (&["fsck", "--fix"], "--fix"),
+            (&["gc", "--blobs"], "--dry-run"),
+            (&["--gc-interval", "6"], "6h"),
+            (&["--gc-rate", "0"], "--gc-rate"),
+            (&["--cache-limit", "1Gi"], "--s3-bucket"),
+            (&["--s3-bucket", "b", "--durability", "maybe"], "through"),
             (&["--tls-cert", "/c"], "--tls-key"),
             (&["--allow", "system:serviceaccount:a:b=read"], "--tls-cert"),
             (&["--tls-cert", "/c", "--tls-key", "/k", "--allow", "alice=read"], "alice=read"),
-            (&["--cache-limit", "1Gi"], "--s3-bucket"),
-            (&["--s3-bucket", "b", "--durability", "maybe"], "through"),
         ] {
             let error = Cli::try_parse_from([&["aether-store-node"], args].concat()).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");

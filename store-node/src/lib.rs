@@ -3,10 +3,12 @@
 //! The binary is a thin shell around this library; tests run [`serve`] in their own process.
 
 pub mod access;
+pub mod commands;
 pub mod config;
 pub mod metrics;
 mod service;
 pub mod tiered;
+pub mod upkeep;
 
 use std::time::Duration;
 

@@ -7,9 +7,10 @@ use aether_runtime::{Metrics, Readiness, Stage, Tasks, http, logs, signals, task
 use aether_store_node::{
     Guard,
     access::{Access, Reviews, Times, Tls},
+    commands::{gc, integrity},
     config::{Cli, Command, FsckArgs, GuardArgs, ServeArgs},
     metrics::{self, StoreMetrics},
-    serve,
+    serve, upkeep,
 };
 use anyhow::Context;
 use clap::Parser;
@@ -25,6 +26,8 @@ async fn main() -> anyhow::Result<ExitCode> {
     logs::init()?;
     match cli.command {
         Some(Command::Fsck(args)) => tasks::blocking("fsck", move || fsck(&args)).await,
+        Some(Command::Gc(args)) => gc::run(args).await,
+        Some(Command::Integrity(args)) => integrity::run(args).await,
         None => run(cli.serve).await.map(|()| ExitCode::SUCCESS),
     }
 }
@@ -47,10 +50,28 @@ async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let config = args.data.store();
     let folder = args.data.data_dir.display().to_string();
     // After a crash this reads the sizes of all files.
-    let store = tasks::blocking("open the store", move || Ok(LocalStore::open(config)?))
-        .await
-        .with_context(|| format!("cannot open the store in {folder} (--data-dir)"))?;
-    let store = args.tier.over(store, &args.data.data_dir).await.context("cannot open the durable tier (--s3-bucket)")?;
+    // A cache is not collected: what is in it need not be all there is.
+    let lease = args.tier.s3_bucket.is_none().then_some(args.upkeep.gc_lease);
+    let store = tasks::blocking("open the store", move || {
+        Ok(match lease {
+            Some(lease) => LocalStore::open_collected(config, lease)?,
+            None => LocalStore::open(config)?,
+        })
+    })
+    .await
+    .with_context(|| format!("cannot open the store in {folder} (--data-dir)"))?;
+    if lease.is_some() {
+        if let Some(schedule) = args.upkeep.collections() {
+            let (disk, counts) = (store.clone(), store_metrics.upkeep.clone());
+            tasks.essential(Stage::Work, "collection", |token| upkeep::collections(disk, schedule, counts, token));
+        }
+        if let Some(schedule) = args.upkeep.scrubs() {
+            let (disk, counts) = (store.clone(), store_metrics.upkeep.clone());
+            tasks.essential(Stage::Work, "scrub", |token| upkeep::scrubs(disk, schedule, counts, token));
+        }
+    }
+    let store =
+        args.tier.over(store, &args.data.data_dir).await.context("cannot open the durable tier (--s3-bucket)")?;
     store.learn().await.context("cannot learn what the bucket holds (--s3-bucket)")?;
     let worker = store.clone();
     tasks.essential(Stage::Work, "durable tier", |token| worker.work(token));
@@ -77,9 +98,7 @@ async fn guard(args: GuardArgs, metrics: &Metrics) -> anyhow::Result<Guard> {
 }
 
 fn fsck(args: &FsckArgs) -> anyhow::Result<ExitCode> {
-    let folder = args.data.data_dir.display();
-    // A mistyped folder must not become an empty store that is found healthy.
-    anyhow::ensure!(args.data.data_dir.join("index").is_dir(), "there is no store in {folder} (--data-dir)");
+    let folder = args.data.existing()?;
     let store = LocalStore::open(args.data.store()).with_context(|| {
         format!("cannot open the store in {folder}; if a store node is running on it, ask that one (StoreAdmin.Fsck)")
     })?;

@@ -7,7 +7,10 @@ use aether_runtime::{
     metrics::{Counter, Gauge, Labelled, Timer, Unit},
 };
 
-use crate::tiered::{Statistics, TieredStore};
+use crate::{
+    tiered::{Statistics, TieredStore},
+    upkeep::UpkeepMetrics,
+};
 
 /// How often it is shown what the store holds.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -65,6 +68,8 @@ aether_runtime::label! {
 /// The metrics of a store node.
 #[derive(Clone, Debug)]
 pub struct StoreMetrics {
+    /// Of collection and scrub.
+    pub upkeep: UpkeepMetrics,
     calls: Labelled<(Call, Outcome), Counter>,
     times: Labelled<(Call,), Timer>,
     received: Counter,
@@ -90,6 +95,7 @@ impl StoreMetrics {
     /// Adds the store's rows to a table.
     pub fn new(metrics: &Metrics) -> Self {
         Self {
+            upkeep: UpkeepMetrics::new(metrics),
             calls: metrics.counters("aether_store_calls", "Calls answered"),
             times: metrics
                 .timers("aether_store_call", "Time from a call to its answer, or to the begin of a streamed one"),

@@ -1,85 +1,20 @@
 //! The program: what it says, how it ends, and what a kill leaves.
 
+#[path = "common/program.rs"]
+mod program;
+
 use std::{
-    io::{BufRead, BufReader, Read, Write},
-    net::{SocketAddr, TcpStream},
     path::Path,
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Command, ExitStatus},
     sync::{Arc, Mutex},
-    time::Duration,
 };
 
 use aether_cas::{
-    Blob, RemoteStore, Store,
-    remote::RemoteConfig,
+    Blob, Store,
     testing::{blob, bytes, directory, file},
 };
-use rustix::process::{Pid, Signal, kill_process};
-
-const PROGRAM: &str = env!("CARGO_BIN_EXE_aether-store-node");
-
-struct Process {
-    child: Child,
-    address: SocketAddr,
-    http: SocketAddr,
-}
-
-impl Process {
-    fn start(folder: &Path) -> Self {
-        let mut child = Command::new(PROGRAM)
-            .args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data-dir"])
-            .arg(folder)
-            .env_remove("AETHER_LOG")
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let (mut address, mut http) = (None, None);
-        let mut log = Vec::new();
-        while address.is_none() || http.is_none() {
-            let line = lines.next().unwrap_or_else(|| panic!("it ended: {log:#?}")).unwrap();
-            let value = || line.split_once("\"address\":\"")?.1.split_once('"')?.0.parse().ok();
-            if line.contains("serving the store") {
-                address = value();
-            } else if line.contains("health") {
-                http = http.or_else(value);
-            }
-            log.push(line);
-        }
-        // Or the program would wait for a reader of its log.
-        std::thread::spawn(move || lines.for_each(drop));
-        Self { child, address: address.unwrap(), http: http.unwrap() }
-    }
-
-    fn remote(&self) -> RemoteStore {
-        let mut config = RemoteConfig::new(format!("http://{}", self.address));
-        // It comes back under another port.
-        config.patience = Duration::ZERO;
-        RemoteStore::lazy(&config).unwrap()
-    }
-
-    fn get(&self, path: &str) -> String {
-        let mut connection = TcpStream::connect(self.http).unwrap();
-        write!(connection, "GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        connection.read_to_string(&mut answer).unwrap();
-        answer
-    }
-
-    fn end(mut self, signal: Signal) -> ExitStatus {
-        let pid = Pid::from_child(&self.child);
-        kill_process(pid, signal).unwrap();
-        self.child.wait().unwrap()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // When a test fails half-way.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use program::{PROGRAM, Process};
+use rustix::process::Signal;
 
 fn run(args: &[&str]) -> (ExitStatus, String) {
     let output = Command::new(PROGRAM).args(args).output().unwrap();

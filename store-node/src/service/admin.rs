@@ -1,14 +1,14 @@
-//! StoreAdmin: pinned roots, statistics and checks.
+//! StoreAdmin: pinned roots, statistics, checks and collection.
 
 use aether_cas::local;
 use aether_proto::store::v1::{
-    DurableStatistics, FsckReport, FsckRequest, GetStatisticsRequest, IncompleteRoot, ListRootsRequest,
-    ListRootsResponse, PinRootRequest, PinRootResponse, Root, Statistics, UnpinRootsRequest, UnpinRootsResponse,
-    store_admin_server::StoreAdmin,
+    CollectRequest, DurableStatistics, FsckReport, FsckRequest, GetIntegrityRequest, GetStatisticsRequest,
+    IncompleteRoot, Integrity, ListRootsRequest, ListRootsResponse, PinRootRequest, PinRootResponse, Root, Statistics,
+    UnpinRootsRequest, UnpinRootsResponse, store_admin_server::StoreAdmin,
 };
 use tonic::{Request, Response, Status};
 
-use super::{blocking, status};
+use super::{blocking, collect, integrity, status};
 use crate::{
     metrics::{Call, StoreMetrics},
     tiered::{self, TieredStore},
@@ -34,7 +34,7 @@ impl AdminService {
     }
 }
 
-fn root(root: local::Root) -> Root {
+pub(super) fn root(root: local::Root) -> Root {
     Root {
         owner_uid: root.owner_uid,
         kind: root.kind,
@@ -42,6 +42,10 @@ fn root(root: local::Root) -> Root {
         tree: root.tree.to_string(),
         pinned_at: root.pinned_at,
     }
+}
+
+pub(super) fn incomplete(root: local::Root, problem: String) -> IncompleteRoot {
+    IncompleteRoot { root: Some(self::root(root)), problem }
 }
 
 fn some(text: &str) -> Option<&str> {
@@ -115,14 +119,21 @@ impl StoreAdmin for AdminService {
                 bytes: report.bytes,
                 damaged: report.damaged.iter().map(ToString::to_string).collect(),
                 stray_files: report.stray_files.iter().map(|path| path.display().to_string()).collect(),
-                incomplete_roots: report
-                    .incomplete_roots
-                    .into_iter()
-                    .map(|incomplete| IncompleteRoot { root: Some(root(incomplete.root)), problem: incomplete.problem })
-                    .collect(),
+                incomplete_roots: report.incomplete_roots.into_iter().map(|i| incomplete(i.root, i.problem)).collect(),
                 repaired: report.repaired,
             })
         })
         .await
+    }
+
+    type CollectStream = collect::Answers;
+
+    async fn collect(&self, request: Request<CollectRequest>) -> Result<Response<Self::CollectStream>, Status> {
+        let (store, metrics) = (self.store.disk().clone(), self.metrics.upkeep.clone());
+        collect::answer(store, request.into_inner(), metrics).map(Response::new)
+    }
+
+    async fn get_integrity(&self, _: Request<GetIntegrityRequest>) -> Result<Response<Integrity>, Status> {
+        self.run(|store| integrity::report(store.disk()).map_err(status)).await
     }
 }

@@ -4,6 +4,8 @@ pub(crate) mod admin;
 pub(crate) mod bytestream;
 pub(crate) mod capabilities;
 pub(crate) mod cas;
+pub(crate) mod collect;
+pub(crate) mod integrity;
 
 use std::io::ErrorKind;
 

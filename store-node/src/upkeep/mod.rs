@@ -1,0 +1,159 @@
+//! What a node does for its store without being asked: collection and scrub, each in its time and at its pace.
+
+mod metrics;
+mod options;
+
+use std::{
+    ops::ControlFlow,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use aether_cas::{
+    LocalStore, StoreError,
+    collect::{Pace, Progress, Watch},
+    store::Result,
+};
+use aether_runtime::{CancellationToken, tasks};
+
+pub use metrics::UpkeepMetrics;
+pub use options::UpkeepArgs;
+
+/// The lease of a node that was not told another.
+pub const LEASE: Duration = Duration::from_secs(24 * 3600);
+
+/// The first collection after a start does not wait for longer, so that restarts do not put it off for ever.
+const FIRST: Duration = Duration::from_secs(5 * 60);
+/// How long after the disk failed to try again.
+const RETRY: Duration = Duration::from_secs(60);
+/// Lost blobs that are counted.
+const LOST: usize = 10_000;
+
+/// When and how fast to do something.
+#[derive(Clone, Copy, Debug)]
+pub struct Schedule {
+    /// From one begin to the next.
+    pub interval: Duration,
+    /// How fast.
+    pub pace: Pace,
+}
+
+/// Collects `store` over and over until the token is cancelled.
+///
+/// # Errors
+/// None: a collection that fails is tried again.
+pub async fn collections(
+    store: LocalStore,
+    schedule: Schedule,
+    metrics: UpkeepMetrics,
+    token: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut pause = schedule.interval.min(FIRST);
+    while passed(pause, &token).await {
+        let (store, metrics, stop) = (store.clone(), metrics.clone(), token.clone());
+        let collected = tasks::blocking("collection", move || {
+            let mut watch = |_: &Progress| until(&stop);
+            Ok(collect(&store, schedule.pace, &metrics, &mut watch)?)
+        });
+        pause = match collected.await {
+            Ok(progress) => {
+                tracing::info!(
+                    deleted = progress.deleted.blobs,
+                    bytes = progress.deleted.bytes,
+                    condemned = progress.condemned.blobs,
+                    examined = progress.examined.blobs,
+                    "collected the store"
+                );
+                schedule.interval
+            }
+            Err(_) if token.is_cancelled() => break,
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "a collection failed; it is tried again");
+                schedule.interval.min(RETRY)
+            }
+        };
+    }
+    Ok(())
+}
+
+/// Collects once, and counts what it did.
+pub(crate) fn collect(store: &LocalStore, pace: Pace, metrics: &UpkeepMetrics, watch: Watch<'_>) -> Result<Progress> {
+    let mut before = Progress::default();
+    let result = store.collect(pace, &mut |progress| {
+        metrics.collected(&before, progress);
+        before.clone_from(progress);
+        watch(progress)
+    });
+    match &result {
+        Ok(progress) => metrics.ended(Ok(progress)),
+        // Nobody's fault: it was asked to end, or another one runs.
+        Err(StoreError::Closed(_) | StoreError::Invalid(_)) => {}
+        Err(_) => metrics.ended(Err(())),
+    }
+    result
+}
+
+/// Scrubs `store` over and over until the token is cancelled; the place is kept over restarts.
+///
+/// # Errors
+/// None: a scrub that fails is tried again.
+pub async fn scrubs(
+    store: LocalStore,
+    schedule: Schedule,
+    metrics: UpkeepMetrics,
+    token: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut pause = Duration::ZERO;
+    while passed(pause, &token).await {
+        let (store, metrics, stop) = (store.clone(), metrics.clone(), token.clone());
+        let scrubbed = tasks::blocking("scrub", move || {
+            let mut before = store.scrub_state()?;
+            // A pass that has ended is long enough ago, or there is time left.
+            if !before.is_running() {
+                let rest = rest(before.began_at, schedule.interval);
+                if !rest.is_zero() {
+                    return Ok(rest);
+                }
+                before = Default::default();
+            }
+            // With one place only there is no other copy.
+            let done = store.scrub(schedule.pace, &|_| Ok(false), &mut |state| {
+                metrics.scrubbed(&before, state);
+                before = *state;
+                until(&stop)
+            })?;
+            metrics.scrubbed(&before, &done);
+            metrics.lost(store.damages(LOST)?.len());
+            if !done.is_running() {
+                tracing::info!(blobs = done.blobs, bytes = done.bytes, damaged = done.damaged, "scrubbed the store");
+            }
+            Ok(rest(done.began_at, schedule.interval))
+        });
+        pause = match scrubbed.await {
+            Ok(rest) => rest.max(Duration::from_secs(1)),
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "a scrub failed; it is tried again");
+                RETRY
+            }
+        };
+    }
+    Ok(())
+}
+
+/// What is left of an interval that began then, in milliseconds since 1970.
+fn rest(began_at: u64, interval: Duration) -> Duration {
+    let due = (UNIX_EPOCH + Duration::from_millis(began_at)).checked_add(interval).unwrap_or(UNIX_EPOCH);
+    // A clock that was set back does not make it wait for longer than the interval.
+    due.duration_since(SystemTime::now()).unwrap_or_default().min(interval)
+}
+
+fn until(stop: &CancellationToken) -> ControlFlow<()> {
+    if stop.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+}
+
+/// Waits; `false` when the token was cancelled meanwhile.
+async fn passed(pause: Duration, token: &CancellationToken) -> bool {
+    tokio::select! {
+        () = token.cancelled() => false,
+        () = tokio::time::sleep(pause) => !token.is_cancelled(),
+    }
+}
