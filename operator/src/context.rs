@@ -12,6 +12,7 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use crate::config::Config;
 use crate::nodes::Nodes;
 use crate::objects::Object;
+use crate::orphans::{self, Orphans};
 use crate::pins::Pins;
 
 /// When to ask again for what the API server refused.
@@ -25,6 +26,8 @@ pub struct Context {
     pub config: Config,
     /// The store's pins.
     pub pins: Pins,
+    /// Who pinned trees and is missing.
+    pub orphans: Orphans,
     /// What was seen of the nodes.
     pub nodes: Nodes,
     /// Keeps the progress of imports from being written more often than people can read.
@@ -45,6 +48,7 @@ impl Context {
             recorder: Recorder::new(client.clone(), reporter),
             progress: Throttle::new(Duration::from_secs(1)),
             refused: Throttle::new(REFUSED),
+            orphans: Orphans::new(orphans::GRACE),
             nodes: Nodes::new(client.clone()),
             client,
             config,

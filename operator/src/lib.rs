@@ -16,6 +16,7 @@ pub mod error;
 pub mod leader;
 pub mod nodes;
 pub mod objects;
+pub mod orphans;
 pub mod pins;
 pub mod pod;
 pub mod provision;

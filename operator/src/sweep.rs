@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aether_api::checkpoint::DeletionPolicy;
 use aether_api::names;
@@ -63,11 +63,10 @@ pub async fn sweep(context: &Arc<Context>) -> Result<()> {
     let living: HashSet<String> = uids.chain(session_uids).collect();
     let forgotten = async {
         let pinned = pinning?;
-        let gone: HashSet<&String> =
-            pinned.iter().map(|root| &root.owner_uid).filter(|owner| !living.contains(*owner)).collect();
-        for owner in gone {
+        let owners: HashSet<&str> = pinned.iter().map(|root| root.owner_uid.as_str()).collect();
+        for owner in context.orphans.gone(&owners, &living, Instant::now()) {
             tracing::info!(owner, "the store need not keep what an object had pinned that is gone");
-            context.pins.forget(owner).await?;
+            context.pins.forget(&owner).await?;
         }
         for root in pinned.iter().filter(|root| is_old_revision(root, &sources)) {
             tracing::info!(owner = root.owner_uid, revision = root.name, "the store need not keep an old revision");

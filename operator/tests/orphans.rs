@@ -1,0 +1,145 @@
+//! Pins whose owner is gone, against an API server in memory and a store that only knows roots.
+
+mod common;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherSession};
+use aether_credentials::Credentials;
+use aether_operator::config::Config;
+use aether_operator::context::Context;
+use aether_operator::orphans::Orphans;
+use aether_operator::pins::{CHECKPOINT, Pins, SESSION_HEAD, SOURCE_REVISION};
+use aether_operator::sweep::sweep;
+use aether_proto::store::v1::store_admin_server::{StoreAdmin, StoreAdminServer};
+use aether_proto::store::v1::{
+    CollectRequest, CollectResponse, FsckReport, FsckRequest, GetIntegrityRequest, GetStatisticsRequest, Integrity,
+    ListRootsRequest, ListRootsResponse, PinRootRequest, PinRootResponse, Root, Statistics, UnpinRootsRequest,
+    UnpinRootsResponse,
+};
+use clap::Parser;
+use common::{NAMESPACE, Operator};
+use futures::stream::Empty;
+use kube::ResourceExt;
+use tokio::net::TcpListener;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status};
+
+/// The roots of a store, and nothing else of it.
+#[derive(Clone, Default)]
+struct Roots(Arc<Mutex<Vec<Root>>>);
+
+impl Roots {
+    /// An hour ago.
+    fn pin(&self, owner: &str, kind: &str) {
+        let pinned_at = jiff::Timestamp::now().as_second() - 3600;
+        self.0.lock().unwrap().push(Root {
+            owner_uid: owner.into(),
+            kind: kind.into(),
+            pinned_at,
+            ..Default::default()
+        });
+    }
+
+    fn owners(&self) -> Vec<String> {
+        self.0.lock().unwrap().iter().map(|root| root.owner_uid.clone()).collect()
+    }
+}
+
+#[tonic::async_trait]
+impl StoreAdmin for Roots {
+    async fn unpin_roots(&self, request: Request<UnpinRootsRequest>) -> Result<Response<UnpinRootsResponse>, Status> {
+        let owner = request.into_inner().owner_uid;
+        self.0.lock().unwrap().retain(|root| root.owner_uid != owner);
+        Ok(Response::new(UnpinRootsResponse { removed: 1 }))
+    }
+
+    async fn list_roots(&self, _: Request<ListRootsRequest>) -> Result<Response<ListRootsResponse>, Status> {
+        Ok(Response::new(ListRootsResponse { roots: self.0.lock().unwrap().clone() }))
+    }
+
+    async fn pin_root(&self, _: Request<PinRootRequest>) -> Result<Response<PinRootResponse>, Status> {
+        Err(Status::unimplemented("a sweep pins nothing"))
+    }
+
+    async fn get_statistics(&self, _: Request<GetStatisticsRequest>) -> Result<Response<Statistics>, Status> {
+        Err(Status::unimplemented("only roots"))
+    }
+
+    async fn fsck(&self, _: Request<FsckRequest>) -> Result<Response<FsckReport>, Status> {
+        Err(Status::unimplemented("only roots"))
+    }
+
+    type CollectStream = Empty<Result<CollectResponse, Status>>;
+
+    async fn collect(&self, _: Request<CollectRequest>) -> Result<Response<Self::CollectStream>, Status> {
+        Err(Status::unimplemented("only roots"))
+    }
+
+    async fn get_integrity(&self, _: Request<GetIntegrityRequest>) -> Result<Response<Integrity>, Status> {
+        Err(Status::unimplemented("only roots"))
+    }
+}
+
+/// An operator that takes an owner for gone when two sweeps have missed it.
+async fn operator(roots: Roots) -> (Operator, Arc<Context>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    // Ends with the test's runtime.
+    tokio::spawn(
+        Server::builder().add_service(StoreAdminServer::new(roots)).serve_with_incoming(TcpIncoming::from(listener)),
+    );
+    let operator = Operator::new();
+    let arguments =
+        ["aether-operator", "--store", &address, "--importer-image=i", "--worker-image=w", "--command-image=c"];
+    let pins = Pins::connect(&address, &Credentials::default()).unwrap();
+    let mut context = Context::new(operator.api.client(), Config::parse_from(arguments), pins);
+    context.orphans = Orphans::new(Duration::from_millis(1));
+    (operator, Arc::new(context))
+}
+
+async fn sweep_twice(context: &Arc<Context>) {
+    for _ in 0..2 {
+        sweep(context).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn the_pins_of_whoever_is_gone_are_forgotten_at_the_second_sweep() {
+    let roots = Roots::default();
+    let (operator, context) = operator(roots.clone()).await;
+    operator.put_source("linux");
+    operator.put_session("fix", "linux");
+    let session = operator.api.get::<AetherSession>(NAMESPACE, "fix").unwrap().uid().unwrap();
+    let mut elsewhere = AetherCheckpoint::new("c", AetherCheckpointSpec::default());
+    elsewhere.metadata.namespace = Some("other".into());
+    operator.api.put(&elsewhere);
+    let checkpoint = operator.api.get::<AetherCheckpoint>("other", "c").unwrap().uid().unwrap();
+    roots.pin(&session, SESSION_HEAD);
+    roots.pin(&checkpoint, CHECKPOINT);
+    roots.pin("uid-gone", CHECKPOINT);
+    roots.pin("uid-of-somebody", "SomethingElse");
+
+    sweep(&context).await.unwrap();
+    assert_eq!(roots.owners().len(), 4, "missed once");
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    sweep(&context).await.unwrap();
+    assert_eq!(roots.owners(), [&session, &checkpoint, "uid-of-somebody"]);
+    operator.api.remove::<AetherSession>(NAMESPACE, "fix");
+    sweep_twice(&context).await;
+    assert_eq!(roots.owners(), [&checkpoint, "uid-of-somebody"]);
+}
+
+#[tokio::test]
+async fn a_cluster_that_knows_no_owner_forgets_none() {
+    let roots = Roots::default();
+    let (operator, context) = operator(roots.clone()).await;
+    operator.put_source("linux");
+    roots.pin("uid-of-another-cluster", SOURCE_REVISION);
+    roots.pin("uid-of-its-session", SESSION_HEAD);
+    sweep_twice(&context).await;
+    assert_eq!(roots.owners().len(), 2);
+}
