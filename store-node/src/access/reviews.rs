@@ -4,6 +4,7 @@
 //! was deleted) is refused when that time is over, at the latest. What is refused is remembered apart from what is
 //! believed, so that a flood of bad tokens cannot push out good ones, and only so many questions are asked at one time.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -46,6 +47,8 @@ pub struct Reviews {
     believed: Mutex<Cache<Arc<str>>>,
     refused: Mutex<Cache<Arc<str>>>,
     questions: Semaphore,
+    /// Whether the last question got no answer.
+    away: AtomicBool,
 }
 
 impl Reviews {
@@ -58,6 +61,7 @@ impl Reviews {
             believed: Mutex::new(Cache::new(REMEMBERED)),
             refused: Mutex::new(Cache::new(REMEMBERED)),
             questions: Semaphore::new(QUESTIONS),
+            away: AtomicBool::new(false),
         }
     }
 
@@ -78,7 +82,8 @@ impl Reviews {
             }
         });
         asked.await.unwrap_or_else(|_| {
-            Err(cannot_ask(format_args!("the API server has not answered for {} s", self.times.answer.as_secs_f32())))
+            let seconds = self.times.answer.as_secs_f32();
+            Err(self.cannot_ask(&format!("the API server has not answered for {seconds} s")))
         })
     }
 
@@ -94,7 +99,11 @@ impl Reviews {
     async fn learn(&self, key: Digest, token: &str, left: Duration) -> Result<Arc<str>, Status> {
         let spec = TokenReviewSpec { token: Some(token.into()), audiences: Some(vec![AUDIENCE.into()]) };
         let review = TokenReview { spec, ..TokenReview::default() };
-        let answer = self.api.create(&PostParams::default(), &review).await.map_err(cannot_ask)?;
+        let answer = self.api.create(&PostParams::default(), &review).await;
+        let answer = answer.map_err(|error| self.cannot_ask(&error.to_string()))?;
+        if self.away.swap(false, Ordering::Relaxed) {
+            tracing::info!("Kubernetes answers questions about tokens again");
+        }
         let now = Instant::now();
         match judge(answer.status.unwrap_or_default()) {
             Ok(account) => {
@@ -109,6 +118,14 @@ impl Reviews {
                 Err(Status::unauthenticated(reason))
             }
         }
+    }
+
+    fn cannot_ask(&self, problem: &str) -> Status {
+        // Every call fails for the same reason: said once.
+        if !self.away.swap(true, Ordering::Relaxed) {
+            tracing::warn!(problem, "Kubernetes cannot be asked about tokens; only those are let in that are known");
+        }
+        Status::unavailable(format!("the store cannot ask Kubernetes about the token now; try again: {problem}"))
     }
 }
 
@@ -127,10 +144,4 @@ fn judge(status: TokenReviewStatus) -> Result<String, String> {
     }
     let user = status.user.and_then(|user| user.username).unwrap_or_default();
     if user.starts_with(ACCOUNTS) { Ok(user) } else { Err(format!("{user:?} is not a service account")) }
-}
-
-fn cannot_ask(problem: impl std::fmt::Display) -> Status {
-    let message = format!("the store cannot ask Kubernetes about the token now; try again: {problem}");
-    tracing::warn!("{message}");
-    Status::unavailable(message)
 }
