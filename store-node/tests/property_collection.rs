@@ -84,7 +84,7 @@ fn make_tree(local: &LocalStore, random: &mut Random) -> Blob {
             .map(|_| {
                 let number = random.below(12);
                 // In the index, and as files.
-                blob(number, if number % 2 == 0 { 90 } else { 700 })
+                blob(number, if number.is_multiple_of(2) { 90 } else { 700 })
             })
             .collect();
         local.put_batch(contents.clone()).unwrap();
