@@ -31,8 +31,8 @@ const EXAMPLES: &str = "Examples:
     aether-store-node gc --dry-run --address http://127.0.0.1:8980
     aether-store-node integrity --address http://127.0.0.1:8980
 
-Any client of Bazel's Remote Execution API that uses BLAKE3 digests can use the store, for example:
-    bazel build --digest_function=BLAKE3 --remote_cache=grpc://127.0.0.1:8980 //...";
+Any client of Bazel's Remote Execution API can use the store, by BLAKE3 or SHA-256, for example BuildGrid's:
+    bgd cas --remote http://127.0.0.1:8980 upload-dir some/folder";
 
 /// The content-addressed store of a cluster: contents and directory trees, named by their BLAKE3 digests.
 #[derive(Debug, Parser)]

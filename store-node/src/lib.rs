@@ -5,7 +5,9 @@
 pub mod access;
 pub mod commands;
 pub mod config;
+pub mod limits;
 pub mod metrics;
+pub mod page_token;
 mod service;
 pub mod tiered;
 pub mod upkeep;
@@ -23,20 +25,17 @@ use bazel_remote_apis::{
 };
 use tokio::net::TcpListener;
 use tonic::transport::{Server, server::TcpIncoming};
-use tower::limit::GlobalConcurrencyLimitLayer;
 
 use crate::{
     access::{Access, AccessLayer, Tls},
+    limits::Places,
     metrics::StoreMetrics,
     service::{
-        MAX_MESSAGE_BYTES, admin::AdminService, bytestream::ByteStreamService, capabilities::CapabilitiesService,
+        MAX_ANSWER_BYTES, admin::AdminService, bytestream::ByteStreamService, capabilities::CapabilitiesService,
         cas::CasService,
     },
     tiered::TieredStore,
 };
-
-/// Requests in hand at one time. With [`MAX_MESSAGE_BYTES`] each they bound the memory of the node.
-const REQUESTS: usize = 64;
 
 /// Who may talk to the node, and how. By default everybody, in the clear: for trials on one machine.
 #[derive(Default)]
@@ -61,30 +60,37 @@ pub async fn serve(
     let store: TieredStore = store.into();
     let cas = CasService::new(store.clone(), metrics.clone());
     let bytes = ByteStreamService::new(store.clone(), metrics.clone());
+    let collecting = bytes.collect();
     let admin = AdminService::new(store, metrics);
     let router = Server::builder()
         // First: who is refused takes no place from others.
         .layer(AccessLayer::new(guard.access))
-        .layer(GlobalConcurrencyLimitLayer::new(REQUESTS))
+        .layer(Places::new())
+        .max_concurrent_streams(limits::STREAMS)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
-        .initial_connection_window_size(8 << 20)
-        .initial_stream_window_size(4 << 20)
+        .initial_connection_window_size(limits::CONNECTION_WINDOW)
+        .initial_stream_window_size(limits::STREAM_WINDOW)
         .add_service(CapabilitiesServer::new(CapabilitiesService))
         .add_service(
             ContentAddressableStorageServer::new(cas)
-                .max_decoding_message_size(MAX_MESSAGE_BYTES)
-                .max_encoding_message_size(MAX_MESSAGE_BYTES),
+                .max_decoding_message_size(limits::CALL_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_ANSWER_BYTES),
         )
-        .add_service(ByteStreamServer::new(bytes).max_decoding_message_size(MAX_MESSAGE_BYTES))
+        .add_service(ByteStreamServer::new(bytes).max_decoding_message_size(limits::PIECE_MESSAGE_BYTES))
         .add_service(StoreAdminServer::new(admin));
     let stop = token.cancelled_owned();
-    match guard.tls {
-        Some(tls) => router.serve_with_incoming_shutdown(tls.accept(listener), stop).await,
-        None => {
-            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-            router.serve_with_incoming_shutdown(incoming, stop).await
+    let serving = async {
+        match guard.tls {
+            Some(tls) => router.serve_with_incoming_shutdown(tls.accept(listener), stop).await,
+            None => {
+                let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+                router.serve_with_incoming_shutdown(incoming, stop).await
+            }
         }
+    };
+    tokio::select! {
+        served = serving => served.context("serving the store"),
+        never = collecting => match never {},
     }
-    .context("serving the store")
 }

@@ -37,8 +37,15 @@ pub struct ParseDigestError {
     expected: &'static str,
 }
 
+impl ParseDigestError {
+    pub(crate) fn sha256(text: String) -> Self {
+        Self { text, expected: SHA256_FORM }
+    }
+}
+
 const DIGEST_FORM: &str = "a BLAKE3 digest (64 lowercase hexadecimal digits)";
 const BLOB_FORM: &str = "a blob (64 lowercase hexadecimal digits, a slash and the size in bytes)";
+const SHA256_FORM: &str = "a SHA-256 name (64 lowercase hexadecimal digits, a slash and the size in bytes)";
 
 impl Digest {
     /// The digest of no bytes.

@@ -18,6 +18,7 @@ pub mod lazy;
 pub mod local;
 pub mod memory;
 pub mod remote;
+pub mod sha256;
 pub mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -28,4 +29,5 @@ pub use digest::{Blob, Digest};
 pub use local::{LocalConfig, LocalStore};
 pub use memory::MemoryStore;
 pub use remote::RemoteStore;
+pub use sha256::{ContentName, Sha256Blob};
 pub use store::{Store, StoreError};

@@ -1,102 +1,88 @@
-//! ByteStream: blobs of any size in pieces, reads from any offset, writes that go on where they broke off.
+//! ByteStream: contents of any size in pieces, plain or as zstd, reads from any offset, writes that go on where they
+//! broke off.
 //!
 //! An upload that broke off is kept for [`KEEP`] and until the next restart; a client that asks
-//! where to go on and hears NOT_FOUND begins again. Not offered: compressed blobs.
+//! where to go on and hears NOT_FOUND begins again.
 
-use std::{
-    collections::HashMap,
-    fs::File,
-    os::unix::fs::FileExt,
-    sync::{
-        Arc, Mutex, MutexGuard,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::{convert::Infallible, fs::File, ops::Range, os::unix::fs::FileExt, sync::Arc, time::Duration};
 
 use aether_cas::{
-    Blob,
+    Blob, ContentName,
     digest::BlobHasher,
-    local::Ingest,
-    remote::resource::{UploadName, parse_read, parse_upload},
+    remote::resource::{Form, ReadName, ResourceError, UploadName, parse_read, parse_upload},
 };
 use bazel_remote_apis::google::bytestream::{
     QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest, WriteResponse,
     byte_stream_server::ByteStream,
 };
-use tokio::sync::{OwnedMutexGuard, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{blocking, check_instance, status};
+use super::{
+    blocking, check_instance, missing, resolve, status,
+    uploads::{KEEP, Receiving, Uploads, Writing},
+    zstd::{Compressor, Decompressor},
+};
 use crate::{
+    limits::{DECOMPRESSORS, WINDOW_LOG},
     metrics::{Call, StoreMetrics},
     tiered::TieredStore,
 };
 
-const PIECE: u64 = 1 << 20;
+const PIECE: u64 = 128 << 10;
 /// Pieces waiting to be sent.
-const PIECES: usize = 2;
-/// How long an upload without a client is kept.
-const KEEP: Duration = Duration::from_secs(600);
+const PIECES: usize = 1;
 /// Longest wait for the next piece from a client.
 const STALL: Duration = Duration::from_secs(60);
+/// What stands for the size of a compressed upload that was not needed.
+const NOT_NEEDED: i64 = -1;
 
 pub(crate) struct ByteStreamService {
     store: TieredStore,
     metrics: StoreMetrics,
-    uploads: Uploads,
-}
-
-/// Uploads that have begun and not ended, by id and blob.
-type Uploads = Mutex<HashMap<(String, Blob), Arc<Upload>>>;
-
-struct Upload {
-    /// Held by the call that writes; `None` before the first piece.
-    ingest: Arc<tokio::sync::Mutex<Option<Ingest>>>,
-    written: AtomicU64,
-    touched: Mutex<Instant>,
-}
-
-impl Upload {
-    fn new() -> Self {
-        Self { ingest: Arc::default(), written: AtomicU64::new(0), touched: Mutex::new(Instant::now()) }
-    }
-
-    fn touch(&self, written: u64) {
-        self.written.store(written, Ordering::Relaxed);
-        *self.touched.lock().unwrap_or_else(|e| e.into_inner()) = Instant::now();
-    }
-
-    fn is_abandoned(&self) -> bool {
-        let touched = *self.touched.lock().unwrap_or_else(|e| e.into_inner());
-        touched.elapsed() > KEEP && self.ingest.try_lock().is_ok()
-    }
+    uploads: Arc<Uploads>,
+    decompressors: Arc<Semaphore>,
 }
 
 impl ByteStreamService {
     pub(crate) fn new(store: TieredStore, metrics: StoreMetrics) -> Self {
-        Self { store, metrics, uploads: Uploads::default() }
+        Self { store, metrics, uploads: Arc::default(), decompressors: Arc::new(Semaphore::new(DECOMPRESSORS)) }
+    }
+
+    /// Collects abandoned uploads for ever.
+    pub(crate) fn collect(&self) -> impl Future<Output = Infallible> + use<> {
+        let uploads = self.uploads.clone();
+        async move {
+            let mut ticks = tokio::time::interval(KEEP / 10);
+            loop {
+                ticks.tick().await;
+                uploads.collect();
+            }
+        }
     }
 
     async fn read_blob(&self, request: ReadRequest) -> Result<ReceiverStream<Result<ReadResponse, Status>>, Status> {
-        let (instance, blob) =
-            parse_read(&request.resource_name).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let ReadName { instance, form, content } = parse_read(&request.resource_name).map_err(bad_name)?;
         check_instance(&instance)?;
         let offset = u64::try_from(request.read_offset)
             .ok()
-            .filter(|offset| *offset <= blob.size)
-            .ok_or_else(|| Status::out_of_range(format!("offset {} is not in blob {blob}", request.read_offset)))?;
-        let limit = match u64::try_from(request.read_limit) {
-            Ok(0) => u64::MAX,
-            Ok(limit) => limit,
-            Err(_) => return Err(Status::invalid_argument("read_limit is negative")),
+            .filter(|offset| *offset <= content.size())
+            .ok_or_else(|| Status::out_of_range(format!("offset {} is not in blob {content}", request.read_offset)))?;
+        let limit = match (u64::try_from(request.read_limit), form) {
+            (Ok(0), _) => u64::MAX,
+            (Ok(limit), Form::Plain) => limit,
+            (Ok(_), Form::Zstd) => {
+                return Err(Status::invalid_argument("compressed blobs are read without read_limit"));
+            }
+            (Err(_), _) => return Err(Status::invalid_argument("read_limit is negative")),
         };
-        let end = blob.size.min(offset.saturating_add(limit));
-        let store = self.store.clone();
+        let blob = self.resolve(content).await?.ok_or_else(|| missing(&content))?;
+        let range = offset..blob.size.min(offset.saturating_add(limit));
         // Before the stream begins, so that a missing blob is the status of the call.
         self.store.bring(&[blob]).await.map_err(status)?;
-        let file = blocking(move || match store.open_object(&blob) {
+        let store = self.store.clone();
+        let bytes = blocking(move || match store.open_object(&blob) {
             Ok(Some(file)) => Ok(Bytes::File(file)),
             Ok(None) => store.read_blob(&blob).map(Bytes::Memory),
             Err(error) => Err(error),
@@ -104,130 +90,176 @@ impl ByteStreamService {
         .await?
         .map_err(status)?;
         let (sender, receiver) = mpsc::channel(PIECES);
-        let (store, metrics) = (self.store.clone(), self.metrics.clone());
+        let sending = Sending { store: self.store.clone(), metrics: self.metrics.clone(), blob, bytes, sender };
         tokio::task::spawn_blocking(move || {
-            if let Err(error) = send(&store, blob, &file, offset..end, &sender, &metrics) {
-                let _ = sender.blocking_send(Err(error));
+            if let Err(error) = sending.send(range, form) {
+                let _ = sending.sender.blocking_send(Err(error));
             }
         });
         Ok(ReceiverStream::new(receiver))
     }
 
-    async fn write_blob(&self, mut requests: Streaming<WriteRequest>) -> Result<WriteResponse, Status> {
-        let mut request =
-            next(&mut requests).await?.ok_or_else(|| Status::invalid_argument("a write needs at least one request"))?;
-        let UploadName { instance, id, blob } =
-            parse_upload(&request.resource_name).map_err(|e| Status::invalid_argument(e.to_string()))?;
-        check_instance(&instance)?;
+    async fn resolve(&self, content: ContentName) -> Result<Option<Blob>, Status> {
+        Ok(resolve(&self.store, vec![content]).await?.pop().flatten())
+    }
+
+    /// The blob of a content that is here.
+    async fn present(&self, content: ContentName) -> Result<Option<Blob>, Status> {
+        let Some(blob) = self.resolve(content).await? else { return Ok(None) };
         let store = self.store.clone();
-        if blocking(move || store.contains(&blob)).await?.map_err(status)? {
-            // REAPI: no need to send what is here already.
-            return Ok(WriteResponse { committed_size: signed(blob.size) });
+        Ok(blocking(move || store.contains(&blob)).await?.map_err(status)?.then_some(blob))
+    }
+
+    async fn write_blob(&self, mut requests: Streaming<WriteRequest>) -> Result<WriteResponse, Status> {
+        let first =
+            next(&mut requests).await?.ok_or_else(|| Status::invalid_argument("a write needs at least one request"))?;
+        let UploadName { instance, id, form, content } = parse_upload(&first.resource_name).map_err(bad_name)?;
+        check_instance(&instance)?;
+        // REAPI: no need to send what is here already.
+        let not_needed = WriteResponse {
+            committed_size: match form {
+                Form::Plain => signed(content.size()),
+                Form::Zstd => NOT_NEEDED,
+            },
+        };
+        if self.present(content).await?.is_some() {
+            return Ok(not_needed);
         }
-        let name = request.resource_name.clone();
-        let key = (id, blob);
-        let upload = self.upload(&key);
-        let mut ingest = upload
-            .ingest
-            .clone()
-            .try_lock_owned()
-            .map_err(|_| Status::aborted(format!("another call is writing {name}")))?;
-        if request.write_offset == 0 {
+        let name = first.resource_name.clone();
+        let key = (id, content);
+        let upload = self.uploads.get_or_begin(&key);
+        let mut writing = upload.lock().ok_or_else(|| Status::aborted(format!("another call is writing {name}")))?;
+        if first.write_offset == 0 {
             // A client that does not ask begins again.
-            *ingest = None;
+            *writing = None;
         }
+        let written = writing.as_ref().map_or(0, Receiving::written);
+        // Pieces of a call whose connection broke may still arrive after its client asked where to go on, so a
+        // client may be behind. What it sends twice is skipped: the digest decides about the whole anyway.
+        let behind = u64::try_from(first.write_offset).ok().and_then(|offset| written.checked_sub(offset));
+        let skip = behind.ok_or_else(|| {
+            Status::invalid_argument(format!(
+                "write_offset is {}, but {written} bytes of {name} have been written",
+                first.write_offset
+            ))
+        })?;
+        let mut pieces = Pieces { skip, decompressor: self.decompressor(form).await? };
+
+        // Compressed or not, offsets count what was sent in this call.
+        let mut offset = first.write_offset;
+        let mut request = first;
         loop {
             if !request.resource_name.is_empty() && request.resource_name != name {
                 return Err(Status::invalid_argument("the resource name changed within one write"));
             }
-            let written = ingest.as_ref().map_or(0, Ingest::written);
-            // Pieces of a call whose connection broke may still arrive after its client asked where to go on, so a
-            // client may be behind. What it sends twice is skipped: the digest decides about the whole anyway.
-            let behind = u64::try_from(request.write_offset).ok().and_then(|offset| written.checked_sub(offset));
-            let Some(behind) = behind else {
-                return Err(Status::invalid_argument(format!(
-                    "write_offset is {}, but {written} bytes of {name} have been written",
-                    request.write_offset
-                )));
-            };
+            if request.write_offset != offset {
+                let found = request.write_offset;
+                return Err(Status::invalid_argument(format!("write_offset is {found} where {offset} follows")));
+            }
+            offset = offset.saturating_add(signed(request.data.len() as u64));
             self.metrics.received(request.data.len() as u64);
             let finish = request.finish_write;
             let store = self.store.clone();
-            let appended;
-            (ingest, appended) = blocking(move || {
-                let mut ingest = ingest;
-                let result = append(&store, blob, &mut ingest, after(&request.data, behind));
-                (ingest, result)
+            let taken;
+            (writing, pieces, taken) = blocking(move || {
+                let result = pieces.take(&store, content, &mut writing, &request.data);
+                (writing, pieces, result)
             })
             .await?;
-            if let Err(error) = appended {
-                self.forget(&key);
+            if let Err(error) = taken.and_then(|()| if finish { pieces.check_end() } else { Ok(()) }) {
+                self.uploads.forget(&key);
                 return Err(error);
             }
-            upload.touch(ingest.as_ref().map_or(0, Ingest::written));
+            upload.touch(writing.as_ref().map_or(0, Receiving::written));
             if finish {
-                self.forget(&key);
-                return self.finish(blob, ingest).await;
+                self.uploads.forget(&key);
+                let receiving = writing.take().ok_or_else(|| Status::internal("the upload was lost"))?;
+                receiving.finish(&self.store).await?;
+                self.metrics.hold(self.store.statistics());
+                // For plain bytes the same as the size.
+                return Ok(WriteResponse { committed_size: offset });
             }
             match next(&mut requests).await? {
                 Some(next) => request = next,
                 // The client will go on later.
-                None => return Ok(WriteResponse { committed_size: signed(upload.written.load(Ordering::Relaxed)) }),
+                None => return Ok(WriteResponse { committed_size: signed(upload.written()) }),
+            }
+            if self.present(content).await?.is_some() {
+                // Somebody else was quicker.
+                self.uploads.forget(&key);
+                return Ok(not_needed);
             }
         }
     }
 
-    async fn finish(&self, blob: Blob, mut ingest: OwnedMutexGuard<Option<Ingest>>) -> Result<WriteResponse, Status> {
-        let ingest = ingest.take().ok_or_else(|| Status::internal("the upload was lost"))?;
-        self.store.finish(ingest).await.map_err(status)?;
-        self.metrics.hold(self.store.statistics());
-        Ok(WriteResponse { committed_size: signed(blob.size) })
+    /// What takes the pieces of this form apart, and the right to the memory for it.
+    async fn decompressor(&self, form: Form) -> Result<Option<(Decompressor, OwnedSemaphorePermit)>, Status> {
+        if form == Form::Plain {
+            return Ok(None);
+        }
+        let permit = self.decompressors.clone().acquire_owned().await.map_err(|e| Status::internal(e.to_string()))?;
+        Ok(Some((Decompressor::new(WINDOW_LOG)?, permit)))
     }
 
     async fn query(&self, request: QueryWriteStatusRequest) -> Result<QueryWriteStatusResponse, Status> {
-        let UploadName { instance, id, blob } =
-            parse_upload(&request.resource_name).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let UploadName { instance, id, content, .. } = parse_upload(&request.resource_name).map_err(bad_name)?;
         check_instance(&instance)?;
-        let store = self.store.clone();
-        if blocking(move || store.contains(&blob)).await?.map_err(status)? {
-            return Ok(QueryWriteStatusResponse { committed_size: signed(blob.size), complete: true });
+        if self.present(content).await?.is_some() {
+            return Ok(QueryWriteStatusResponse { committed_size: signed(content.size()), complete: true });
         }
-        match self.lock().get(&(id, blob)) {
-            Some(upload) => Ok(QueryWriteStatusResponse {
-                committed_size: signed(upload.written.load(Ordering::Relaxed)),
-                complete: false,
-            }),
+        match self.uploads.get(&(id, content)) {
+            Some(upload) => Ok(QueryWriteStatusResponse { committed_size: signed(upload.written()), complete: false }),
             None => Err(Status::not_found(format!("there is no upload {}", request.resource_name))),
         }
     }
+}
 
-    /// The upload of this name, new or begun; drops those that nobody has come back for.
-    fn upload(&self, key: &(String, Blob)) -> Arc<Upload> {
-        let mut uploads = self.lock();
-        uploads.retain(|other, upload| other == key || !upload.is_abandoned());
-        uploads.entry(key.clone()).or_insert_with(|| Arc::new(Upload::new())).clone()
+/// From what a client sends to what it means.
+struct Pieces {
+    /// Bytes still to come that have been written already.
+    skip: u64,
+    decompressor: Option<(Decompressor, OwnedSemaphorePermit)>,
+}
+
+impl Pieces {
+    fn take(
+        &mut self,
+        store: &TieredStore,
+        content: ContentName,
+        writing: &mut Writing,
+        data: &[u8],
+    ) -> Result<(), Status> {
+        let receiving = match &mut **writing {
+            Some(receiving) => receiving,
+            empty => empty.insert(Receiving::begin(store, content).map_err(status)?),
+        };
+        let skip = &mut self.skip;
+        let mut append = |data: &[u8]| {
+            let known = usize::try_from(*skip).unwrap_or(usize::MAX).min(data.len());
+            *skip -= known as u64;
+            receiving.append(&data[known..]).map_err(|error| {
+                let error = status(error);
+                Status::new(error.code(), format!("blob {content}: {}", error.message()))
+            })
+        };
+        match &mut self.decompressor {
+            Some((decompressor, _)) => decompressor.feed(data, append),
+            None => append(data),
+        }
     }
 
-    fn forget(&self, key: &(String, Blob)) {
-        self.lock().remove(key);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<(String, Blob), Arc<Upload>>> {
-        self.uploads.lock().unwrap_or_else(|e| e.into_inner())
+    fn check_end(&self) -> Result<(), Status> {
+        match &self.decompressor {
+            Some((decompressor, _)) if !decompressor.is_done() => {
+                Err(Status::invalid_argument("the write ends in the middle of a zstd frame"))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
-fn append(store: &TieredStore, blob: Blob, ingest: &mut Option<Ingest>, data: &[u8]) -> Result<(), Status> {
-    let ingest = match ingest {
-        Some(ingest) => ingest,
-        empty => empty.insert(store.begin(blob).map_err(status)?),
-    };
-    ingest.append(data).map_err(status)
-}
-
-/// What is left of `data` without its first `count` bytes.
-fn after(data: &[u8], count: u64) -> &[u8] {
-    usize::try_from(count).ok().and_then(|count| data.get(count..)).unwrap_or_default()
+fn bad_name(error: ResourceError) -> Status {
+    Status::invalid_argument(error.to_string())
 }
 
 async fn next(requests: &mut Streaming<WriteRequest>) -> Result<Option<WriteRequest>, Status> {
@@ -241,51 +273,77 @@ enum Bytes {
     File(File),
 }
 
-/// Sends a range of a blob; verifies the whole blob when all of it is sent.
-fn send(
-    store: &TieredStore,
+/// A blob on its way to a client.
+struct Sending {
+    store: TieredStore,
+    metrics: StoreMetrics,
     blob: Blob,
-    bytes: &Bytes,
-    range: std::ops::Range<u64>,
-    sender: &mpsc::Sender<Result<ReadResponse, Status>>,
-    metrics: &StoreMetrics,
-) -> Result<(), Status> {
-    let whole = range == (0..blob.size);
-    let mut hasher = BlobHasher::new();
-    let mut at = range.start;
-    while at < range.end {
-        let length = usize::try_from(PIECE.min(range.end - at)).unwrap_or(0);
-        let data = match bytes {
+    bytes: Bytes,
+    sender: mpsc::Sender<Result<ReadResponse, Status>>,
+}
+
+impl Sending {
+    /// Sends a range of the blob; verifies the whole blob when all of it is sent.
+    fn send(&self, range: Range<u64>, form: Form) -> Result<(), Status> {
+        let blob = self.blob;
+        let whole = range == (0..blob.size);
+        let mut hasher = BlobHasher::new();
+        let mut compressor = match form {
+            Form::Plain => None,
+            Form::Zstd => Some(Compressor::new()?),
+        };
+        let mut at = range.start;
+        while at < range.end {
+            let data = self.read(at, usize::try_from(PIECE.min(range.end - at)).unwrap_or(0))?;
+            if whole {
+                hasher.update(&data);
+            }
+            at += data.len() as u64;
+            if whole && at == range.end && hasher.finish() != blob {
+                // Before the last piece, so that no client has all of it without hearing.
+                self.store.verify(&blob).map_err(status)?;
+                return Err(Status::data_loss(format!("blob {blob} was read wrongly")));
+            }
+            let data = match &mut compressor {
+                None => data,
+                Some(compressor) => compressor.feed(&data)?,
+            };
+            if !self.hand_out(data) {
+                return Ok(());
+            }
+        }
+        if let Some(compressor) = compressor {
+            self.hand_out(compressor.finish()?);
+        }
+        Ok(())
+    }
+
+    fn read(&self, at: u64, length: usize) -> Result<Vec<u8>, Status> {
+        match &self.bytes {
             Bytes::Memory(all) => {
                 let at = usize::try_from(at).unwrap_or(usize::MAX);
-                all[at..at + length].to_vec()
+                Ok(all[at..at + length].to_vec())
             }
             Bytes::File(file) => {
                 let mut data = vec![0; length];
-                if let Err(error) = file.read_exact_at(&mut data, at) {
-                    tracing::error!(%blob, %error, "cannot read a blob");
+                file.read_exact_at(&mut data, at).map(|()| data).or_else(|error| {
+                    tracing::error!(blob = %self.blob, %error, "cannot read a blob");
                     // Sets the copy aside if it is too short.
-                    store.verify(&blob).map_err(status)?;
-                    return Err(Status::internal(format!("cannot read blob {blob}: {error}")));
-                }
-                data
+                    self.store.verify(&self.blob).map_err(status)?;
+                    Err(Status::internal(format!("cannot read blob {}: {error}", self.blob)))
+                })
             }
-        };
-        if whole {
-            hasher.update(&data);
-        }
-        at += data.len() as u64;
-        if whole && at == range.end && hasher.finish() != blob {
-            // Before the last piece, so that no client has all of it without hearing.
-            store.verify(&blob).map_err(status)?;
-            return Err(Status::data_loss(format!("blob {blob} was read wrongly")));
-        }
-        metrics.sent(data.len() as u64);
-        if sender.blocking_send(Ok(ReadResponse { data })).is_err() {
-            return Ok(());
         }
     }
-    Ok(())
+
+    /// Whether the client still listens.
+    fn hand_out(&self, data: Vec<u8>) -> bool {
+        if data.is_empty() {
+            return true;
+        }
+        self.metrics.sent(data.len() as u64);
+        self.sender.blocking_send(Ok(ReadResponse { data })).is_ok()
+    }
 }
 
 fn signed(size: u64) -> i64 {

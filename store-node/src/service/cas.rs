@@ -1,10 +1,10 @@
 //! ContentAddressableStorage: batches of small blobs, and whole trees of directories.
 //!
-//! Not offered: compressed blobs, and the splitting of blobs into chunks.
+//! Not offered: the splitting of blobs into chunks.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::HashSet;
 
-use aether_cas::{Blob, StoreError, store::verify, transfer::BLOB_OVERHEAD, tree::MAX_DIRECTORY_BYTES};
+use aether_cas::{Blob, ContentName, StoreError, sha256::DigestFunction, store::verify};
 use bazel_remote_apis::{
     build::bazel::remote::execution::v2::{
         self as reapi, BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest,
@@ -17,21 +17,22 @@ use bazel_remote_apis::{
     google::rpc,
 };
 use bytes::Bytes;
-use prost::Message;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use super::{MAX_BATCH_BYTES, blocking, check_function, check_instance, parse_digest, status};
+use super::{
+    MAX_BATCH_BYTES, blocking, check_function, check_instance, mismatch, missing, parse_digest, parse_digests, resolve,
+    status, tree::Tree, zstd,
+};
 use crate::{
     metrics::{Call, StoreMetrics},
+    page_token::PageToken,
     tiered::TieredStore,
 };
 
 /// Pages of a tree waiting to be sent.
-const PAGES: usize = 2;
-/// Directories of a tree that are brought from the bucket together.
-const LEVEL: usize = 4096;
+const PAGES: usize = 1;
 
 pub(crate) struct CasService {
     store: TieredStore,
@@ -45,33 +46,51 @@ impl CasService {
 
     async fn find(&self, request: FindMissingBlobsRequest) -> Result<FindMissingBlobsResponse, Status> {
         check_instance(&request.instance_name)?;
-        check_function(request.digest_function)?;
-        let blobs = request.blob_digests.iter().map(|d| parse_digest(Some(d))).collect::<Result<Vec<_>, _>>()?;
-        let missing = self.store.find_missing(&blobs).await.map_err(status)?;
-        Ok(FindMissingBlobsResponse { missing_blob_digests: missing.into_iter().map(reapi::Digest::from).collect() })
+        let function = check_function(request.digest_function)?;
+        let names = parse_digests(function, &request.blob_digests)?;
+        let blobs = resolve(&self.store, names.clone()).await?;
+        let asked: Vec<Blob> = blobs.iter().flatten().copied().collect();
+        let absent: HashSet<Blob> = self.store.find_missing(&asked).await.map_err(status)?.into_iter().collect();
+        let mut seen = HashSet::new();
+        let missing = names
+            .into_iter()
+            .zip(blobs)
+            .filter(|(name, blob)| blob.is_none_or(|blob| absent.contains(&blob)) && seen.insert(*name));
+        Ok(FindMissingBlobsResponse { missing_blob_digests: missing.map(|(name, _)| name.into()).collect() })
     }
 
     async fn update(&self, request: BatchUpdateBlobsRequest) -> Result<BatchUpdateBlobsResponse, Status> {
         check_instance(&request.instance_name)?;
-        check_function(request.digest_function)?;
-        let bytes = request.requests.iter().map(|r| r.data.len() as u64).sum();
-        check_batch(bytes)?;
-        self.metrics.received(bytes);
+        let function = check_function(request.digest_function)?;
+        let announced =
+            |digest: &Option<reapi::Digest>| digest.as_ref().map_or(0, |d| d.size_bytes.max(0).unsigned_abs());
+        check_batch(request.requests.iter().map(|r| announced(&r.digest).max(r.data.len() as u64)))?;
+        self.metrics.received(request.requests.iter().map(|r| r.data.len() as u64).sum());
 
-        let mut outcomes = Vec::with_capacity(request.requests.len());
+        // Decompressing and hashing is work for another thread.
+        let updates: Vec<(Option<reapi::Digest>, Result<Update, Status>)> = blocking(move || {
+            request
+                .requests
+                .into_iter()
+                .map(|request| (request.digest.clone(), parse_update(function, request)))
+                .collect()
+        })
+        .await?;
+        let mut outcomes = Vec::with_capacity(updates.len());
         let mut writes = Vec::new();
-        for request in request.requests {
-            let digest = request.digest.clone();
-            match parse_update(request) {
-                Ok((blob, data)) => {
-                    outcomes.push((digest, Ok(blob)));
-                    writes.push((blob, data));
+        let mut names = Vec::new();
+        for (digest, update) in updates {
+            let outcome = update.map(|update| {
+                if let ContentName::Sha256(name) = update.name {
+                    names.push((name, update.blob));
                 }
-                Err(error) => outcomes.push((digest, Err(error))),
-            }
+                writes.push((update.blob, update.data));
+                (update.name, update.blob)
+            });
+            outcomes.push((digest, outcome));
         }
         let mut refused = HashSet::new();
-        let written = match self.store.write_batch(writes.clone()).await {
+        let mut written = match self.store.write_batch(writes.clone()).await {
             Err(StoreError::Mismatch { .. }) => {
                 // Rare: find out which, and store the others.
                 let (good, bad) = blocking(move || {
@@ -83,12 +102,14 @@ impl CasService {
             }
             other => other,
         };
+        if written.is_ok() && !names.is_empty() {
+            let store = self.store.clone();
+            written = blocking(move || store.name(&names)).await?;
+        }
         let failed = written.err().map(status);
         let responses = outcomes.into_iter().map(|(digest, outcome)| {
-            let outcome = outcome.and_then(|blob| match &failed {
-                _ if refused.contains(&blob) => {
-                    Err(Status::invalid_argument(format!("the data sent is not blob {blob}")))
-                }
+            let outcome = outcome.and_then(|(name, blob)| match &failed {
+                _ if refused.contains(&blob) => Err(mismatch(&name)),
                 Some(failed) => Err(failed.clone()),
                 None => Ok(()),
             });
@@ -99,27 +120,20 @@ impl CasService {
 
     async fn read(&self, request: BatchReadBlobsRequest) -> Result<BatchReadBlobsResponse, Status> {
         check_instance(&request.instance_name)?;
-        check_function(request.digest_function)?;
-        let blobs = request.digests.iter().map(|d| parse_digest(Some(d))).collect::<Result<Vec<_>, _>>()?;
-        check_batch(blobs.iter().fold(0, |sum: u64, blob| sum.saturating_add(blob.size)))?;
-        self.store.bring(&blobs).await.map_err(status)?;
+        let function = check_function(request.digest_function)?;
+        let names = parse_digests(function, &request.digests)?;
+        check_batch(names.iter().map(ContentName::size))?;
+        let compress = request.acceptable_compressors.contains(&(compressor::Value::Zstd as i32));
+        let blobs = resolve(&self.store, names.clone()).await?;
+        let present: Vec<Blob> = blobs.iter().flatten().copied().collect();
+        self.store.bring(&present).await.map_err(status)?;
         let store = self.store.clone();
         let responses: Vec<_> = blocking(move || {
-            blobs
-                .into_iter()
-                .map(|blob| {
-                    let (data, outcome) = match store.read_blob(&blob) {
-                        Ok(data) => (data.into(), Ok(())),
-                        Err(error) => (Vec::new(), Err(status(error))),
-                    };
-                    batch_read_blobs_response::Response {
-                        digest: Some(blob.into()),
-                        data,
-                        status: Some(rpc_status(outcome)),
-                        ..Default::default()
-                    }
-                })
-                .collect()
+            let read = |(name, blob): (ContentName, Option<Blob>)| {
+                let data = blob.ok_or_else(|| missing(&name)).and_then(|blob| store.read_blob(&blob).map_err(status));
+                response(name, data, compress)
+            };
+            names.into_iter().zip(blobs).map(read).collect()
         })
         .await?;
         self.metrics.sent(responses.iter().map(|r| r.data.len() as u64).sum());
@@ -128,19 +142,21 @@ impl CasService {
 
     async fn tree(&self, request: GetTreeRequest) -> Result<ReceiverStream<Result<GetTreeResponse, Status>>, Status> {
         check_instance(&request.instance_name)?;
-        check_function(request.digest_function)?;
-        if !request.page_token.is_empty() {
-            return Err(Status::invalid_argument("page_token is not known: the whole tree comes in one stream"));
-        }
-        let root = parse_digest(request.root_digest.as_ref())?;
-        let page = usize::try_from(request.page_size).ok().filter(|size| *size > 0).unwrap_or(usize::MAX);
-        let store = self.store.clone();
+        let function = check_function(request.digest_function)?;
+        let root = parse_digest(function, request.root_digest.as_ref())?;
+        let begin = match request.page_token.as_str() {
+            "" => PageToken { root, skip: 0 },
+            token => PageToken::parse(token)
+                .filter(|token| token.root == root)
+                .ok_or_else(|| Status::invalid_argument(format!("page_token {token:?} is not one of this tree")))?,
+        };
+        let page_size = usize::try_from(request.page_size).ok().filter(|size| *size > 0).unwrap_or(usize::MAX);
+        let tree = Tree { store: self.store.clone(), metrics: self.metrics.clone(), function, begin, page_size };
         // Before the stream begins, so that a missing root is the status of the call.
-        let message = blocking(move || directory(&store, &root)).await??;
+        let (tree, directory) = blocking(move || tree.directory(&root).map(|directory| (tree, directory))).await??;
         let (sender, receiver) = mpsc::channel(PAGES);
-        let (store, metrics) = (self.store.clone(), self.metrics.clone());
         tokio::task::spawn_blocking(move || {
-            if let Err(error) = send_tree(root, message, &store, page, &sender, &metrics) {
+            if let Err(error) = tree.send(directory, &sender) {
                 let _ = sender.blocking_send(Err(error));
             }
         });
@@ -148,15 +164,47 @@ impl CasService {
     }
 }
 
-fn parse_update(request: batch_update_blobs_request::Request) -> Result<(Blob, Bytes), Status> {
-    let blob = parse_digest(request.digest.as_ref())?;
-    if request.compressor != compressor::Value::Identity as i32 {
-        return Err(Status::invalid_argument(format!("blob {blob} is compressed, which this store does not support")));
-    }
-    Ok((blob, Bytes::from(request.data)))
+/// A blob of a batch. By SHA-256 it is verified, by BLAKE3 it will be when it is written.
+struct Update {
+    name: ContentName,
+    blob: Blob,
+    data: Bytes,
 }
 
-fn check_batch(bytes: u64) -> Result<(), Status> {
+fn parse_update(function: DigestFunction, request: batch_update_blobs_request::Request) -> Result<Update, Status> {
+    let name = parse_digest(function, request.digest.as_ref())?;
+    let data = match compressor::Value::try_from(request.compressor) {
+        Ok(compressor::Value::Identity) => request.data,
+        Ok(compressor::Value::Zstd) => {
+            zstd::decompress(&request.data, usize::try_from(name.size()).unwrap_or(usize::MAX)).map_err(|error| {
+                Status::invalid_argument(format!("the data sent is not blob {name}: {}", error.message()))
+            })?
+        }
+        _ => return Err(Status::invalid_argument(format!("blob {name} is compressed by other means than zstd"))),
+    };
+    let blob = match name {
+        ContentName::Blake3(blob) => blob,
+        ContentName::Sha256(_) if name.matches(&data) => Blob::of(&data),
+        ContentName::Sha256(_) => return Err(mismatch(&name)),
+    };
+    Ok(Update { name, blob, data: data.into() })
+}
+
+fn response(name: ContentName, data: Result<Bytes, Status>, compress: bool) -> batch_read_blobs_response::Response {
+    let (data, outcome) = match data {
+        Ok(data) => (data, Ok(())),
+        Err(error) => (Bytes::new(), Err(error)),
+    };
+    let (data, compressor) = match compress.then(|| zstd::compress(&data)).flatten() {
+        Some(compressed) => (compressed, compressor::Value::Zstd),
+        None => (data.into(), compressor::Value::Identity),
+    };
+    let (digest, status) = (Some(name.into()), Some(rpc_status(outcome)));
+    batch_read_blobs_response::Response { digest, data, compressor: compressor as i32, status }
+}
+
+fn check_batch(sizes: impl Iterator<Item = u64>) -> Result<(), Status> {
+    let bytes = sizes.fold(0, u64::saturating_add);
     if bytes <= MAX_BATCH_BYTES {
         return Ok(());
     }
@@ -173,75 +221,6 @@ fn rpc_status(outcome: Result<(), Status>) -> rpc::Status {
             rpc::Status { code: status.code() as i32, message: status.message().to_owned(), ..Default::default() }
         }
     }
-}
-
-/// Reads a directory of any REAPI client, not only of ours.
-fn directory(store: &TieredStore, blob: &Blob) -> Result<reapi::Directory, Status> {
-    if blob.size > MAX_DIRECTORY_BYTES as u64 {
-        return Err(Status::invalid_argument(format!("blob {blob} is too large for a directory")));
-    }
-    let data = store.read_blob(blob).map_err(status)?;
-    reapi::Directory::decode(data)
-        .map_err(|error| Status::invalid_argument(format!("blob {blob} is not a directory: {error}")))
-}
-
-/// Sends the directories below `root` breadth-first, each once, in pages that fit a message.
-///
-/// As REAPI allows, what is missing is left out; so are directories that fit no message, which a client reads as blobs.
-fn send_tree(
-    root: Blob,
-    message: reapi::Directory,
-    store: &TieredStore,
-    page_entries: usize,
-    sender: &mpsc::Sender<Result<GetTreeResponse, Status>>,
-    metrics: &StoreMetrics,
-) -> Result<(), Status> {
-    let mut seen = HashSet::from([root]);
-    let mut waiting = VecDeque::new();
-    let mut page = GetTreeResponse::default();
-    let mut page_bytes = 0;
-    let mut next = Some((root, message));
-    let mut brought: usize = 0;
-    while let Some((blob, message)) = next.take() {
-        for child in &message.directories {
-            let child = parse_digest(child.digest.as_ref())?;
-            if seen.insert(child) {
-                waiting.push_back(child);
-            }
-        }
-        let cost = blob.size + BLOB_OVERHEAD;
-        if cost <= MAX_BATCH_BYTES {
-            if page_bytes + cost > MAX_BATCH_BYTES || page.directories.len() >= page_entries {
-                metrics.sent(std::mem::take(&mut page_bytes));
-                if sender.blocking_send(Ok(std::mem::take(&mut page))).is_err() {
-                    return Ok(());
-                }
-            }
-            page_bytes += cost;
-            page.directories.push(message);
-        }
-        while let Some(blob) = waiting.pop_front() {
-            if brought == 0 {
-                // Whole levels of the tree at a time, where the disk does not have them.
-                let level: Vec<Blob> = std::iter::once(blob).chain(waiting.iter().copied()).take(LEVEL).collect();
-                store.bring_now(&level).map_err(status)?;
-                brought = level.len();
-            }
-            brought -= 1;
-            match directory(store, &blob) {
-                Ok(message) => {
-                    next = Some((blob, message));
-                    break;
-                }
-                Err(error) if error.code() == Code::NotFound => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-    metrics.sent(page_bytes);
-    // The client may have gone, which is no error of ours.
-    let _ = sender.blocking_send(Ok(page));
-    Ok(())
 }
 
 const CHUNKS: &str = "this store does not split blobs into chunks; see split_blob_support in its capabilities";

@@ -6,17 +6,22 @@ pub(crate) mod capabilities;
 pub(crate) mod cas;
 pub(crate) mod collect;
 pub(crate) mod integrity;
+mod tree;
+mod uploads;
+mod zstd;
 
 use std::io::ErrorKind;
 
-use aether_cas::{Blob, StoreError};
+use aether_cas::{Blob, ContentName, StoreError, sha256::DigestFunction};
 use bazel_remote_apis::build::bazel::remote::execution::v2::{self as reapi, digest_function};
 use tonic::Status;
 
+use crate::tiered::TieredStore;
+
 /// Bytes of blobs in one batch: announced to clients, and enforced.
 pub(crate) const MAX_BATCH_BYTES: u64 = aether_cas::transfer::BATCH_BYTES;
-/// Bytes of one message, which has names beside the blobs.
-pub(crate) const MAX_MESSAGE_BYTES: usize = 16 << 20;
+/// Bytes of one answer, which has names beside the blobs.
+pub(crate) const MAX_ANSWER_BYTES: usize = 16 << 20;
 
 /// The status that tells a client of an error of the store.
 pub(crate) fn status(error: StoreError) -> Status {
@@ -60,26 +65,43 @@ pub(crate) fn check_instance(name: &str) -> Result<(), Status> {
 }
 
 /// BLAKE3 must be said: REAPI takes an unset function with digests of this length for SHA-256.
-pub(crate) fn check_function(function: i32) -> Result<(), Status> {
+pub(crate) fn check_function(function: i32) -> Result<DigestFunction, Status> {
     use digest_function::Value;
+    let refused = |what: String| Status::invalid_argument(format!("{what}; this store supports BLAKE3 and SHA256"));
     match Value::try_from(function) {
-        Ok(Value::Blake3) => Ok(()),
-        Ok(Value::Unknown) => Err(Status::invalid_argument(
-            "digest_function is not set, which means SHA256 for digests of this length; this store supports BLAKE3 only",
-        )),
-        Ok(other) => Err(Status::invalid_argument(format!(
-            "digest function {} is not supported; this store supports BLAKE3 only",
-            other.as_str_name()
-        ))),
-        Err(_) => Err(Status::invalid_argument(format!(
-            "digest function number {function} is not known; this store supports BLAKE3 only"
-        ))),
+        Ok(Value::Blake3) => Ok(DigestFunction::Blake3),
+        Ok(Value::Sha256 | Value::Unknown) => Ok(DigestFunction::Sha256),
+        Ok(other) => Err(refused(format!("digest function {} is not supported", other.as_str_name()))),
+        Err(_) => Err(refused(format!("digest function number {function} is not known"))),
     }
 }
 
-pub(crate) fn parse_digest(digest: Option<&reapi::Digest>) -> Result<Blob, Status> {
+pub(crate) fn parse_digest(function: DigestFunction, digest: Option<&reapi::Digest>) -> Result<ContentName, Status> {
     let digest = digest.ok_or_else(|| Status::invalid_argument("a digest is missing"))?;
-    Blob::try_from(digest).map_err(|error| Status::invalid_argument(error.to_string()))
+    ContentName::parse(function, digest).map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
+pub(crate) fn parse_digests(function: DigestFunction, digests: &[reapi::Digest]) -> Result<Vec<ContentName>, Status> {
+    digests.iter().map(|digest| parse_digest(function, Some(digest))).collect()
+}
+
+/// The blobs that names stand for; `None` for contents that nobody has stored under that name.
+pub(crate) async fn resolve(store: &TieredStore, names: Vec<ContentName>) -> Result<Vec<Option<Blob>>, Status> {
+    let store = store.clone();
+    blocking(move || store.resolve(&names)).await?.map_err(status)
+}
+
+pub(crate) fn missing(name: &ContentName) -> Status {
+    Status::not_found(format!("blob {name} is not in the store"))
+}
+
+/// Bytes that are not what they were said to be.
+pub(crate) fn mismatch(name: &ContentName) -> Status {
+    let hint = match name {
+        ContentName::Blake3(_) => "",
+        ContentName::Sha256(_) => " (a BLAKE3 digest needs its digest function to be named)",
+    };
+    Status::invalid_argument(format!("the data sent is not blob {name}{hint}"))
 }
 
 /// Runs work on the store on a thread that may block.

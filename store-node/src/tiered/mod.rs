@@ -22,7 +22,7 @@ use std::{
 };
 
 use aether_cas::{
-    Blob, LocalStore, Store, StoreError,
+    Blob, ContentName, LocalStore, Sha256Blob, Store, StoreError,
     durable::{self, Durable, format::MAX_SHARED_BLOB},
     local::{self, FsckReport, IncompleteRoot, Ingest, Root},
     store::Result,
@@ -223,6 +223,29 @@ impl TieredStore {
         }
     }
 
+    /// The blobs that names stand for, in their order; `None` for names that nobody has said anything of to this node.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn resolve(&self, names: &[ContentName]) -> Result<Vec<Option<Blob>>> {
+        let foreign = |name: &ContentName| if let ContentName::Sha256(name) = name { Some(*name) } else { None };
+        let asked: Vec<_> = names.iter().filter_map(foreign).collect();
+        let mut found = self.disk.resolve_sha256(&asked)?.into_iter();
+        let blob = |name: &ContentName| match name {
+            ContentName::Blake3(blob) => Some(*blob),
+            ContentName::Sha256(_) => found.next().flatten(),
+        };
+        Ok(names.iter().map(blob).collect())
+    }
+
+    /// Says for which blobs SHA-256 names stand: of the same bytes. Store the blobs first.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn name(&self, names: &[(Sha256Blob, Blob)]) -> Result<()> {
+        self.disk.name_sha256(names)
+    }
+
     /// Brings to the disk what of `blobs` only the durable tier has, in few requests. Call it before many reads.
     /// What is nowhere is left out: the read says so.
     ///
@@ -317,6 +340,14 @@ impl TieredStore {
     /// Those of creating a file.
     pub fn begin(&self, blob: Blob) -> Result<Ingest> {
         self.disk.begin(blob)
+    }
+
+    /// As [`TieredStore::begin`], for a blob of which only the size is known: see [`LocalStore::begin_unnamed`].
+    ///
+    /// # Errors
+    /// Those of creating a file.
+    pub fn begin_unnamed(&self, size: u64) -> Result<Ingest> {
+        self.disk.begin_unnamed(size)
     }
 
     /// Verifies a blob that came in pieces and makes it durable; returns when it is.

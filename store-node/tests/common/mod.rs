@@ -34,7 +34,15 @@ impl Node {
     }
 
     pub(crate) async fn start_behind(guard: Guard) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        Self::start_with(tempfile::tempdir().unwrap(), guard).await
+    }
+
+    /// On a folder that a node left behind.
+    pub(crate) async fn start_in(folder: TempDir) -> Self {
+        Self::start_with(folder, Guard::default()).await
+    }
+
+    async fn start_with(folder: TempDir, guard: Guard) -> Self {
         let store = open(folder.path());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -60,6 +68,13 @@ impl Node {
 
     pub(crate) async fn channel(&self) -> Channel {
         Channel::from_shared(self.uri()).unwrap().connect().await.unwrap()
+    }
+
+    /// Stops, and leaves the folder for another start. Clones of the store must be dropped.
+    pub(crate) async fn keep(self) -> TempDir {
+        self.token.cancel();
+        self.server.await.unwrap().unwrap();
+        self.folder
     }
 
     pub(crate) async fn stop(self) {

@@ -242,6 +242,7 @@ impl Heap for LocalStore {
             self.shared.index.apply(Changes { states: vec![(SENTENCED, None)], ..Default::default() })?;
             verdicts.sentenced = false;
         }
+        self.prune_sha256(|blobs| self.shared.missing(blobs, |_, _| true))?;
         let garbage = self.number(GARBAGE)?;
         if garbage > 0 && garbage.saturating_mul(WORTH) >= self.statistics().inline_bytes {
             self.shared.index.compact()?;

@@ -2,10 +2,11 @@
 //!
 //! Column families: `objects` maps a digest to where the blob is and its size; `data` holds blobs
 //! that are kept in the index; `roots` the pins; `leases` until when a blob was promised to a client;
-//! `condemned` since when a blob is about to be deleted; `damaged` what a copy was found to be;
+//! `condemned` since when a blob is about to be deleted; `damaged` what a copy was found to be; `sha256` for
+//! which blob a SHA-256 digest stands;
 //! `default` the format version, whether the store was closed cleanly, and where collection and scrub are.
 //!
-//! Format 2 added the families `leases`, `condemned` and `damaged`; an index of format 1 becomes one when it is opened.
+//! Format 2 added the families `leases`, `condemned`, `damaged` and `sha256`; an index of format 1 becomes one when it is opened.
 //!
 //! Memory: 32 MiB of write buffers for all families together, 32 MiB of block cache that also
 //! holds indexes and filters, 128 open files; some 80 MiB when busy, a few when idle.
@@ -36,16 +37,19 @@ pub(super) enum Table {
     Leases,
     Condemned,
     Damaged,
+    /// Named by SHA-256.
+    Sha256,
 }
 
 impl Table {
-    const ALL: [Self; 3] = [Self::Leases, Self::Condemned, Self::Damaged];
+    const ALL: [Self; 4] = [Self::Leases, Self::Condemned, Self::Damaged, Self::Sha256];
 
     const fn family(self) -> &'static str {
         match self {
             Self::Leases => "leases",
             Self::Condemned => "condemned",
             Self::Damaged => "damaged",
+            Self::Sha256 => "sha256",
         }
     }
 }

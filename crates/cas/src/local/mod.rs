@@ -13,6 +13,7 @@
 //! [`collect`](crate::collect) deletes what no pin and no lease keeps. A node's store is not: its engine knows what it needs.
 
 mod affected;
+mod aliases;
 mod cache;
 mod commit;
 mod damage;
@@ -102,6 +103,8 @@ struct Shared {
     writes: Mutex<()>,
     /// Of a store that is collected.
     tenure: Option<Tenure>,
+    /// Held by whoever changes what SHA-256 names stand for.
+    aliases: Mutex<()>,
 }
 
 impl LocalStore {
@@ -139,6 +142,7 @@ impl LocalStore {
             directories: DirectoryCache::default(),
             writes: Mutex::new(()),
             tenure,
+            aliases: Mutex::new(()),
         });
         shared.recover()?;
         Ok(Self { committer: Arc::new(Committer::start(shared.clone())?), shared })
@@ -313,7 +317,16 @@ impl LocalStore {
     /// # Errors
     /// Those of creating a file.
     pub fn begin(&self, blob: Blob) -> Result<Ingest> {
-        Ingest::new(self.clone(), blob)
+        Ingest::new(self.clone(), blob.size, Some(blob.digest))
+    }
+
+    /// Begins to store a blob in pieces of which only the size is known. Whoever does so verifies by other means that
+    /// it is what was meant, before it is finished.
+    ///
+    /// # Errors
+    /// Those of creating a file.
+    pub fn begin_unnamed(&self, size: u64) -> Result<Ingest> {
+        Ingest::new(self.clone(), size, None)
     }
 
     /// Removes blobs in all forms. Whoever calls it knows that no tree needs them.
