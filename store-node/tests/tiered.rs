@@ -24,6 +24,7 @@ use tokio::{net::TcpListener, task::JoinHandle};
 /// A node over a bucket, in this process.
 struct TieredNode {
     store: TieredStore,
+    uri: String,
     remote: RemoteStore,
     token: CancellationToken,
     tasks: Vec<JoinHandle<anyhow::Result<()>>>,
@@ -40,13 +41,14 @@ impl TieredNode {
     async fn start(bucket: &Arc<TestBucket>, folder: &Path, durability: Durability, limit: Option<u64>) -> Self {
         let store = tiered(bucket, folder, durability, limit).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut config = RemoteConfig::new(format!("http://{}", listener.local_addr().unwrap()));
+        let uri = format!("http://{}", listener.local_addr().unwrap());
+        let mut config = RemoteConfig::new(&uri);
         config.patience = Duration::ZERO;
         let token = CancellationToken::new();
         let metrics = StoreMetrics::new(&Metrics::new());
         let serving = aether_store_node::serve(listener, store.clone(), metrics, Guard::default(), token.clone());
         let tasks = vec![tokio::spawn(serving), tokio::spawn(store.clone().work(token.clone()))];
-        Self { store, remote: RemoteStore::lazy(&config).unwrap(), token, tasks }
+        Self { store, uri, remote: RemoteStore::lazy(&config).unwrap(), token, tasks }
     }
 
     fn durable(&self) -> DurableStatistics {
@@ -276,6 +278,12 @@ async fn several_nodes_see_what_each_wrote() {
     for (one, node) in blobs.iter().zip(nodes.iter().cycle()) {
         node.remote.write(one.0, one.1.clone()).await.unwrap();
     }
+    let trees: Vec<Blob> = names(&blobs[..3]);
+    for (node, tree) in nodes.iter().zip(trees.iter().cycle().skip(1)) {
+        let (store, tree) = (node.store.clone(), *tree);
+        let pinned = tokio::task::spawn_blocking(move || store.pin("uid", "Checkpoint", &tree.to_string(), tree));
+        pinned.await.unwrap().unwrap();
+    }
     for node in &nodes {
         assert_reads(&node.remote, &blobs).await;
     }
@@ -316,4 +324,47 @@ async fn pins_of_a_disk_move_to_the_bucket_and_its_blobs_follow() {
     .await
     .unwrap();
     node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_of_several_nodes_goes_on_when_one_ends() {
+    let bucket = Arc::new(TestBucket::default());
+    let folders: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
+    let mut nodes = Vec::new();
+    for folder in &folders {
+        nodes.push(TieredNode::start(&bucket, folder.path(), Durability::Through, None).await);
+    }
+    let uris: Vec<&str> = nodes.iter().map(|node| node.uri.as_str()).collect();
+    let mut config = RemoteConfig::new(uris.join(","));
+    config.patience = Duration::from_secs(2);
+    let remote = RemoteStore::lazy(&config).unwrap();
+    remote.check().await.unwrap();
+    conformance(&remote).await;
+    let blobs: Vec<_> = (0..90).map(|n| blob(n, 10_000)).chain([blob(99, 6 << 20)]).collect();
+    remote.write_batch(blobs.clone()).await.unwrap();
+    for node in &nodes {
+        let held = node.store.disk().missing(&names(&blobs)).unwrap();
+        assert!(held.len() > 40 && held.len() < 80, "each has its share: {}", held.len());
+    }
+    let (nowhere, _) = blob(300, 10);
+    assert!(matches!(remote.read(nowhere).await, Err(StoreError::NotFound { .. })));
+    // What a disk was the only one to have is found by the others.
+    nodes.remove(1).stop().await;
+    assert_reads(&remote, &blobs).await;
+    assert_eq!(remote.find_missing(&names(&blobs)).await.unwrap(), [], "they have just been looked for");
+    assert_eq!(
+        remote.read_range(blobs[90].0, 1 << 20, 100).await.unwrap(),
+        blobs[90].1.slice(1 << 20..(1 << 20) + 100)
+    );
+    let more: Vec<_> = (200..260).map(|n| blob(n, 20_000)).collect();
+    remote.write_batch(more.clone()).await.unwrap();
+    remote.check().await.unwrap();
+    // The node that does not answer might know: that is no "not found".
+    let error = remote.read(nowhere).await.unwrap_err();
+    assert!(error.is_transient(), "{error}");
+    nodes.remove(1).stop().await;
+    assert_reads(&remote, &more).await;
+    nodes.remove(0).stop().await;
+    let error = remote.read(more[0].0).await.unwrap_err();
+    assert!(error.is_transient(), "{error}");
 }

@@ -196,6 +196,11 @@ impl TieredStore {
     /// # Errors
     /// Those of the store.
     pub async fn find_missing(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
+        self.find_missing_since(blobs, Instant::now().checked_sub(FRESH).unwrap_or_else(Instant::now)).await
+    }
+
+    /// As [`TieredStore::find_missing`]; what any node had stored at `since` does not count as missing.
+    async fn find_missing_since(&self, blobs: &[Blob], since: Instant) -> Result<Vec<Blob>> {
         let Some(tier) = &self.tier else { return self.disk.find_missing(blobs).await };
         let mut missing = match tier.durability {
             Durability::Through => blobs.to_vec(),
@@ -207,7 +212,7 @@ impl TieredStore {
             if missing.is_empty() || attempt == 1 {
                 break;
             }
-            tier.durable.refresh(Instant::now().checked_sub(FRESH).unwrap_or_else(Instant::now)).await?;
+            tier.durable.refresh(since).await?;
         }
         Ok(missing)
     }
@@ -379,10 +384,13 @@ impl TieredStore {
     /// As [`LocalStore::pin`], and those of the durable tier.
     pub fn pin(&self, owner_uid: &str, kind: &str, name: &str, tree: Blob) -> Result<()> {
         let Some(tier) = &self.tier else { return self.disk.pin(owner_uid, kind, name, tree) };
-        if !self.contains(&tree)? {
-            return Err(StoreError::NotFound { blob: tree, store: tier.durable.name() });
-        }
-        Handle::current().block_on(tier.durable.pin(owner_uid, kind, name, tree))
+        Handle::current().block_on(async {
+            // Exactly: it may have been uploaded to another node a moment ago.
+            if !self.find_missing_since(&[tree], Instant::now()).await?.is_empty() {
+                return Err(StoreError::NotFound { blob: tree, store: tier.durable.name() });
+            }
+            tier.durable.pin(owner_uid, kind, name, tree).await
+        })
     }
 
     /// Forgets roots. Returns how many there were.
@@ -444,7 +452,8 @@ impl TieredStore {
         };
         for (_, directory) in &directories {
             let contents: Vec<Blob> = directory.contents().collect();
-            if let Some(missing) = Handle::current().block_on(self.find_missing(&contents))?.first() {
+            let missing = self.find_missing_since(&contents, Instant::now());
+            if let Some(missing) = Handle::current().block_on(missing)?.first() {
                 return Ok(Some(format!("blob {missing} is missing")));
             }
         }

@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     pin::pin,
+    sync::atomic::Ordering,
 };
 
 use bazel_remote_apis::google::bytestream::{QueryWriteStatusRequest, ReadRequest, WriteRequest};
@@ -17,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
 use super::{
-    Ordering, RemoteStore, broken_is_unavailable,
+    node::{NodeClient, broken_is_unavailable},
     resource::{read_name, upload_name},
 };
 use crate::{Blob, StoreError, digest::BlobHasher, store::Result};
@@ -49,13 +50,13 @@ impl Sink<'_> {
     }
 }
 
-impl RemoteStore {
+impl NodeClient {
     /// Reads `length` bytes of a blob from `offset`, fewer where it ends before. Bytes of a part cannot be verified:
     /// whoever reads them verifies the whole when he has it.
     ///
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Corrupt`] when the store sends too little, and those of the connection.
-    pub async fn read_range(&self, blob: Blob, offset: u64, length: u64) -> Result<Bytes> {
+    pub(super) async fn read_range(&self, blob: Blob, offset: u64, length: u64) -> Result<Bytes> {
         let length = length.min(blob.size.saturating_sub(offset));
         if length == 0 {
             return Ok(Bytes::new());

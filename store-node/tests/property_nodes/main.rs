@@ -1,0 +1,303 @@
+//! Three store nodes over a real S3 service: nodes are killed and lose their disks at random moments while clients upload,
+//! pin and read. Nothing that was acknowledged is lost, not even when in the end all disks are.
+//!
+//! `AETHER_SEED` repeats the sequence of one run (not its timing); `AETHER_ROUNDS` sets its length.
+
+mod bucket;
+mod node;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use aether_cas::{
+    Blob, MemoryStore, RemoteStore, Store, StoreError,
+    remote::RemoteConfig,
+    testing::{blob, bytes, directory, file},
+    transfer::upload_tree,
+    tree,
+};
+use aether_proto::store::v1::{
+    ListRootsRequest, PinRootRequest, Root, UnpinRootsRequest, store_admin_client::StoreAdminClient,
+};
+use tonic::transport::Endpoint;
+
+use bucket::Bucket;
+use node::Node;
+
+const NODES: usize = 3;
+const UPLOADERS: u64 = 3;
+
+/// Random numbers that a seed repeats.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_add(1);
+        let bytes: [u8; 8] = bytes(self.0, 8)[..].try_into().unwrap();
+        u64::from_le_bytes(bytes) % sides
+    }
+}
+
+/// What the store has acknowledged.
+#[derive(Default)]
+struct Acknowledged {
+    /// Contents, from which seed and how long.
+    contents: Vec<(Blob, u64, usize)>,
+    /// Directories, and what they are.
+    directories: HashMap<Blob, tree::Directory>,
+    roots: Vec<Blob>,
+    /// Pins by name; of those whose last change was not acknowledged nothing is known.
+    pins: BTreeMap<String, Option<Blob>>,
+}
+
+struct World {
+    remote: RemoteStore,
+    uris: Vec<String>,
+    done: Mutex<Acknowledged>,
+    stop: AtomicBool,
+    uploads: AtomicU64,
+    failed_uploads: AtomicU64,
+    reads: AtomicU64,
+    failed_reads: AtomicU64,
+    pins: AtomicU64,
+}
+
+impl World {
+    fn is_over(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Uploads one tree after the other.
+    async fn upload(self: Arc<Self>, uploader: u64, seed: u64) {
+        let mut dice = Dice(seed ^ uploader << 32);
+        let mut number = (uploader + 1) * 1_000_000_000;
+        while !self.is_over() {
+            let source = MemoryStore::new();
+            let mut contents = Vec::new();
+            let mut directories = HashMap::new();
+            let mut folders = Vec::new();
+            for n in 0..1 + dice.roll(4) {
+                let mut files = Vec::new();
+                for k in 0..1 + dice.roll(30) {
+                    number += 1;
+                    let length = match dice.roll(60) {
+                        0 => 4_500_000 + dice.roll(2_000_000),
+                        1..10 => 20_000 + dice.roll(200_000),
+                        _ => 1 + dice.roll(8_000),
+                    };
+                    let (blob, data) = blob(number, length as usize);
+                    source.put(data);
+                    contents.push((blob, number, length as usize));
+                    files.push((format!("f{k}"), file(blob)));
+                }
+                let folder = directory(files.iter().map(|(name, node)| (name.as_str(), node.clone())));
+                let blob = source.put_directory(&folder);
+                directories.insert(blob, folder);
+                folders.push((format!("d{n}"), tree::Node::Directory(blob)));
+            }
+            let top = directory(folders.iter().map(|(name, node)| (name.as_str(), node.clone())));
+            let root = source.put_directory(&top);
+            directories.insert(root, top);
+            match upload_tree(root, Arc::new(source), &self.remote, &|_| {}).await {
+                Ok(_) => {
+                    self.uploads.fetch_add(1, Ordering::Relaxed);
+                    let mut done = self.done.lock().unwrap();
+                    done.contents.extend(contents);
+                    done.directories.extend(directories);
+                    done.roots.push(root);
+                }
+                Err(error) => {
+                    assert!(error.is_transient(), "an upload failed for good: {error}");
+                    self.failed_uploads.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            if dice.roll(2) == 0 {
+                self.pin(&mut dice, uploader, root).await;
+            }
+        }
+    }
+
+    /// Pins a tree at some node, or unpins; each uploader has its own names, so that it knows what the last word was.
+    async fn pin(&self, dice: &mut Dice, uploader: u64, root: Blob) {
+        let name = format!("{uploader}-{}", dice.roll(20));
+        let uri = self.uris[dice.roll(NODES as u64) as usize].clone();
+        let Ok(channel) = Endpoint::from_shared(uri).unwrap().timeout(Duration::from_secs(20)).connect().await else {
+            return;
+        };
+        let mut admin = StoreAdminClient::new(channel);
+        // While it is under way, and when it fails, nobody knows.
+        self.done.lock().unwrap().pins.remove(&name);
+        let (owner_uid, kind) = ("property".to_owned(), "Checkpoint".to_owned());
+        let pinned = if dice.roll(5) == 0 {
+            let request = UnpinRootsRequest { owner_uid, kind, name: Some(name.clone()) };
+            admin.unpin_roots(request).await.map(|_| None)
+        } else {
+            let pin = Root { owner_uid, kind, name: name.clone(), tree: root.to_string(), pinned_at: 0 };
+            admin.pin_root(PinRootRequest { root: Some(pin) }).await.map(|_| Some(root))
+        };
+        if let Ok(pinned) = pinned {
+            self.pins.fetch_add(1, Ordering::Relaxed);
+            self.done.lock().unwrap().pins.insert(name, pinned);
+        }
+    }
+
+    /// Reads what was acknowledged, at random.
+    async fn read(self: Arc<Self>, seed: u64) {
+        let mut dice = Dice(seed ^ 77 << 40);
+        while !self.is_over() {
+            let picked: Vec<_> = {
+                let done = self.done.lock().unwrap();
+                let count = done.contents.len() as u64;
+                (0..count.min(20)).map(|_| done.contents[dice.roll(count) as usize]).collect()
+            };
+            if picked.is_empty() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                continue;
+            }
+            let names: Vec<Blob> = picked.iter().map(|(blob, ..)| *blob).collect();
+            match self.remote.read_batch(&names).await {
+                Ok(read) => {
+                    for (data, (blob, seed, length)) in read.into_iter().zip(picked) {
+                        assert_eq!(data, bytes(seed, length), "{blob}");
+                    }
+                    self.reads.fetch_add(names.len() as u64, Ordering::Relaxed);
+                }
+                Err(error) => {
+                    assert!(error.is_transient(), "what was acknowledged is lost: {error}");
+                    self.failed_reads.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+
+    /// Compares everything that was acknowledged with what the store has.
+    async fn compare(&self) {
+        let done = self.done.lock().unwrap();
+        let (contents, directories, pins) = (done.contents.clone(), done.directories.clone(), done.pins.clone());
+        let (roots, count) = (done.roots.len(), contents.len());
+        drop(done);
+        for some in contents.chunks(500) {
+            let names: Vec<Blob> = some.iter().map(|(blob, ..)| *blob).collect();
+            let read = self.remote.read_batch(&names).await.unwrap();
+            for (data, (blob, seed, length)) in read.into_iter().zip(some) {
+                assert_eq!(data, bytes(*seed, *length), "{blob}");
+            }
+        }
+        let names: Vec<Blob> = directories.keys().copied().collect();
+        for (data, name) in self.remote.read_batch(&names).await.unwrap().iter().zip(&names) {
+            assert_eq!(tree::Directory::decode(data).unwrap(), directories[name]);
+        }
+        for uri in &self.uris {
+            let channel = Endpoint::from_shared(uri.clone()).unwrap().connect().await.unwrap();
+            let listed = StoreAdminClient::new(channel)
+                .list_roots(ListRootsRequest { owner_uid: "property".to_owned(), kind: String::new() })
+                .await
+                .unwrap();
+            let listed: HashMap<String, String> =
+                listed.into_inner().roots.into_iter().map(|root| (root.name, root.tree)).collect();
+            for (name, pinned) in &pins {
+                assert_eq!(listed.get(name).cloned(), pinned.map(|blob| blob.to_string()), "pin {name} at {uri}");
+            }
+        }
+        println!("{roots} trees with {count} contents and {} directories are there, {} pins", names.len(), pins.len());
+    }
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_die_at_random_and_nothing_acknowledged_is_lost() {
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
+    let (seed, rounds) = (number("AETHER_SEED").unwrap_or(clock), number("AETHER_ROUNDS").unwrap_or(50));
+    println!("AETHER_SEED={seed}");
+    let mut dice = Dice(seed);
+    let folder = tempfile::tempdir().unwrap();
+    let bucket = Bucket::start(folder.path());
+    let mut nodes: Vec<Node> =
+        (0..NODES).map(|n| Node::new(PathBuf::from(folder.path()).join(format!("node-{n}")), &bucket)).collect();
+    nodes.iter_mut().for_each(Node::start);
+    nodes.iter_mut().for_each(Node::wait_until_it_serves);
+
+    let uris: Vec<String> = nodes.iter().map(Node::uri).collect();
+    let world = Arc::new(World {
+        remote: RemoteStore::lazy(&RemoteConfig::new(uris.join(","))).unwrap(),
+        uris,
+        done: Mutex::default(),
+        stop: AtomicBool::new(false),
+        uploads: AtomicU64::new(0),
+        failed_uploads: AtomicU64::new(0),
+        reads: AtomicU64::new(0),
+        failed_reads: AtomicU64::new(0),
+        pins: AtomicU64::new(0),
+    });
+    let mut clients: Vec<_> = (0..UPLOADERS).map(|n| tokio::spawn(world.clone().upload(n, seed))).collect();
+    clients.push(tokio::spawn(world.clone().read(seed)));
+
+    let begin = Instant::now();
+    let (mut kills, mut lost_disks) = (0, 0);
+    for _ in 0..rounds {
+        tokio::time::sleep(Duration::from_millis(50 + dice.roll(700))).await;
+        // Mostly one node, sometimes all of them. Collections at random nodes belong here, once buckets are collected.
+        let victims: Vec<usize> = match dice.roll(10) {
+            0 => (0..NODES).collect(),
+            1..3 => (0..2).map(|n| (n + dice.roll(3) as usize) % NODES).collect(),
+            _ => vec![dice.roll(NODES as u64) as usize],
+        };
+        for &victim in &victims {
+            nodes[victim].kill();
+            kills += 1;
+        }
+        tokio::time::sleep(Duration::from_millis(dice.roll(500))).await;
+        for victim in victims {
+            nodes[victim].kill();
+            if dice.roll(4) == 0 {
+                nodes[victim].lose_disk();
+                lost_disks += 1;
+            }
+            nodes[victim].start();
+        }
+        // Not always before the next one is killed.
+        if dice.roll(3) > 0 {
+            tokio::task::block_in_place(|| nodes.iter_mut().for_each(Node::wait_until_it_serves));
+        }
+        assert!(!clients.iter().any(tokio::task::JoinHandle::is_finished), "a client found something wrong");
+    }
+    world.stop.store(true, Ordering::Relaxed);
+    for client in clients {
+        client.await.unwrap();
+    }
+    tokio::task::block_in_place(|| nodes.iter_mut().for_each(Node::wait_until_it_serves));
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    println!(
+        "{rounds} rounds in {:.0?}: {kills} kills, {lost_disks} disks lost; {} trees uploaded, {} uploads gave up; \
+         {} reads, {} gave up; {} pins changed",
+        begin.elapsed(),
+        count(&world.uploads),
+        count(&world.failed_uploads),
+        count(&world.reads),
+        count(&world.failed_reads),
+        count(&world.pins),
+    );
+    assert!(count(&world.uploads) >= rounds, "clients got on");
+    world.compare().await;
+
+    // The bucket alone.
+    for node in &mut nodes {
+        node.kill();
+        node.lose_disk();
+    }
+    nodes.iter_mut().for_each(Node::start);
+    tokio::task::block_in_place(|| nodes.iter_mut().for_each(Node::wait_until_it_serves));
+    world.compare().await;
+    let error = world.remote.read(blob(1, 10).0).await.unwrap_err();
+    assert!(matches!(error, StoreError::NotFound { .. }), "and nothing else: {error}");
+}
