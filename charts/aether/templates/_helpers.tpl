@@ -19,6 +19,31 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
+{{- /* Several nodes have nothing in common but the bucket. */ -}}
+{{- define "aether.store.replicas" -}}
+{{- $store := .Values.store -}}
+{{- if gt (int $store.replicas) 1 -}}
+{{- if not $store.durable.s3.bucket }}{{ fail "store.replicas: several store nodes need a bucket that they share (store.durable.s3.bucket)" }}{{ end -}}
+{{- if $store.persistence.hostPath }}{{ fail "store.replicas: several store nodes cannot share one directory (store.persistence.hostPath)" }}{{ end -}}
+{{- end -}}
+{{ $store.replicas }}
+{{- end }}
+
+{{- /* All nodes of the store, for those who place each content on one of them. Any node has everything, so that a fixed address
+stands for all as well. */ -}}
+{{- define "aether.store.nodes" -}}
+{{- if or .Values.store.clusterIP (le (int .Values.store.replicas) 1) -}}
+{{ include "aether.store" . }}
+{{- else -}}
+{{- $root := . -}}
+{{- $nodes := list -}}
+{{- range $n := until (int .Values.store.replicas) -}}
+{{- $nodes = append $nodes (printf "https://aether-store-%d.aether-store-nodes.%s.svc:%v" $n $root.Release.Namespace $root.Values.store.port) -}}
+{{- end -}}
+{{ join "," $nodes }}
+{{- end -}}
+{{- end }}
+
 {{- /* Drivers use the host's network, where the cluster's DNS does not answer: a fixed address wins over the name. */ -}}
 {{- define "aether.store" -}}
 {{- if .Values.store.clusterIP -}}
@@ -31,7 +56,7 @@ https://aether-store.{{ .Release.Namespace }}.svc:{{ .Values.store.port }}
 {{- /* What the store's certificate is made out to: its Service, the pods of it by name, and its address. */ -}}
 {{- define "aether.store.names" -}}
 {{- $service := printf "aether-store.%s.svc" .Release.Namespace -}}
-{{- $names := list $service (printf "%s.cluster.local" $service) (printf "*.%s" $service) (printf "*.%s.cluster.local" $service) -}}
+{{- $names := list $service (printf "%s.cluster.local" $service) (printf "*.aether-store-nodes.%s.svc" .Release.Namespace) (printf "*.aether-store-nodes.%s.svc.cluster.local" .Release.Namespace) -}}
 {{- with .Values.store.clusterIP }}{{ $names = append $names . }}{{ end -}}
 {{- toJson $names -}}
 {{- end }}
@@ -53,7 +78,7 @@ ConfigMap; pods wait for it. */ -}}
 {{- end }}
 
 {{- define "aether.storeAccess.args" -}}
-- --store={{ include "aether.store" . }}
+- --store={{ include "aether.store.nodes" . }}
 - --store-ca=/var/run/aether/store/ca.crt
 - --store-token=/var/run/aether/store/token
 {{- end }}
