@@ -20,7 +20,7 @@
 //! report names the pin. What a lease names is no promise of ours that it is whole: there such a gap is no reason to stop.
 //!
 //! **Memory** does not grow with the number of blobs: the marks are rows of a RocksDB in a scratch folder ([`Marks`]:
-//! some 24 MiB of buffers; some 50 bytes on disk per blob that is kept), pages have [`PAGE`] rows, and the way down a tree holds
+//! some 24 MiB of buffers; some 55 bytes on disk per blob that is kept), pages have [`PAGE`] rows, and the way down a tree holds
 //! the names of the subdirectories of its ancestors. Each pin takes some 200 bytes while the collection runs.
 //!
 //! Where the blobs are is behind [`Heap`]; [`LocalStore`](crate::LocalStore) is one.
