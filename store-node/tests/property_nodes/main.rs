@@ -179,10 +179,11 @@ impl World {
 
     /// Compares everything that was acknowledged with what the store has.
     async fn compare(&self) {
-        let done = self.done.lock().unwrap();
-        let (contents, directories, pins) = (done.contents.clone(), done.directories.clone(), done.pins.clone());
-        let (roots, count) = (done.roots.len(), contents.len());
-        drop(done);
+        let (contents, directories, pins, roots) = {
+            let done = self.done.lock().unwrap();
+            (done.contents.clone(), done.directories.clone(), done.pins.clone(), done.roots.len())
+        };
+        let count = contents.len();
         for some in contents.chunks(500) {
             let names: Vec<Blob> = some.iter().map(|(blob, ..)| *blob).collect();
             let read = self.remote.read_batch(&names).await.unwrap();
