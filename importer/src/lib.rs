@@ -1,7 +1,7 @@
 //! The importer: brings a source into the store as one tree, and says what became of it.
 //!
-//! [`git`] makes a working copy with the git program, [`scan`] turns a directory into a tree and uploads it, [`report`]
-//! speaks to the operator (progress on stdout, the result in the container's termination message), and
+//! [`git`] fetches with the git program and stores the tree of a commit, [`scan`] turns a directory into a tree and uploads it,
+//! [`report`] speaks to the operator (progress on stdout, the result in the container's termination message), and
 //! [`failure`] says why an import failed in the words of the source's conditions. Secrets are read from files and
 //! never reach an argument, a log, or the tree.
 

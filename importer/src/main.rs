@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use aether_cas::remote::RemoteConfig;
-use aether_cas::{RemoteStore, Store};
+use aether_cas::RemoteStore;
 use aether_importer::cli::{Cli, Source};
 use aether_importer::failure::{Failure, Reason};
-use aether_importer::git::{self, Cloned};
+use aether_importer::git;
 use aether_importer::report::{self, Imported, Reporter};
 use aether_importer::scan;
 use aether_runtime::{logs, signals};
@@ -57,8 +57,8 @@ async fn import(cli: &Cli) -> Result<Imported, Failure> {
         Source::Git(asked) => {
             let home = scratch.path().join("home");
             std::fs::create_dir(&home).map_err(|error| Failure::other("make a home for git", error))?;
-            match git::clone(asked, &worktree, &home, &reporter).await? {
-                Cloned::Unchanged(known) => {
+            match git::import(asked, &worktree, &home, &store, reporter).await? {
+                git::Imported::Unchanged(known) => {
                     return Ok(Imported {
                         root: None,
                         files: 0,
@@ -68,14 +68,16 @@ async fn import(cli: &Cli) -> Result<Imported, Failure> {
                         unchanged: true,
                     });
                 }
-                Cloned::Commit(checked_out) => commit = Some(checked_out),
+                git::Imported::Commit(imported, stored) => {
+                    commit = Some(imported);
+                    stored
+                }
             }
-            store_directory(&worktree, &store, reporter).await?
         }
-        Source::Claim { path } => store_directory(path, &store, reporter).await?,
+        Source::Claim { path } => scan::store(path, &store, reporter).await?,
         Source::Empty => {
             empty_directory(&worktree).map_err(|error| Failure::other("make an empty directory", error))?;
-            store_directory(&worktree, &store, reporter).await?
+            scan::store(&worktree, &store, reporter).await?
         }
     };
     let counts = stored.counts;
@@ -87,14 +89,6 @@ async fn import(cli: &Cli) -> Result<Imported, Failure> {
         milliseconds: elapsed(begun),
         unchanged: false,
     })
-}
-
-async fn store_directory(
-    directory: &Path,
-    store: &dyn Store,
-    reporter: Arc<Reporter>,
-) -> Result<scan::Stored, Failure> {
-    scan::store(directory, store, reporter).await
 }
 
 /// The same tree each time: an empty directory of 1970.

@@ -2,7 +2,8 @@
 //!
 //! [`upload_tree`] stores contents first, then directories from the leaves up, the root last. So a
 //! directory that a store has is complete there, and an upload never looks below one that it finds.
-//! For the same reason an upload that was cut off is resumed by doing it again.
+//! For the same reason an upload that was cut off is resumed by doing it again. Where contents have to be looked for
+//! first, [`upload_found`] sends them meanwhile.
 //!
 //! Memory: some [`IN_FLIGHT`] batches of [`BATCH_BYTES`], and the directories of the tree that are missing.
 
@@ -14,7 +15,7 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc};
 use bytes::Bytes;
 
 pub use fetch::{fetch_directories, fetch_listed, fetch_objects};
-pub use upload::upload_tree;
+pub use upload::{upload_found, upload_tree};
 
 use crate::{
     Blob, StoreError,

@@ -237,6 +237,54 @@ async fn files_that_were_scanned_are_uploaded_from_where_they_are() {
 }
 
 #[tokio::test]
+async fn contents_are_uploaded_while_more_are_found_and_only_those_that_are_missing() {
+    let folder = tempfile::tempdir().unwrap();
+    let contents: Vec<Bytes> = (0..700).map(|n| bytes(n, 100 + 80 * n as usize)).collect();
+    let large = [bytes(1000, 9 << 20), bytes(1001, 10 << 20)];
+    let to = Checked::default();
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    let found = futures::stream::unfold(receiver, async |mut receiver| Some((receiver.recv().await?, receiver)));
+    let look = async {
+        for (number, data) in contents.iter().enumerate() {
+            let blob = Blob::of(data);
+            if number % 3 == 0 {
+                to.store.put(data.clone());
+            }
+            let object = if number % 2 == 0 {
+                transfer::Object::Bytes(data.clone())
+            } else {
+                let path = folder.path().join(number.to_string());
+                std::fs::write(&path, data).unwrap();
+                transfer::Object::File(path)
+            };
+            sender.send((blob, object)).await.unwrap();
+            if number == 600 {
+                let written = *to.writes.lock().unwrap();
+                assert!(written > 0, "nothing was sent before all was found");
+            }
+        }
+        let path = folder.path().join("large");
+        std::fs::write(&path, &large[0]).unwrap();
+        sender.send((Blob::of(&large[0]), transfer::Object::File(path))).await.unwrap();
+        sender.send((Blob::of(&large[1]), transfer::Object::Bytes(large[1].clone()))).await.unwrap();
+        drop(sender);
+    };
+    let (moved, ()) = tokio::join!(transfer::upload_found(found, &to), look);
+    let sent = contents.iter().enumerate().filter(|(number, _)| number % 3 != 0).map(|(_, data)| data);
+    let bytes: u64 = sent.chain(&large).map(|data| data.len() as u64).sum();
+    assert_eq!(moved.unwrap(), Transferred { files: 466 + 2, bytes, directories: 0 });
+    for data in contents.iter().chain(&large) {
+        assert_eq!(to.store.read(Blob::of(data)).await.unwrap(), data);
+    }
+    assert!(*to.writes.lock().unwrap() < 10, "many small ones in few messages");
+
+    let failing = Checked { fail_from: Some(1), ..Checked::default() };
+    let found = contents.iter().map(|data| (Blob::of(data), transfer::Object::Bytes(data.clone())));
+    let error = transfer::upload_found(futures::stream::iter(found), &failing).await.unwrap_err();
+    assert!(error.to_string().contains("told to fail"), "{error}");
+}
+
+#[tokio::test]
 async fn directories_then_objects_arrive_on_a_node() {
     let store = MemoryStore::new();
     let root = tree(&store, 307);

@@ -5,15 +5,21 @@
 //! time always differ from those of the importer, so git is told to look at size and modification time alone
 //! (`core.checkStat=minimal`, `core.trustctime=false`), every entry gets one fixed modification time, and the index is
 //! refreshed against it. The index file itself is one second younger: git distrusts entries that are not older than
-//! their index ("racily clean") and would read them all.
+//! their index ("racily clean") and would read them all. What git does not look at any more is dropped from the index, so
+//! that the same commit is the same tree each time ([`index`]).
 //!
 //! The scan that follows must keep modification times (`mtime: None`).
+//!
+//! Nothing need be checked out for this ([`prepare_unchecked`]): what the index should say of each file is known from git's
+//! objects.
 //!
 //! What else git offers is left to the user. `core.untrackedCache` would spare the listing of directories, a third of a
 //! warm status; but its cache names the place of the working copy, which every pod chooses, and where the two differ
 //! and whenever a directory has changed git writes the whole index anew, which each session and each checkpoint would
 //! then store. A file system monitor needs a process beside the files in every pod. Instead a session's names are in
 //! the kernel's caches before a pod looks (`warm`).
+
+pub mod index;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -27,6 +33,7 @@ use aether_cas::tree::Mtime;
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps};
 
 use crate::error::{Context, Error, Result};
+use index::{Id, Index};
 
 /// Sections of a repository's configuration that say how its cloner reached the remote, or that run programs.
 const FOREIGN_SECTIONS: [&str; 5] = ["credential", "http", "include", "includeif", "url"];
@@ -43,6 +50,29 @@ const FOREIGN_KEYS: [&str; 5] =
 /// `Invalid` if there is no git directory of its own at `worktree` (a linked worktree has none); `Io` with what git
 /// said if it failed.
 pub fn prepare(worktree: &Path, mtime: Mtime) -> Result<()> {
+    let repositories = groom(worktree)?;
+    set_times(worktree, mtime)?;
+    let mut worktrees = vec![worktree.to_owned()];
+    worktrees.extend(submodules(worktree)?);
+    for worktree in &worktrees {
+        // Fails if something is modified, which is as well: what matters is that the rest is refreshed.
+        let _modified = git(worktree).args(["update-index", "-q", "--really-refresh"]).status();
+    }
+    finish(worktree, &repositories, mtime, |_| None)
+}
+
+/// As [`prepare`], of a working copy that has an index but none of its files: `size` says what size each will have. A file that
+/// it does not know stays one that git reads again.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn prepare_unchecked(worktree: &Path, mtime: Mtime, size: impl Fn(&Id) -> Option<u64>) -> Result<()> {
+    let repositories = groom(worktree)?;
+    finish(worktree, &repositories, mtime, size)
+}
+
+/// Packs, cleans and configures the repository at `worktree` and those of its submodules, and returns their git directories.
+fn groom(worktree: &Path) -> Result<BTreeSet<PathBuf>> {
     let git_directory = worktree.join(".git");
     if !fs::symlink_metadata(&git_directory).is_ok_and(|about| about.is_dir()) {
         return Err(Error::Invalid {
@@ -59,23 +89,29 @@ pub fn prepare(worktree: &Path, mtime: Mtime) -> Result<()> {
             configure(repository, &[key, value])?;
         }
     }
+    Ok(repositories)
+}
 
-    set_times(worktree, mtime)?;
-    let mut worktrees = vec![worktree.to_owned()];
-    worktrees.extend(submodules(worktree)?);
-    for worktree in &worktrees {
-        // Fails if something is modified, which is as well: what matters is that the rest is refreshed.
-        let _modified = git(worktree).args(["update-index", "-q", "--really-refresh"]).status();
-    }
-
-    // Git has touched its directories meanwhile.
-    set_times(&git_directory, mtime)?;
-    let younger = Mtime { seconds: mtime.seconds + 1, ..mtime };
-    for repository in &repositories {
-        let index = repository.join("index");
-        if index.exists() {
-            set_time(&index, younger)?;
+/// Settles the indexes, and gives one time to what git has touched.
+fn finish(
+    worktree: &Path,
+    repositories: &BTreeSet<PathBuf>,
+    mtime: Mtime,
+    size: impl Fn(&Id) -> Option<u64>,
+) -> Result<()> {
+    let indexes: Vec<PathBuf> =
+        repositories.iter().map(|repository| repository.join("index")).filter(|index| index.exists()).collect();
+    for path in &indexes {
+        if let Some(mut index) = Index::read(path)? {
+            index.expect(mtime.seconds, &size);
+            index.forget_place();
+            index.write(path)?;
         }
+    }
+    set_times(&worktree.join(".git"), mtime)?;
+    let younger = Mtime { seconds: mtime.seconds + 1, ..mtime };
+    for index in &indexes {
+        set_time(index, younger)?;
     }
     set_time(worktree, mtime)
 }

@@ -1,18 +1,25 @@
-//! A working copy by the git program: find out what the ref means, fetch, check out, and make it fit to be a source.
+//! A commit by the git program: find out what the ref means, fetch, and make it fit to be a source.
+//!
+//! [`import`] reads the tree from git's objects where it can, and makes a working copy first where it cannot; [`clone`]
+//! always makes one. The tree is the same either way.
 //!
 //! Nobody's configuration is read, nothing is asked on a terminal, and no hook or helper of the repository's runs.
 
 mod access;
+mod objects;
 mod program;
 mod reference;
 
 use std::path::Path;
+use std::sync::Arc;
 
+use aether_cas::Store;
 use aether_cas::tree::Mtime;
 
 use crate::cli::Git;
 use crate::failure::{Failure, Reason};
 use crate::report::{Phase, Reporter};
+use crate::scan::{self, Stored};
 use access::Access;
 use program::Program;
 use reference::Target;
@@ -34,6 +41,50 @@ pub enum Cloned {
     Unchanged(String),
 }
 
+/// What became of an import.
+#[derive(Clone, Debug)]
+pub enum Imported {
+    /// The tree of this commit is in the store.
+    Commit(String, Stored),
+    /// The ref still means the commit that is known already; nothing was fetched.
+    Unchanged(String),
+}
+
+/// Stores the tree that a session gets: the commit's, with its repository. `worktree` must not exist; `scratch` is for keys, a
+/// home and large files, and is not imported.
+///
+/// # Errors
+/// With the reason for the source's conditions, and git's own words.
+pub async fn import(
+    asked: &Git,
+    worktree: &Path,
+    scratch: &Path,
+    to: &dyn Store,
+    reporter: Arc<Reporter>,
+) -> Result<Imported, Failure> {
+    let access = Access::prepare(asked, scratch)?;
+    let git = Program::new(&access, scratch, &reporter);
+    let target = match find(&git, asked, scratch, &reporter).await? {
+        Found::Known(commit) => return Ok(Imported::Unchanged(commit)),
+        Found::New(target) => target,
+    };
+    fetch(&git, asked, &target, worktree).await?;
+    let (commit, mtime) = head(&git, worktree).await?;
+    let stored = if asked.lfs || asked.submodules {
+        None
+    } else {
+        objects::store(&git, worktree, scratch, mtime, to, &reporter).await?
+    };
+    let stored = match stored {
+        Some(stored) => stored,
+        None => {
+            check_out(&git, asked, mtime, worktree).await?;
+            scan::store(worktree, to, reporter).await?
+        }
+    };
+    Ok(Imported::Commit(commit, stored))
+}
+
 /// Makes a working copy at `worktree`, which must not exist. `scratch` is for keys and a home, and is not imported.
 ///
 /// # Errors
@@ -41,14 +92,47 @@ pub enum Cloned {
 pub async fn clone(asked: &Git, worktree: &Path, scratch: &Path, reporter: &Reporter) -> Result<Cloned, Failure> {
     let access = Access::prepare(asked, scratch)?;
     let git = Program::new(&access, scratch, reporter);
-    reporter.progress(Phase::Cloning, 0, None, 0);
+    let target = match find(&git, asked, scratch, reporter).await? {
+        Found::Known(commit) => return Ok(Cloned::Unchanged(commit)),
+        Found::New(target) => target,
+    };
+    fetch(&git, asked, &target, worktree).await?;
+    let (commit, mtime) = head(&git, worktree).await?;
+    check_out(&git, asked, mtime, worktree).await?;
+    Ok(Cloned::Commit(commit))
+}
 
+/// What a ref means.
+enum Found {
+    /// The commit that is known already.
+    Known(String),
+    /// Something to fetch.
+    New(Target),
+}
+
+async fn find(git: &Program<'_>, asked: &Git, scratch: &Path, reporter: &Reporter) -> Result<Found, Failure> {
+    reporter.progress(Phase::Cloning, 0, None, 0);
     let listing = git.output(scratch, &["ls-remote", "--symref", "--", &asked.url]).await?;
     let target = reference::resolve(&reference::parse(&listing), asked.reference.as_deref(), &asked.url)?;
-    if asked.unless_commit.as_deref() == Some(target.commit()) {
-        return Ok(Cloned::Unchanged(target.commit().to_owned()));
-    }
-    fetch(&git, asked, &target, worktree).await?;
+    Ok(if asked.unless_commit.as_deref() == Some(target.commit()) {
+        Found::Known(target.commit().to_owned())
+    } else {
+        Found::New(target)
+    })
+}
+
+/// The commit that HEAD is, and its time. Everything of the tree gets this time: it is the same for every import of the
+/// commit, and never in the future of a session.
+async fn head(git: &Program<'_>, worktree: &Path) -> Result<(String, Mtime), Failure> {
+    let commit = git.output(worktree, &["rev-parse", "--verify", "HEAD^{commit}"]).await?.trim().to_owned();
+    let time = git.output(worktree, &["show", "--no-patch", "--format=%ct", "HEAD"]).await?;
+    let seconds = time.trim().parse().map_err(|error| Failure::other("read the commit's time", error))?;
+    Ok((commit, Mtime { seconds, nanos: 0 }))
+}
+
+/// Checks HEAD out, with what is kept elsewhere.
+async fn check_out(git: &Program<'_>, asked: &Git, mtime: Mtime, worktree: &Path) -> Result<(), Failure> {
+    git.run(worktree, &["checkout", "--progress", "--force"]).await?;
     if asked.lfs {
         // Kept in the repository's configuration: without the filter git would take every such file for modified.
         for (key, value) in LFS_FILTER {
@@ -68,21 +152,14 @@ pub async fn clone(asked: &Git, worktree: &Path, scratch: &Path, reporter: &Repo
             git.run(worktree, &["submodule", "foreach", "--recursive", &format!("{filter} && git lfs pull")]).await?;
         }
     }
-    let commit = git.output(worktree, &["rev-parse", "--verify", "HEAD^{commit}"]).await?.trim().to_owned();
-    // As old as the commit: the same for every import of it, and never in the future of a session.
-    let time = git.output(worktree, &["show", "--no-patch", "--format=%ct", "HEAD"]).await?;
-    let seconds = time.trim().parse().map_err(|error| Failure::other("read the commit's time", error))?;
     let directory = worktree.to_owned();
-    let prepared =
-        tokio::task::spawn_blocking(move || aether_engine::git::prepare(&directory, Mtime { seconds, nanos: 0 }));
-    prepared
+    tokio::task::spawn_blocking(move || aether_engine::git::prepare(&directory, mtime))
         .await
         .map_err(|error| Failure::other("prepare the working copy", error))?
-        .map_err(|error| Failure::other("prepare the working copy", error))?;
-    Ok(Cloned::Commit(commit))
+        .map_err(|error| Failure::other("prepare the working copy", error))
 }
 
-/// Fetches what the target needs and checks it out.
+/// Fetches what the target needs and makes it HEAD; nothing is checked out.
 async fn fetch(git: &Program<'_>, asked: &Git, target: &Target, worktree: &Path) -> Result<(), Failure> {
     let directory = worktree
         .to_str()
@@ -117,9 +194,9 @@ async fn fetch(git: &Program<'_>, asked: &Git, target: &Target, worktree: &Path)
         }
     }
     match target {
-        Target::Branch { name, .. } => git.run(worktree, &["checkout", "--progress", "--force", name, "--"]).await,
+        Target::Branch { .. } => Ok(()),
         Target::Tag { commit, .. } | Target::Ref { commit, .. } | Target::Commit { id: commit } => {
-            git.run(worktree, &["checkout", "--progress", "--force", "--detach", commit, "--"]).await
+            git.run(worktree, &["update-ref", "--no-deref", "HEAD", &format!("{commit}^{{commit}}")]).await
         }
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 
 use super::access::Access;
 use crate::failure::{Failure, classify, way_out};
@@ -60,6 +60,13 @@ impl<'a> Program<'a> {
         Err(Failure::new(reason, message))
     }
 
+    /// Starts git in `directory`, to be asked and read by the caller; what it complains of goes to our own stderr.
+    pub(super) fn start(&self, directory: &Path, arguments: &[&str]) -> Result<Child, Failure> {
+        let mut command = self.command(directory);
+        command.args(arguments).stdin(Stdio::piped()).stderr(Stdio::inherit());
+        command.spawn().map_err(|error| Failure::other("run git, which must be installed", error))
+    }
+
     fn command(&self, directory: &Path) -> Command {
         let mut command = Command::new("git");
         // Nothing of ours leaks in but what programs need to be found and to reach the network.
@@ -83,6 +90,7 @@ impl<'a> Program<'a> {
         let fixed = [
             ("GIT_CONFIG_NOSYSTEM", "1"),
             ("GIT_CONFIG_GLOBAL", "/dev/null"),
+            ("GIT_ATTR_NOSYSTEM", "1"),
             ("GIT_TERMINAL_PROMPT", "0"),
             ("GIT_LFS_SKIP_SMUDGE", "1"),
             // Its words are read by a program.

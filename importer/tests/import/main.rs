@@ -2,6 +2,7 @@
 
 mod https;
 mod lfs;
+mod objects;
 mod repository;
 mod server;
 mod ssh;

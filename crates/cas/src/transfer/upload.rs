@@ -6,9 +6,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{Stream, StreamExt, TryStreamExt, stream};
 
-use super::{ASK_BLOBS, IN_FLIGHT, Object, OnProgress, Progress, Source, Transferred, blocking, pack};
+use super::{
+    ASK_BLOBS, BATCH_BYTES, BLOB_OVERHEAD, IN_FLIGHT, Object, OnProgress, Progress, Source, Transferred, blocking, pack,
+};
 use crate::{
     Blob, Store, StoreError,
     store::Result,
@@ -138,18 +140,84 @@ async fn find_missing(to: &dyn Store, blobs: Vec<Blob>) -> Result<Vec<Blob>> {
 }
 
 async fn upload_contents(batch: Vec<Blob>, from: Arc<dyn Source>, to: &dyn Store) -> Result<Vec<Blob>> {
-    if let [blob] = batch[..]
-        && let Object::File(path) = from.object(&blob)?
-    {
-        to.write_file(blob, &path).await?;
-        return Ok(batch);
-    }
     let names = batch.clone();
+    let found = blocking(move || names.into_iter().map(|blob| Ok((blob, from.object(&blob)?))).collect()).await?;
+    send(found, to).await?;
+    Ok(batch)
+}
+
+/// Stores contents while whoever finds them still looks for more: each is asked about, and sent if it is missing, both in
+/// batches, several in flight. What is found faster than it can be sent waits in `found`, so that should be bounded.
+///
+/// The directories that name them go afterwards, by [`upload_tree`].
+///
+/// # Errors
+/// The first error of either side. What was moved by then stays.
+pub async fn upload_found(found: impl Stream<Item = (Blob, Object)> + Send, to: &dyn Store) -> Result<Transferred> {
+    let missing = batches(found.map(Ok))
+        .map_ok(|batch| ask(batch, to))
+        .try_buffer_unordered(IN_FLIGHT)
+        .map_ok(|missing| stream::iter(missing).map(Ok))
+        .try_flatten();
+    let sent = batches(missing).map_ok(|batch| async move {
+        let moved = Transferred {
+            files: batch.len() as u64,
+            bytes: batch.iter().map(|(blob, _)| blob.size).sum(),
+            directories: 0,
+        };
+        send(batch, to).await.map(|()| moved)
+    });
+    sent.try_buffer_unordered(IN_FLIGHT)
+        .try_fold(Transferred::default(), async |sum, moved| {
+            Ok(Transferred { files: sum.files + moved.files, bytes: sum.bytes + moved.bytes, ..sum })
+        })
+        .await
+}
+
+type Found = (Blob, Object);
+
+/// Groups contents so that each group fits a message; one that fits none is alone.
+fn batches(found: impl Stream<Item = Result<Found>> + Send) -> impl Stream<Item = Result<Vec<Found>>> + Send {
+    stream::try_unfold((Box::pin(found.fuse()), None), async |(mut found, mut carried)| {
+        let (mut batch, mut bytes) = (Vec::new(), 0);
+        loop {
+            let next = match carried.take() {
+                Some(next) => next,
+                None => match found.try_next().await? {
+                    Some(next) => next,
+                    None => break,
+                },
+            };
+            let next: Found = next;
+            let cost = next.0.size + BLOB_OVERHEAD;
+            if !batch.is_empty() && bytes + cost > BATCH_BYTES {
+                carried = Some(next);
+                break;
+            }
+            bytes += cost;
+            batch.push(next);
+        }
+        Ok((!batch.is_empty()).then_some((batch, (found, carried))))
+    })
+}
+
+/// Those of the batch that `to` does not have.
+async fn ask(batch: Vec<Found>, to: &dyn Store) -> Result<Vec<Found>> {
+    let names: Vec<Blob> = batch.iter().map(|(blob, _)| *blob).collect();
+    let missing: HashSet<Blob> = to.find_missing(&names).await?.into_iter().collect();
+    Ok(batch.into_iter().filter(|(blob, _)| missing.contains(blob)).collect())
+}
+
+/// Sends contents that fit a message, or a single one of any size.
+async fn send(batch: Vec<Found>, to: &dyn Store) -> Result<()> {
+    if let [(blob, Object::File(path))] = &batch[..] {
+        return to.write_file(*blob, path).await;
+    }
     let blobs = blocking(move || {
-        names
+        batch
             .into_iter()
-            .map(|blob| {
-                let data = match from.object(&blob)? {
+            .map(|(blob, object)| {
+                let data = match object {
                     Object::Bytes(data) => data,
                     Object::File(path) => std::fs::read(&path).map_err(StoreError::io("read", &path))?.into(),
                 };
@@ -158,6 +226,5 @@ async fn upload_contents(batch: Vec<Blob>, from: Arc<dyn Source>, to: &dyn Store
             .collect::<Result<Vec<_>>>()
     })
     .await?;
-    to.write_batch(blobs).await?;
-    Ok(batch)
+    to.write_batch(blobs).await
 }
