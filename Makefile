@@ -41,6 +41,10 @@ check: prepare ## The quick half: format, lints, generated files, unit and prope
 test: prepare ## Everything: check, real mounts, the real two-node cluster. Needs root.
 	e2e/run-tests.sh all
 
+.PHONY: fuzz
+fuzz: prepare ## Fuzz the decoders for long: FUZZ=name for one, FUZZ_SECONDS=60 each. A short run is part of `make test`.
+	@fuzz/run.sh
+
 .PHONY: bench
 bench: build ## Measure beside copy, git, overlays, XFS, btrfs, FUSE and JuiceFS. BENCH=case for some. Needs root.
 	AETHER_BENCH_REPOSITORY=$$(e2e/third-party/kubernetes-repository.sh) \

@@ -27,17 +27,17 @@ const TREES: usize = 4;
 /// Three pages, which are larger in memory than as messages.
 const TREE_BYTES: usize = 12 << 20;
 /// Places for reads of streams.
-const READS: usize = 64;
+pub const READS: usize = 64;
 /// Four pieces, what HTTP/2 keeps for a stream, and what a compressor needs.
-const READ_BYTES: usize = 2 << 20;
+pub const READ_BYTES: usize = 2 << 20;
 /// Places for writes of streams.
-const WRITES: usize = 16;
+pub const WRITES: usize = 16;
 /// A message as it came and taken apart, and a blob that goes into the index.
-const WRITE_BYTES: usize = 2 * PIECE_MESSAGE_BYTES + (1 << 20);
+pub const WRITE_BYTES: usize = 2 * PIECE_MESSAGE_BYTES + (1 << 20);
 /// Writes among them that are compressed.
-pub(crate) const DECOMPRESSORS: usize = 4;
+pub const DECOMPRESSORS: usize = 4;
 /// Frames of zstd that need a larger window are refused; this is the window that every decoder is asked to have.
-pub(crate) const WINDOW_LOG: u32 = 23;
+pub const WINDOW_LOG: u32 = 23;
 /// The same for a blob of a batch, which is not larger.
 pub(crate) const BATCH_WINDOW_LOG: u32 = 22;
 

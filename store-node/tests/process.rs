@@ -6,15 +6,23 @@ mod program;
 use std::{
     path::Path,
     process::{Command, ExitStatus},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use aether_cas::{
-    Blob, Store,
+    Blob, ContentName, Store,
+    remote::resource::{Form, ReadName, UploadName},
     testing::{blob, bytes, directory, file},
 };
+use bazel_remote_apis::google::bytestream::{ReadRequest, WriteRequest, byte_stream_client::ByteStreamClient};
 use program::{PROGRAM, Process};
 use rustix::process::Signal;
+use tokio_stream::StreamExt;
+use tonic::transport::Channel;
 
 fn run(args: &[&str]) -> (ExitStatus, String) {
     let output = Command::new(PROGRAM).args(args).output().unwrap();
@@ -156,4 +164,80 @@ async fn what_was_acknowledged_survives_kill_9() {
         let left = std::fs::read_dir(folder.path().join("objects/.tmp")).unwrap().count();
         assert_eq!(left, 0, "what was half-made is gone");
     }
+}
+
+/// Ten times as many readers and writers as there are places begin, and stand still.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_stand_still_cost_bounded_memory() {
+    use aether_store_node::limits::{DECOMPRESSORS, READ_BYTES, READS, WINDOW_LOG, WRITE_BYTES, WRITES};
+    let folder = tempfile::tempdir().unwrap();
+    let process = Process::start(folder.path());
+    let remote = process.remote();
+    let (large, data) = blob(1, 64 << 20);
+    remote.write(large, data).await.unwrap();
+    let (small, data) = blob(2, 100);
+    remote.write(small, data).await.unwrap();
+    let before = process.peak();
+
+    let plain = bytes(3, 3 << 20).to_vec();
+    let compressed = zstd::encode_all(&plain[..], 1).unwrap();
+    let served = Arc::new(AtomicUsize::new(0));
+    let mut clients = tokio::task::JoinSet::new();
+    for connection in 0..16usize {
+        let endpoint = Channel::from_shared(format!("http://{}", process.address)).unwrap();
+        // One that stands still must not stop the others of its connection.
+        let channel = endpoint.initial_connection_window_size(64 << 20).connect().await.unwrap();
+        for n in 0..10 * READS / 16 {
+            let (mut client, served) = (ByteStreamClient::new(channel.clone()), served.clone());
+            let form = if n % 2 == 0 { Form::Plain } else { Form::Zstd };
+            let name = ReadName { instance: String::new(), form, content: ContentName::Blake3(large) }.to_string();
+            clients.spawn(async move {
+                let request = ReadRequest { resource_name: name, ..Default::default() };
+                // Those that find no place hear so, after a while.
+                let Ok(answer) = client.read(request).await else { return };
+                let mut stream = answer.into_inner();
+                served.fetch_add(1, Ordering::Relaxed);
+                stream.message().await.unwrap().unwrap();
+                std::future::pending::<()>().await;
+            });
+        }
+        for n in 0..10 * WRITES / 16 {
+            let mut client = ByteStreamClient::new(channel.clone());
+            let (wanted, _) = blob((1000 + connection * 100 + n) as u64, 1);
+            let sent = [plain.clone(), compressed.clone()][n % 2].clone();
+            let form = if n % 2 == 0 { Form::Plain } else { Form::Zstd };
+            let content = ContentName::Blake3(Blob { size: 9 << 20, ..wanted });
+            let name = UploadName { instance: String::new(), id: "id".to_owned(), form, content }.to_string();
+            clients.spawn(async move {
+                let first = WriteRequest { resource_name: name, data: sent, ..Default::default() };
+                let _ = client.write(tokio_stream::iter([first]).chain(tokio_stream::pending())).await;
+            });
+        }
+    }
+    // Others are answered meanwhile.
+    let mut since = std::time::Instant::now();
+    let mut most = 0;
+    while since.elapsed() < Duration::from_secs(3) {
+        remote.read(small).await.unwrap();
+        let now = served.load(Ordering::Relaxed);
+        if now > most {
+            (most, since) = (now, std::time::Instant::now());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(most, READS, "as many as there are places");
+    let bound = READS * READ_BYTES + WRITES * WRITE_BYTES + DECOMPRESSORS * ((1 << WINDOW_LOG) + (1 << 20));
+    let grown = process.peak() - before;
+    println!(
+        "{} MiB before, {} MiB more with clients that stand still, {} MiB allowed",
+        before >> 20,
+        grown >> 20,
+        bound >> 20
+    );
+    assert!(grown < bound, "{grown} of {bound}");
+
+    // When they are gone, there is room again.
+    clients.shutdown().await;
+    let path = folder.path().join("copy");
+    remote.fetch_to(large, &path).await.unwrap();
 }

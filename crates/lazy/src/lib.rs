@@ -19,6 +19,8 @@ mod mount;
 mod objects;
 mod pace;
 mod protocol;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod server;
 mod workshop;
 

@@ -73,6 +73,13 @@ impl Process {
         self.child.try_wait().unwrap().is_some()
     }
 
+    /// Most memory that it ever had.
+    pub(crate) fn peak(&self) -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() << 10
+    }
+
     pub(crate) fn end(mut self, signal: Signal) -> ExitStatus {
         // It may have ended by itself, and nobody else waits for it.
         if !self.has_ended() {

@@ -80,14 +80,14 @@ impl Entry {
         forms.into_iter().filter(|form| form.inline || form.file)
     }
 
-    fn encode(self) -> [u8; 9] {
+    pub(super) fn encode(self) -> [u8; 9] {
         let mut bytes = [0; 9];
         bytes[0] = if self.inline { INLINE_FLAG } else { 0 } | if self.file { FILE_FLAG } else { 0 };
         bytes[1..].copy_from_slice(&self.size.to_be_bytes());
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Option<Self> {
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let (flags, size) = bytes.split_first()?;
         Some(Self {
             size: u64::from_be_bytes(size.try_into().ok()?),

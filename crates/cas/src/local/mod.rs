@@ -23,6 +23,8 @@ mod heap;
 mod index;
 mod ingest;
 mod roots;
+#[cfg(feature = "testing")]
+pub mod rows;
 mod scrub;
 mod store;
 mod tenure;

@@ -79,7 +79,7 @@ impl LocalStore {
     }
 }
 
-fn key(owner_uid: &str, kind: &str, name: &str) -> Result<Vec<u8>> {
+pub(super) fn key(owner_uid: &str, kind: &str, name: &str) -> Result<Vec<u8>> {
     for (what, text, may_be_empty) in [("owner UID", owner_uid, false), ("kind", kind, false), ("name", name, true)] {
         if text.contains('\0') || (text.is_empty() && !may_be_empty) {
             return Err(StoreError::Invalid(format!("a root needs an {what} without NUL bytes, not {text:?}")));
@@ -88,7 +88,7 @@ fn key(owner_uid: &str, kind: &str, name: &str) -> Result<Vec<u8>> {
     Ok(format!("{owner_uid}\0{kind}\0{name}").into_bytes())
 }
 
-fn parse(key: &[u8], value: &[u8]) -> Option<Root> {
+pub(super) fn parse(key: &[u8], value: &[u8]) -> Option<Root> {
     let mut parts = std::str::from_utf8(key).ok()?.splitn(3, '\0');
     let (tree, pinned_at) = std::str::from_utf8(value).ok()?.split_once(' ')?;
     Some(Root {
