@@ -60,6 +60,12 @@ bench-density: build ## Mount 10,000 sessions on this machine and measure what e
 bench-kubelet: build ## What 10,000 mounts cost the real kubelet and containerd of a node, in processor time. Needs root.
 	@trap '$(CLUSTER_TOOL) down' EXIT; $(CLUSTER_TOOL) up >/dev/null && $(CLUSTER_TOOL) node measure node-1
 
+.PHONY: bench-store
+bench-store: build ## Measure imports and the store beside git clone, copies and plain files. Needs root.
+	@e2e/third-party/packages.sh
+	AETHER_BENCH_REPOSITORY=$$(e2e/third-party/kubernetes-repository.sh) \
+	$(CARGO_TARGET_DIR)/debug/aether-bench --store
+
 .PHONY: demo
 demo: build ## The whole story on a two-node cluster. KEEP=1 leaves it up, STEPS=a,b plays only some; CLUSTER=current plays on yours.
 	$(CARGO_TARGET_DIR)/debug/aether-demo

@@ -1,13 +1,15 @@
 //! `aether-bench`: measures the session engine beside what a user would pick instead, on the same tree, in one run.
 //!
 //! [`stage`] makes the place, [`subject`] are what is compared, [`workload`] is what is done and [`cases`] in which
-//! order, [`lazy`] a source that is far away, [`report`] what came out. [`density`] fills one node with sessions.
+//! order, [`lazy`] a source that is far away, [`report`] what came out. [`density`] fills one node with sessions, and
+//! [`store`] measures the store.
 
 mod cases;
 mod density;
 mod lazy;
 mod report;
 mod stage;
+mod store;
 mod subject;
 mod workload;
 
@@ -60,6 +62,9 @@ struct Cli {
     /// Sessions of a density run.
     #[arg(long, default_value_t = 10_000, value_name = "COUNT", requires = "density")]
     sessions: usize,
+    /// Measure the store and its imports instead.
+    #[arg(long, conflicts_with = "density")]
+    store: bool,
     /// Measure nothing: write the tables of the last reports into this document, between its markers.
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "docs/benchmarks.md")]
     markdown: Option<PathBuf>,
@@ -71,6 +76,7 @@ Examples:
   make bench BENCH=create,fork              some cases
   make bench SUBJECTS=aether,overlay-by-hand BENCH=untar ROUNDS=15
   make bench-density                        10,000 sessions on one node
+  make bench-store                          the store and its imports
   aether-bench --markdown                   the tables of the last runs into docs/benchmarks.md";
 
 const SUBJECTS: &[&str] = &[
@@ -118,6 +124,10 @@ fn main() -> Result<ExitCode> {
     if cli.density {
         let repository = repository(&cli, &cache)?;
         return stage::on_stage(&cache, density::GIB << 30, |work| density::run(work, &repository, cli.sessions, &out));
+    }
+    if cli.store {
+        let repository = repository(&cli, &cache)?;
+        return stage::on_stage(&cache, store::GIB << 30, |work| store::run(work, &repository, &out));
     }
     let (wanted, subjects) = (choose_cases(&cli.cases)?, choose_subjects(&cli.subjects)?);
     let repository = repository(&cli, &cache)?;
@@ -338,13 +348,20 @@ fn machine(
 
 fn markdown(document: &Path, out: &Path) -> Result<()> {
     let mut text = fs::read_to_string(document).with_context(|| format!("read {}", document.display()))?;
-    let (report, density) = (out.join("report.json"), out.join("density.json"));
-    ensure!(report.exists() || density.exists(), "{} holds no report; run `make bench` first", out.display());
+    let (report, density, store) = (out.join("report.json"), out.join("density.json"), out.join("store.json"));
+    ensure!(
+        report.exists() || density.exists() || store.exists(),
+        "{} holds no report; run `make bench` first",
+        out.display()
+    );
     if report.exists() {
         text = report::replace_between(&text, "bench", &Report::read(&report)?.markdown())?;
     }
     if density.exists() {
         text = report::replace_between(&text, "density", &density::read(&density)?.markdown())?;
+    }
+    if store.exists() {
+        text = report::replace_between(&text, "store", &store::read(&store)?.markdown())?;
     }
     fs::write(document, text).with_context(|| format!("write {}", document.display()))
 }

@@ -11,6 +11,7 @@ use aether_cas::{Blob, RemoteStore};
 use aether_engine::pool::PoolConfig;
 use aether_engine::{Config, Engine, Image};
 use aether_importer::cli::Git;
+use aether_importer::git::Imported;
 use aether_importer::report::Reporter;
 use anyhow::{Context, Result, anyhow, bail};
 use tokio::runtime::Runtime;
@@ -34,32 +35,17 @@ pub(crate) struct Source {
 impl Source {
     /// Starts the store node in `home` and imports the repository, as a source of the cluster is imported.
     pub(crate) fn start(runtime: &Runtime, home: &Path, repository: &Path) -> Result<Self> {
-        fs::create_dir_all(home)?;
-        let program = std::env::current_exe()?.with_file_name("aether-store-node");
-        let (listen, http) = (free_address()?, free_address()?);
-        let server = Command::new(&program)
-            .args(["--listen", &listen.to_string(), "--http", &http.to_string(), "--data-dir"])
-            .arg(home.join("data"))
-            .stdin(Stdio::null())
-            .stdout(File::create(home.join("log"))?)
-            .stderr(File::create(home.join("errors"))?)
-            .spawn()
-            .with_context(|| {
-                format!("start {}; build it with `cargo build -p aether-store-node`", program.display())
-            })?;
-        let address = format!("http://{listen}");
+        let (address, server) = start_store(home)?;
         let asked = Git { url: format!("file://{}", repository.display()), ..Git::default() };
         runtime.block_on(async {
             let store = connect(&address).await?;
             let reporter = Arc::new(Reporter::to(Box::new(std::io::sink())));
             let (worktree, scratch) = (home.join("worktree"), home.join("home"));
             fs::create_dir(&scratch)?;
-            aether_importer::git::clone(&asked, &worktree, &scratch, &reporter)
-                .await
-                .map_err(|error| anyhow!("clone the tree: {error}"))?;
-            let stored = aether_importer::scan::store(&worktree, &store, reporter)
+            let imported = aether_importer::git::import(&asked, &worktree, &scratch, &store, reporter)
                 .await
                 .map_err(|error| anyhow!("import the tree: {error}"))?;
+            let Imported::Commit(_, stored) = imported else { bail!("nothing was imported") };
             fs::remove_dir_all(&worktree)?;
             Ok(Self {
                 address: address.clone(),
@@ -70,6 +56,22 @@ impl Source {
             })
         })
     }
+}
+
+/// Starts a store node with its data in `home`, and says where it will answer.
+pub(crate) fn start_store(home: &Path) -> Result<(String, Child)> {
+    fs::create_dir_all(home)?;
+    let program = std::env::current_exe()?.with_file_name("aether-store-node");
+    let (listen, http) = (free_address()?, free_address()?);
+    let server = Command::new(&program)
+        .args(["--listen", &listen.to_string(), "--http", &http.to_string(), "--data-dir"])
+        .arg(home.join("data"))
+        .stdin(Stdio::null())
+        .stdout(File::create(home.join("log"))?)
+        .stderr(File::create(home.join("errors"))?)
+        .spawn()
+        .with_context(|| format!("start {}; build it with `cargo build -p aether-store-node`", program.display()))?;
+    Ok((format!("http://{listen}"), server))
 }
 
 /// Connects once the store answers.

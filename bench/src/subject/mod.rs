@@ -16,7 +16,7 @@ use anyhow::{Context, Result};
 
 use crate::stage::{Storage, run};
 
-pub(crate) use aether::{Aether, OWNER, Source, connect};
+pub(crate) use aether::{Aether, OWNER, Source, connect, start_store};
 pub(crate) use bare::Bare;
 pub(crate) use btrfs::Snapshots;
 pub(crate) use copies::Copies;

@@ -76,12 +76,16 @@ async fn converts(git: &Program<'_>, worktree: &Path, scratch: &Path, index: &In
     if worktree.join(".git/info/attributes").exists() {
         return Ok(true);
     }
-    let attributes =
-        index.entries().filter(|listed| listed.path.split(|byte| *byte == b'/').next_back() == Some(b".gitattributes"));
+    // A submodule may be called so too, and is no object of this repository.
+    let attributes = index.entries().filter(|listed| {
+        listed.mode != GITLINK && listed.path.split(|byte| *byte == b'/').next_back() == Some(b".gitattributes")
+    });
     let ids: Vec<Id> = attributes.map(|listed| listed.id).collect();
     let contents = read(git, worktree, ids.clone(), ids.into_iter().collect(), None, scratch).await?;
-    let mut kept = contents.values().filter_map(|read| read.kept.as_ref());
-    Ok(kept.any(|text| CONVERTING.iter().any(|word| text.windows(word.len()).any(|window| window == *word))))
+    // One that is too large to be looked at may say anything.
+    let converting =
+        |text: &Bytes| CONVERTING.iter().any(|word| text.windows(word.len()).any(|window| window == *word));
+    Ok(contents.values().any(|read| read.kept.as_ref().is_none_or(converting)))
 }
 
 async fn read_and_build(
@@ -121,14 +125,13 @@ async fn read_and_build(
             continue;
         }
         let read = &contents[&listed.id];
-        match read.kept.as_ref().filter(|_| listed.mode == SYMLINK) {
-            Some(_) => counts.symlinks += 1,
-            None => {
-                counts.files += 1;
-                counts.bytes += read.content.size;
-            }
+        if listed.mode == SYMLINK {
+            counts.symlinks += 1;
+        } else {
+            counts.files += 1;
+            counts.bytes += read.content.size;
         }
-        root.insert(listed.path, shape.leaf(listed.mode, read))?;
+        root.insert(listed.path, shape.leaf(listed.mode, read)?)?;
     }
     let root = shape.finish(root, &source.directories, &mut counts)?;
     Ok(scan::Built { root, counts, source })
@@ -292,16 +295,15 @@ impl Shape {
         Attributes { mode, mtime: self.mtime, ..Attributes::default() }
     }
 
-    fn leaf(&self, mode: u32, read: &Read) -> Node {
-        match &read.kept {
-            Some(target) if mode == SYMLINK => {
-                Node::Symlink { target: target.to_vec(), attributes: self.attributes(0o777), link_group: None }
-            }
-            _ => {
-                let mode = if mode == EXECUTABLE { self.mode } else { self.mode & 0o666 };
-                Node::File { content: read.content, attributes: self.attributes(mode), link_group: None }
-            }
+    fn leaf(&self, mode: u32, read: &Read) -> Result<Node, Failure> {
+        if mode != SYMLINK {
+            let mode = if mode == EXECUTABLE { self.mode } else { self.mode & 0o666 };
+            return Ok(Node::File { content: read.content, attributes: self.attributes(mode), link_group: None });
         }
+        let Some(target) = &read.kept else {
+            return Err(Failure::new(Reason::Invalid, "the target of a symbolic link is longer than any path"));
+        };
+        Ok(Node::Symlink { target: target.to_vec(), attributes: self.attributes(0o777), link_group: None })
     }
 
     /// Encodes the folder and all below it.

@@ -177,6 +177,28 @@ async fn what_a_checkout_converts_is_checked_out() {
     assert_eq!(fs::read(scratch.path().join("worktree/src/main.c")).unwrap(), b"int main;\r\n");
     let full = clone(of(repository.url(), None)).await;
     assert_eq!(scan::store(&full.worktree(), &MemoryStore::new(), silent()).await.unwrap().root, stored.root);
+
+    // Each word that converts does so by itself.
+    for (attributes, text, shown) in [
+        ("id.txt ident\n", "$Id$\n", "$Id: "),
+        ("id.txt text working-tree-encoding=UTF-16LE-BOM\n", "\u{feff}plain\n", "\u{feff}plain\n"),
+        ("[attr]dos text eol=crlf\nid.txt dos\n", "plain\n", "plain\r\n"),
+    ] {
+        fs::remove_file(root.join("src/.gitattributes")).unwrap_or_default();
+        let utf16 = attributes.contains("UTF-16");
+        let wide = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<u8>>();
+        fs::write(root.join("id.txt"), if utf16 { wide(text) } else { text.into() }).unwrap();
+        fs::write(root.join(".gitattributes"), attributes).unwrap();
+        run(root, &["add", "."]);
+        run(root, &["commit", "--quiet", "--message=converted"]);
+        let (scratch, stored) = import(&of(repository.url(), None), &MemoryStore::new()).await;
+        let seen = fs::read(scratch.path().join("worktree/id.txt")).unwrap();
+        let shown = if utf16 { wide(shown) } else { shown.into() };
+        assert!(seen.starts_with(&shown), "{attributes}: {seen:?}");
+        let full = clone(of(repository.url(), None)).await;
+        let scanned = scan::store(&full.worktree(), &MemoryStore::new(), silent()).await.unwrap();
+        assert_eq!(scanned.root, stored.root, "{attributes}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
