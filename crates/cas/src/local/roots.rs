@@ -49,17 +49,20 @@ impl LocalStore {
         shared.index.put_root(&key, value.as_bytes())
     }
 
-    /// Forgets the roots of an owner for which `kind` and `name`, where given, agree. Returns how many there were.
+    /// Forgets the roots of an owner for which `kind` and `name`, where given, agree, also those that cannot be read.
+    /// Returns how many there were.
     ///
     /// # Errors
     /// Those of the index.
     pub fn unpin(&self, owner_uid: &str, kind: Option<&str>, name: Option<&str>) -> Result<usize> {
-        let keys = self
-            .roots(Some(owner_uid), kind)?
-            .into_iter()
-            .filter(|root| name.is_none_or(|name| name == root.name))
-            .map(|root| key(&root.owner_uid, &root.kind, &root.name))
-            .collect::<Result<Vec<_>>>()?;
+        let mut keys: Vec<Vec<u8>> = self.shared.index.roots()?.into_iter().map(|(key, _)| key).collect();
+        keys.retain(|key| {
+            parse_key(key).is_some_and(|(owner, its_kind, its_name)| {
+                owner == owner_uid
+                    && kind.is_none_or(|kind| kind == its_kind)
+                    && name.is_none_or(|name| name == its_name)
+            })
+        });
         self.shared.index.delete_roots(&keys)?;
         Ok(keys.len())
     }
@@ -67,15 +70,20 @@ impl LocalStore {
     /// The roots of an owner and kind, where given, in order of owner, kind and name.
     ///
     /// # Errors
-    /// Those of the index.
+    /// Those of the index; [`StoreError::Invalid`] for a pin that cannot be read, whoever's it is, because whoever
+    /// collects must not take it for none.
     pub fn roots(&self, owner_uid: Option<&str>, kind: Option<&str>) -> Result<Vec<Root>> {
-        let roots = self.shared.index.roots()?;
-        Ok(roots
-            .into_iter()
-            .filter_map(|(key, value)| parse(&key, &value))
-            .filter(|root| owner_uid.is_none_or(|uid| uid == root.owner_uid))
-            .filter(|root| kind.is_none_or(|kind| kind == root.kind))
-            .collect())
+        let read = |(key, value): (Vec<u8>, Vec<u8>)| {
+            parse(&key, &value).ok_or_else(|| {
+                let pin = String::from_utf8_lossy(&key).replace('\0', "/");
+                StoreError::Invalid(format!("a pin in {} cannot be read: {pin:?}", self.shared.name()))
+            })
+        };
+        let mut roots = self.shared.index.roots()?.into_iter().map(read).collect::<Result<Vec<Root>>>()?;
+        roots.retain(|root| {
+            owner_uid.is_none_or(|uid| uid == root.owner_uid) && kind.is_none_or(|kind| kind == root.kind)
+        });
+        Ok(roots)
     }
 }
 
@@ -89,13 +97,49 @@ pub(super) fn key(owner_uid: &str, kind: &str, name: &str) -> Result<Vec<u8>> {
 }
 
 pub(super) fn parse(key: &[u8], value: &[u8]) -> Option<Root> {
-    let mut parts = std::str::from_utf8(key).ok()?.splitn(3, '\0');
+    let (owner_uid, kind, name) = parse_key(key)?;
     let (tree, pinned_at) = std::str::from_utf8(value).ok()?.split_once(' ')?;
     Some(Root {
-        owner_uid: parts.next()?.to_owned(),
-        kind: parts.next()?.to_owned(),
-        name: parts.next()?.to_owned(),
+        owner_uid: owner_uid.to_owned(),
+        kind: kind.to_owned(),
+        name: name.to_owned(),
         tree: tree.parse().ok()?,
         pinned_at: pinned_at.parse().ok()?,
     })
+}
+
+/// Owner, kind and name.
+fn parse_key(key: &[u8]) -> Option<(&str, &str, &str)> {
+    let mut parts = std::str::from_utf8(key).ok()?.splitn(3, '\0');
+    Some((parts.next()?, parts.next()?, parts.next()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{ops::ControlFlow, time::Duration};
+
+    use super::*;
+    use crate::{LocalConfig, collect::Pace, testing::blob};
+
+    #[test]
+    fn a_pin_that_cannot_be_read_stops_collection_until_its_owner_forgets_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let (objects, index) = (folder.path().join("objects"), folder.path().join("index"));
+        let config = LocalConfig { objects, index, inline_limit: 1000 };
+        let store = LocalStore::open_collected(config, Duration::ZERO).unwrap();
+        let collect = || store.collect(Pace::new(None), &mut |_| ControlFlow::Continue(()));
+        let (content, data) = blob(1, 100);
+        store.put_batch(vec![(content, data)]).unwrap();
+        store.shared.index.put_root(&key("uid", "Checkpoint", "c").unwrap(), b"of another version").unwrap();
+
+        let error = store.roots(None, None).unwrap_err();
+        assert!(matches!(error, StoreError::Invalid(_)), "{error}");
+        assert!(error.to_string().contains("cannot be read: \"uid/Checkpoint/c\""), "{error}");
+        assert!(matches!(collect(), Err(StoreError::Invalid(_))));
+        assert_eq!(store.statistics().inline_blobs, 1);
+
+        assert_eq!(store.unpin("uid", Some("SessionHead"), None).unwrap(), 0);
+        assert_eq!(store.unpin("uid", Some("Checkpoint"), Some("c")).unwrap(), 1);
+        assert_eq!(collect().unwrap().deleted.blobs, 1);
+    }
 }
