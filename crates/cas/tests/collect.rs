@@ -274,6 +274,25 @@ fn below_a_pin_that_is_incomplete_anything_may_be_so_nothing_goes() {
 }
 
 #[test]
+fn a_pin_that_comes_with_a_gap_below_what_was_leased_stops_the_collection() {
+    let (folder, store) = fresh(NONE);
+    let (_, loose) = put_tree(&store, 20);
+    drop(store);
+    let store = open(&folder, HOUR);
+    let gap = directory([("gone", Node::Directory(blob(9, 50).0))]);
+    put(&store, &gap);
+    let progress = collect_with(&store, Phase::Rescue, || store.pin("uid", "Checkpoint", "c", gap.blob()).unwrap());
+    assert_eq!((progress.condemned.blobs, progress.deleted.blobs, progress.incomplete.len()), (4, 0, 1));
+    assert!(held(&store).is_superset(&loose));
+    // With no such pin a gap below a lease stops nothing, whatever else is pinned meanwhile.
+    store.unpin("uid", None, None).unwrap();
+    let pinned = directory([("content", file(Blob::EMPTY))]);
+    put(&store, &pinned);
+    collect_with(&store, Phase::Rescue, || store.pin("uid", "Checkpoint", "d", pinned.blob()).unwrap());
+    assert_eq!(held(&store), BTreeSet::from([gap.blob(), pinned.blob()]));
+}
+
+#[test]
 fn what_an_older_version_stored_is_left_alone_for_one_lease() {
     let folder = tempfile::tempdir().unwrap();
     let store = LocalStore::open(config(folder.path())).unwrap();
