@@ -1,7 +1,13 @@
 //! The scrub of a local store: finds what was flipped, keeps its place, and says whom it concerns.
 
 use std::{
-    cell::Cell, fs, num::NonZeroU64, ops::ControlFlow, os::unix::fs::PermissionsExt, path::PathBuf, time::Duration,
+    cell::Cell,
+    fs,
+    num::NonZeroU64,
+    ops::ControlFlow,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::PathBuf,
+    time::Duration,
 };
 
 use aether_cas::{
@@ -138,6 +144,73 @@ fn a_pass_goes_on_where_it_was_broken_off() {
         }
     }
     assert_eq!((last.blobs, last.bytes, last.passes), (40, bytes, 1), "each was read once");
+}
+
+/// The memory of a process at address 0 is a file that opens, and whose reads fail as those of a bad sector do.
+#[test]
+fn a_copy_that_the_disk_cannot_read_is_damaged_and_what_is_behind_it_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let mut contents: Vec<_> = (0..5).map(|n| blob(n, 50_000)).collect();
+    contents.sort_by_key(|(blob, _)| blob.digest);
+    store.put_batch(contents.clone()).unwrap();
+    let unreadable = |blob: &Blob| {
+        let path = store.object_path(&blob.digest);
+        fs::remove_file(&path).unwrap();
+        symlink("/proc/self/mem", &path).unwrap();
+    };
+    let [(first, _), (second, _)] = [&contents[0], &contents[1]];
+    unreadable(first);
+    let state = scrub(&store);
+    assert_eq!((state.passes, state.blobs, state.damaged), (1, 5, 1));
+    let damages = store.damages(10).unwrap();
+    assert_eq!((damages.len(), damages[0].blob), (1, *first));
+    assert!(damages[0].reason.contains("cannot be read"), "{}", damages[0].reason);
+
+    unreadable(second);
+    assert_eq!(store.fsck(false).unwrap().damaged, [*second]);
+    let error = store.read_blob(second).unwrap_err();
+    assert!(matches!(error, StoreError::Corrupt { .. }), "{error}");
+    assert_eq!(store.missing(&[*first, *second]).unwrap(), [*first, *second]);
+    store.put_batch(contents).unwrap();
+    assert_eq!(scrub(&store).damaged, 0);
+    assert_eq!(store.damages(10).unwrap(), []);
+}
+
+#[test]
+fn a_row_of_the_index_that_is_damaged_is_a_damaged_copy() {
+    let folder = tempfile::tempdir().unwrap();
+    let (objects, index) = (folder.path().join("objects"), folder.path().join("index"));
+    let config = LocalConfig { objects, index: index.clone(), inline_limit: 1 << 20 };
+    let open = || LocalStore::open_collected(config.clone(), HOUR).unwrap();
+    let contents: Vec<_> = (0..5).map(|n| blob(n, 50_000)).collect();
+    let store = open();
+    store.put_batch(contents.clone()).unwrap();
+    drop(store);
+    // What was in the log of the index is in its tables now.
+    drop(open());
+    let (damaged, data) = &contents[2];
+    let mut flipped = 0;
+    for entry in fs::read_dir(&index).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "blob") {
+            continue;
+        }
+        let mut file = fs::read(&path).unwrap();
+        if let Some(at) = file.windows(64).position(|window| window == &data[1000..1064]) {
+            file[at] ^= 1;
+            fs::write(&path, file).unwrap();
+            flipped += 1;
+        }
+    }
+    assert_eq!(flipped, 1);
+
+    let store = open();
+    let state = scrub(&store);
+    assert_eq!((state.passes, state.blobs, state.damaged), (1, 5, 1));
+    assert_eq!(store.missing(&contents.iter().map(|(blob, _)| *blob).collect::<Vec<_>>()).unwrap(), [*damaged]);
+    store.put_batch(contents).unwrap();
+    assert_eq!(scrub(&store).damaged, 0);
 }
 
 #[test]

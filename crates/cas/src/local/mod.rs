@@ -464,24 +464,24 @@ impl Shared {
     /// Reads a blob where its entry says it is; the inner error says what is wrong with the copy.
     fn read_copy(&self, blob: &Blob, entry: Entry) -> Result<Result<Bytes, String>> {
         let data = if entry.inline {
-            self.index.data(&blob.digest)?
+            self.index.data(&blob.digest)
         } else {
             match self.files.open_object(&blob.digest)? {
-                None => None,
+                None => Ok(None),
                 Some(file) => {
                     // Not more than one byte beyond its size, whatever the file has become.
                     let mut data = Vec::with_capacity(usize::try_from(blob.size).unwrap_or(0));
-                    file.take(blob.size + 1)
-                        .read_to_end(&mut data)
-                        .map_err(StoreError::io("read", &self.files.path(&blob.digest)))?;
-                    Some(Bytes::from(data))
+                    let read = file.take(blob.size + 1).read_to_end(&mut data);
+                    let read = read.map_err(StoreError::io("read", &self.files.path(&blob.digest)));
+                    read.map(|_| Some(Bytes::from(data)))
                 }
             }
         };
         Ok(match data {
-            None => Err(GONE.to_owned()),
-            Some(data) if blob.matches(&data) => Ok(data),
-            Some(data) => Err(found_instead(blob, &Blob::of(&data))),
+            Err(error) => Err(scrub::damage(error)?),
+            Ok(None) => Err(GONE.to_owned()),
+            Ok(Some(data)) if blob.matches(&data) => Ok(data),
+            Ok(Some(data)) => Err(found_instead(blob, &Blob::of(&data))),
         })
     }
 
@@ -493,9 +493,11 @@ impl Shared {
         let Some(file) = self.files.open_object(&blob.digest)? else {
             return Ok(Some(GONE.to_owned()));
         };
-        let found = Blob::of_reader(file.take(blob.size + 1))
-            .map_err(StoreError::io("read", &self.files.path(&blob.digest)))?;
-        Ok((found != *blob).then(|| found_instead(blob, &found)))
+        let found = Blob::of_reader(file.take(blob.size + 1));
+        match found.map_err(StoreError::io("read", &self.files.path(&blob.digest))) {
+            Ok(found) => Ok((found != *blob).then(|| found_instead(blob, &found))),
+            Err(error) => Ok(Some(scrub::damage(error)?)),
+        }
     }
 
     /// Drops a copy that a reader found damaged, unless it has been replaced by a good one meanwhile.

@@ -10,6 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rocksdb::ErrorKind;
+use rustix::io::Errno;
+
 use super::{
     LocalStore,
     index::{Changes, Entry},
@@ -160,7 +163,10 @@ impl LocalStore {
         match Blob::of_reader(reader) {
             _ if broken_off => Ok(None),
             Ok(found) => Ok(Some(found == *blob)),
-            Err(error) => Err(StoreError::io("read", &self.object_path(&blob.digest))(error)),
+            Err(error) => {
+                damage(StoreError::io("read", &self.object_path(&blob.digest))(error))?;
+                Ok(Some(false))
+            }
         }
     }
 
@@ -172,6 +178,22 @@ impl LocalStore {
             Err(error) => Err(error),
         }
     }
+}
+
+/// What is wrong with a copy of which reading failed so, if the fault is the copy's: where it lies, the disk cannot be
+/// read any more. Any other error says nothing of the copy, and is given back. Not for errors of opening a file: then
+/// the whole disk may be gone.
+pub(super) fn damage(error: StoreError) -> Result<String> {
+    let reason = match &error {
+        StoreError::Io { source, .. }
+            if matches!(Errno::from_io_error(source), Some(Errno::IO | Errno::BADMSG | Errno::UCLEAN)) =>
+        {
+            source.to_string()
+        }
+        StoreError::Index { source, .. } if source.kind() == ErrorKind::Corruption => source.to_string(),
+        _ => return Err(error),
+    };
+    Ok(format!("it cannot be read: {reason}"))
 }
 
 struct Paced<'a> {
@@ -190,5 +212,24 @@ impl Read for Paced<'_> {
         let length = self.file.read(buffer)?;
         self.pace.wait(length as u64);
         Ok(length)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn only_what_cannot_be_read_any_more_is_damage() {
+        let failed = |errno: Errno| damage(StoreError::io("read", Path::new("/objects/x"))(errno.into()));
+        for errno in [Errno::IO, Errno::BADMSG, Errno::UCLEAN] {
+            assert!(failed(errno).unwrap().starts_with("it cannot be read: "), "{errno}");
+        }
+        for errno in [Errno::ACCESS, Errno::MFILE, Errno::NOMEM, Errno::ISDIR, Errno::STALE] {
+            assert!(matches!(failed(errno), Err(StoreError::Io { .. })), "{errno}");
+        }
+        assert!(damage(StoreError::Closed("here".to_owned())).is_err());
     }
 }
