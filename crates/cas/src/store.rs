@@ -113,6 +113,9 @@ pub enum StoreError {
     /// An address or option is not usable.
     #[error("{0}")]
     Invalid(String),
+    /// The same is being done already, and must not be done twice at a time.
+    #[error("{0}")]
+    Busy(String),
     /// The store is shutting down.
     #[error("the store {0} is closed")]
     Closed(String),

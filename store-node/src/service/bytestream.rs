@@ -15,12 +15,15 @@ use bazel_remote_apis::google::bytestream::{
     QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest, WriteResponse,
     byte_stream_server::ByteStream,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::Instant,
+};
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    blocking, check_instance, missing, resolve, status,
+    blocking, check_instance, missing, name_again, resolve, status,
     uploads::{KEEP, Receiving, Uploads, Writing},
     zstd::{Compressor, Decompressor},
 };
@@ -33,8 +36,11 @@ use crate::{
 const PIECE: u64 = 128 << 10;
 /// Pieces waiting to be sent.
 const PIECES: usize = 1;
-/// Longest wait for the next piece from a client.
+/// Longest wait for the next [`PROGRESS`] bytes from a client, or for the end.
 const STALL: Duration = Duration::from_secs(60);
+const PROGRESS: usize = 1 << 20;
+/// Longest wait for a decompressor: whoever waits has a place.
+const DECOMPRESSOR_WAIT: Duration = Duration::from_secs(1);
 /// What stands for the size of a compressed upload that was not needed.
 const NOT_NEEDED: i64 = -1;
 
@@ -107,12 +113,17 @@ impl ByteStreamService {
     async fn present(&self, content: ContentName) -> Result<Option<Blob>, Status> {
         let Some(blob) = self.resolve(content).await? else { return Ok(None) };
         let store = self.store.clone();
-        Ok(blocking(move || store.contains(&blob)).await?.map_err(status)?.then_some(blob))
+        let is_there = blocking(move || store.contains(&blob)).await?.map_err(status)?;
+        if is_there {
+            name_again(&self.store, vec![(content, blob)]).await?;
+        }
+        Ok(is_there.then_some(blob))
     }
 
     async fn write_blob(&self, mut requests: Streaming<WriteRequest>) -> Result<WriteResponse, Status> {
-        let first =
-            next(&mut requests).await?.ok_or_else(|| Status::invalid_argument("a write needs at least one request"))?;
+        let mut pace = Pace::default();
+        let first = pace.next(&mut requests).await?;
+        let first = first.ok_or_else(|| Status::invalid_argument("a write needs at least one request"))?;
         let UploadName { instance, id, form, content } = parse_upload(&first.resource_name).map_err(bad_name)?;
         check_instance(&instance)?;
         // REAPI: no need to send what is here already.
@@ -179,7 +190,10 @@ impl ByteStreamService {
                 // For plain bytes the same as the size.
                 return Ok(WriteResponse { committed_size: offset });
             }
-            match next(&mut requests).await? {
+            match pace.next(&mut requests).await? {
+                Some(next) if next.data.is_empty() && !next.finish_write => {
+                    return Err(Status::invalid_argument("a piece is empty, and not the end of the write"));
+                }
                 Some(next) => request = next,
                 // The client will go on later.
                 None => return Ok(WriteResponse { committed_size: signed(upload.written()) }),
@@ -197,7 +211,11 @@ impl ByteStreamService {
         if form == Form::Plain {
             return Ok(None);
         }
-        let permit = self.decompressors.clone().acquire_owned().await.map_err(|e| Status::internal(e.to_string()))?;
+        let permit = tokio::time::timeout(DECOMPRESSOR_WAIT, self.decompressors.clone().acquire_owned()).await;
+        let Ok(Ok(permit)) = permit else {
+            let busy = format!("the store takes {DECOMPRESSORS} compressed uploads at one time; try again");
+            return Err(Status::unavailable(busy));
+        };
         Ok(Some((Decompressor::new(WINDOW_LOG)?, permit)))
     }
 
@@ -262,10 +280,35 @@ fn bad_name(error: ResourceError) -> Status {
     Status::invalid_argument(error.to_string())
 }
 
-async fn next(requests: &mut Streaming<WriteRequest>) -> Result<Option<WriteRequest>, Status> {
-    tokio::time::timeout(STALL, requests.message())
-        .await
-        .map_err(|_| Status::deadline_exceeded(format!("no piece came for {} s", STALL.as_secs())))?
+/// How long a client may still be waited for, and what it has brought since that was reckoned. Our own work costs it nothing.
+struct Pace {
+    wait: Duration,
+    bytes: usize,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { wait: STALL, bytes: 0 }
+    }
+}
+
+impl Pace {
+    async fn next(
+        &mut self,
+        requests: &mut (impl Stream<Item = Result<WriteRequest, Status>> + Unpin),
+    ) -> Result<Option<WriteRequest>, Status> {
+        let begin = Instant::now();
+        let request = tokio::time::timeout(self.wait, requests.next()).await.map_err(|_| {
+            let (bytes, seconds) = (self.bytes, STALL.as_secs());
+            Status::deadline_exceeded(format!("{bytes} bytes came in {seconds} s, fewer than the {PROGRESS} demanded"))
+        })?;
+        self.wait = self.wait.saturating_sub(begin.elapsed());
+        self.bytes += request.as_ref().and_then(|request| request.as_ref().ok()).map_or(0, |piece| piece.data.len());
+        if self.bytes >= PROGRESS {
+            *self = Self::default();
+        }
+        request.transpose()
+    }
 }
 
 enum Bytes {
@@ -367,5 +410,33 @@ impl ByteStream for ByteStreamService {
         request: Request<QueryWriteStatusRequest>,
     ) -> Result<Response<QueryWriteStatusResponse>, Status> {
         self.query(request.into_inner()).await.map(Response::new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pieces of `size` bytes, one every `seconds`.
+    fn pieces(size: usize, seconds: u64) -> impl Stream<Item = Result<WriteRequest, Status>> + Unpin {
+        let piece = move || Ok(WriteRequest { data: vec![0; size], ..Default::default() });
+        let ticks = tokio_stream::wrappers::IntervalStream::new(tokio::time::interval(Duration::from_secs(seconds)));
+        ticks.map(move |_| piece())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_must_get_on() {
+        let (mut slow, mut pace) = (pieces(1000, 7), Pace::default());
+        let begin = Instant::now();
+        let error = loop {
+            if let Err(error) = pace.next(&mut slow).await {
+                break error;
+            }
+        };
+        assert_eq!((error.code(), begin.elapsed()), (tonic::Code::DeadlineExceeded, STALL));
+        let (mut fast, mut pace) = (pieces(PROGRESS / 2, 25), Pace::default());
+        for _ in 0..20 {
+            pace.next(&mut fast).await.unwrap();
+        }
     }
 }

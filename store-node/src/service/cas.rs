@@ -22,8 +22,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{
-    MAX_BATCH_BYTES, blocking, check_function, check_instance, mismatch, missing, parse_digest, parse_digests, resolve,
-    status, tree::Tree, zstd,
+    MAX_BATCH_BYTES, blocking, check_function, check_instance, mismatch, missing, name_again, parse_digest,
+    parse_digests, resolve, status, tree::Tree, zstd,
 };
 use crate::{
     metrics::{Call, StoreMetrics},
@@ -51,6 +51,8 @@ impl CasService {
         let blobs = resolve(&self.store, names.clone()).await?;
         let asked: Vec<Blob> = blobs.iter().flatten().copied().collect();
         let absent: HashSet<Blob> = self.store.find_missing(&asked).await.map_err(status)?.into_iter().collect();
+        let known = names.iter().zip(&blobs).filter_map(|(name, blob)| Some((*name, (*blob)?)));
+        name_again(&self.store, known.filter(|(_, blob)| !absent.contains(blob)).collect()).await?;
         let mut seen = HashSet::new();
         let missing = names
             .into_iter()

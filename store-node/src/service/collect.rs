@@ -90,10 +90,10 @@ fn run(
     Ok(())
 }
 
-/// A store that is not collected, or is already.
+/// A store that cannot be collected, or is already.
 fn refused(error: StoreError) -> Status {
     match error {
-        StoreError::Invalid(reason) => Status::failed_precondition(reason),
+        StoreError::Invalid(reason) | StoreError::Busy(reason) => Status::failed_precondition(reason),
         other => status(other),
     }
 }

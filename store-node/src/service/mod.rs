@@ -37,7 +37,7 @@ pub(crate) fn status(error: StoreError) -> Status {
         StoreError::Mismatch { .. } | StoreError::Invalid(_) | StoreError::NotADirectory { .. } => {
             Status::invalid_argument(message)
         }
-        StoreError::Closed(_) => Status::unavailable(message),
+        StoreError::Closed(_) | StoreError::Busy(_) => Status::unavailable(message),
         StoreError::Bucket { transient: true, .. } => {
             tracing::warn!(error = message, "the durable tier does not do as asked");
             Status::unavailable(message)
@@ -89,6 +89,18 @@ pub(crate) fn parse_digests(function: DigestFunction, digests: &[reapi::Digest])
 pub(crate) async fn resolve(store: &TieredStore, names: Vec<ContentName>) -> Result<Vec<Option<Blob>>, Status> {
     let store = store.clone();
     blocking(move || store.resolve(&names)).await?.map_err(status)
+}
+
+/// Says again for which blobs these names stand, before it is answered that they are there: a collection may just be
+/// forgetting a name because its blob was missing when it looked.
+pub(crate) async fn name_again(store: &TieredStore, names: Vec<(ContentName, Blob)>) -> Result<(), Status> {
+    let foreign = |(name, blob)| if let ContentName::Sha256(name) = name { Some((name, blob)) } else { None };
+    let names: Vec<_> = names.into_iter().filter_map(foreign).collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    let store = store.clone();
+    blocking(move || store.name(&names)).await?.map_err(status)
 }
 
 pub(crate) fn missing(name: &ContentName) -> Status {

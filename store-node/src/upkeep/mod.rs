@@ -86,7 +86,7 @@ pub(crate) fn collect(store: &LocalStore, pace: Pace, metrics: &UpkeepMetrics, w
     match &result {
         Ok(progress) => metrics.ended(Ok(progress)),
         // Nobody's fault: it was asked to end, or another one runs.
-        Err(StoreError::Closed(_) | StoreError::Invalid(_)) => {}
+        Err(StoreError::Closed(_) | StoreError::Busy(_)) => {}
         Err(_) => metrics.ended(Err(())),
     }
     result
@@ -155,5 +155,41 @@ async fn passed(pause: Duration, token: &CancellationToken) -> bool {
     tokio::select! {
         () = token.cancelled() => false,
         () = tokio::time::sleep(pause) => !token.is_cancelled(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aether_cas::LocalConfig;
+    use aether_runtime::Metrics;
+
+    use super::*;
+
+    #[test]
+    fn a_collection_that_fails_is_counted_and_one_that_another_keeps_out_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let config =
+            LocalConfig { objects: folder.path().join("objects"), index: folder.path().join("index"), inline_limit: 0 };
+        let table = Metrics::new();
+        let metrics = UpkeepMetrics::new(&table);
+        let failed = |count: &str| {
+            let row = format!("aether_store_collections_total{{outcome=\"failed\"}} {count}\n");
+            table.render().contains(&row)
+        };
+        let pace = Pace::new(None);
+        let go_on = &mut |_: &Progress| ControlFlow::Continue(());
+        let store = LocalStore::open(config.clone()).unwrap();
+        assert!(matches!(collect(&store, pace, &metrics, go_on), Err(StoreError::Invalid(_))));
+        assert!(failed("1"), "{}", table.render());
+        drop(store);
+
+        let store = LocalStore::open_collected(config, LEASE).unwrap();
+        collect(&store, pace, &metrics, &mut |_| {
+            let another = collect(&store, pace, &metrics, &mut |_| ControlFlow::Continue(()));
+            assert!(matches!(another, Err(StoreError::Busy(_))));
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        assert!(failed("1"), "{}", table.render());
     }
 }

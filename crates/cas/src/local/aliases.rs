@@ -56,8 +56,8 @@ impl LocalStore {
 
     /// Forgets the names of blobs that are gone: `missing` says which of some are. Returns how many there were.
     ///
-    /// Nobody is told that a content is there between the question and the forgetting: whoever stores it again names it
-    /// again, afterwards.
+    /// A content may come back between the question and the forgetting. Whoever stores it under its name, or says that it
+    /// is there under it, names it after that and before the answer: this waits until here all is forgotten.
     ///
     /// # Errors
     /// Those of `missing` and of the index.
@@ -120,5 +120,25 @@ mod tests {
         for ((_, blob), found) in names.iter().zip(store.resolve_sha256(&asked).unwrap()) {
             assert_eq!(found, keep(blob).then_some(*blob));
         }
+    }
+
+    #[test]
+    fn a_content_that_comes_back_while_its_name_is_forgotten_keeps_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let (objects, index) = (folder.path().join("objects"), folder.path().join("index"));
+        let store = LocalStore::open(LocalConfig { objects, index, inline_limit: 0 }).unwrap();
+        let named = (Sha256Blob::of(b"content"), Blob::of(b"content"));
+        store.name_sha256(&[named]).unwrap();
+        let (sender, naming) = std::sync::mpsc::channel();
+        let missing = |blobs: &[Blob]| {
+            let store = store.clone();
+            sender.send(std::thread::spawn(move || store.name_sha256(&[named]).unwrap())).unwrap();
+            // Long enough for it to be done, if it did not wait.
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            Ok(blobs.to_vec())
+        };
+        assert_eq!(store.prune_sha256(missing).unwrap(), 1);
+        naming.recv().unwrap().join().unwrap();
+        assert_eq!(store.resolve_sha256(&[named.0]).unwrap(), [Some(named.1)]);
     }
 }
