@@ -10,12 +10,14 @@ use aether_store_node::{
     commands::{gc, integrity},
     config::{Cli, Command, FsckArgs, GuardArgs, ServeArgs},
     metrics::{self, StoreMetrics},
-    serve, upkeep,
+    serve,
+    tiered::options::trace_of_bucket,
+    upkeep,
 };
 use anyhow::Context;
 use clap::Parser;
 use tokio::net::TcpListener;
-use tracing::info;
+use tracing::{error, info};
 
 /// How often the files of the certificate are looked at.
 const FOLLOW: Duration = Duration::from_secs(10);
@@ -50,12 +52,19 @@ async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let config = args.data.store();
     let folder = args.data.data_dir.display().to_string();
     // After a crash this reads the sizes of all files.
-    // A cache is not collected: what is in it need not be all there is.
-    let lease = args.tier.s3_bucket.is_none().then_some(args.upkeep.gc_lease);
+    // A cache is not collected: what is in it need not be all there is. Nor is what was one.
+    let trace = trace_of_bucket(&args.data.data_dir).filter(|_| args.tier.s3_bucket.is_none());
+    if let Some(trace) = &trace {
+        error!(
+            folder, trace = %trace.display(),
+            "nothing is collected: the folder was the cache of a bucket, and its pins are there: give --s3-bucket, or remove the folder `trace` if the bucket is gone for good"
+        );
+    }
+    let lease = (args.tier.s3_bucket.is_none() && trace.is_none()).then_some(args.upkeep.gc_lease);
     let store = tasks::blocking("open the store", move || {
         Ok(match lease {
             Some(lease) => LocalStore::open_collected(config, lease)?,
-            None => LocalStore::open(config)?,
+            None => LocalStore::open_cache(config)?,
         })
     })
     .await

@@ -19,6 +19,7 @@ use super::{NodeArgs, describe, moment};
 use crate::{
     config::DataArgs,
     service::collect,
+    tiered::options::trace_of_bucket,
     upkeep::{LEASE, UpkeepMetrics},
 };
 
@@ -65,6 +66,12 @@ pub async fn run(args: GcArgs) -> anyhow::Result<ExitCode> {
         print(answers.into_inner()).await?
     } else {
         let (config, folder) = (args.data.store(), args.data.existing()?);
+        if let Some(trace) = trace_of_bucket(&args.data.data_dir) {
+            anyhow::bail!(
+                "{folder} was the cache of a bucket, and its pins are there: remove {} if the bucket is gone for good",
+                trace.display()
+            );
+        }
         let store = LocalStore::open_collected(config, LEASE).with_context(|| {
             format!("cannot open the store in {folder}; if a store node is running on it, ask that one (--address)")
         })?;

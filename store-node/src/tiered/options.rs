@@ -1,6 +1,6 @@
 //! The options of the durable tier, and the store they ask for.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use aether_cas::{
     LocalStore,
@@ -11,6 +11,8 @@ use clap::{Args, ValueEnum};
 
 use super::{Durability, TieredStore};
 
+/// Folder of the index of a bucket, in the data folder.
+const PACKS: &str = "packs";
 /// The least limit of the disk.
 const LEAST: u64 = 64 << 20;
 
@@ -63,13 +65,19 @@ impl TierArgs {
             endpoint: self.s3_endpoint.clone(),
             region: self.s3_region.clone(),
         };
-        let durable = Durable::open_s3(&config, &data_dir.join("packs")).await?;
+        let durable = Durable::open_s3(&config, &data_dir.join(PACKS)).await?;
         let durability = match self.durability {
             When::Through => Durability::Through,
             When::Behind => Durability::Behind,
         };
         Ok(TieredStore::over(durable, disk, durability, self.cache_limit))
     }
+}
+
+/// The folder that says that the disk in `data_dir` is, or was, the cache of a bucket, where its pins are: without these
+/// a collection would take everything for garbage.
+pub fn trace_of_bucket(data_dir: &Path) -> Option<PathBuf> {
+    Some(data_dir.join(PACKS)).filter(|packs| packs.exists())
 }
 
 fn endpoint(text: &str) -> Result<String, String> {

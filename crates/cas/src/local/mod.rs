@@ -10,7 +10,8 @@
 //! thread; the [`Store`](crate::Store) implementation does not. One process at a time may have a store open.
 //!
 //! A store of many clients is opened by [`LocalStore::open_collected`]: its answers are leases, and
-//! [`collect`](crate::collect) deletes what no pin and no lease keeps. A node's store is not: its engine knows what it needs.
+//! [`collect`](crate::collect) deletes what no pin and no lease keeps. A node's store is not: its engine knows what it needs;
+//! nor is a cache ([`LocalStore::open_cache`]), which need not have the pins.
 
 mod affected;
 mod aliases;
@@ -129,6 +130,17 @@ impl LocalStore {
     /// As [`LocalStore::open`].
     pub fn open_collected(config: LocalConfig, lease: Duration) -> Result<Self> {
         Self::open_for(config, Some(lease))
+    }
+
+    /// Opens the disk of a store node that is a cache now, and may have been collected before: what a collection had begun
+    /// there is ended, because nobody goes on with it.
+    ///
+    /// # Errors
+    /// As [`LocalStore::open`].
+    pub fn open_cache(config: LocalConfig) -> Result<Self> {
+        let store = Self::open_for(config, None)?;
+        store.shared.end_collection()?;
+        Ok(store)
     }
 
     fn open_for(config: LocalConfig, lease: Option<Duration>) -> Result<Self> {

@@ -153,6 +153,33 @@ impl Shared {
         Ok(())
     }
 
+    /// Leaves nothing of a collection in a store that is not collected any more: a sentence that nobody lifts would be
+    /// carried out years later, on blobs that were stored anew.
+    ///
+    /// What was condemned only is acquitted. Under a sentence it is deleted: some of it is gone already, and what is left
+    /// must not pass for whole. If the store is collected again some day, that begins with a new period of grace.
+    pub(super) fn end_collection(&self) -> Result<()> {
+        let sentenced = self.index.state(SENTENCED)?.is_some();
+        loop {
+            let page = self.index.rows_after(Table::Condemned, None, PAGE)?;
+            if page.is_empty() {
+                break;
+            }
+            let digests: Vec<Digest> = page.into_iter().map(|(digest, _)| digest).collect();
+            if sentenced {
+                let entries = self.index.entries(&digests)?.into_iter().zip(&digests);
+                let blobs: Vec<Blob> =
+                    entries.filter_map(|(entry, digest)| Some(Blob { digest: *digest, size: entry?.size })).collect();
+                self.remove(&blobs)?;
+                // Also of those that were deleted from the index when the collection was killed.
+                digests.iter().try_for_each(|digest| self.files.remove(digest))?;
+            }
+            let rows = digests.into_iter().map(|digest| (Table::Condemned, digest, None)).collect();
+            self.index.apply(Changes { rows, ..Default::default() })?;
+        }
+        self.index.apply(Changes { states: vec![(SENTENCED, None), (PROTECTED, None)], ..Default::default() })
+    }
+
     pub(super) fn which_condemned<'a>(
         &self,
         tenure: &Tenure,
