@@ -1,6 +1,8 @@
 //! A store node whose disk is a cache over a bucket.
 
 mod common;
+#[path = "common/program.rs"]
+mod program;
 
 use std::{collections::HashSet, os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 
@@ -233,6 +235,79 @@ async fn behind_tells_what_is_pending_and_brings_it_later_even_after_a_restart()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn behind_needs_no_bucket_to_take_uploads() {
+    let bucket = Arc::new(TestBucket::default());
+    let folder = tempfile::tempdir().unwrap();
+    let node = TieredNode::start(&bucket, folder.path(), Durability::Behind, None).await;
+    let (first, second) = (blob(1, 100), blob(2, 20_000));
+    node.remote.write(first.0, first.1.clone()).await.unwrap();
+    bucket.refuse(true);
+    bucket.refuse_lists(true);
+    // Later than what was listed at the start may count for.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(node.remote.find_missing(&[first.0, second.0]).await.unwrap(), [second.0]);
+    node.remote.write(second.0, second.1.clone()).await.unwrap();
+    assert_eq!(node.remote.find_missing(&[first.0, second.0]).await.unwrap(), []);
+    // A pin is a promise for the whole store, and is not made blindly.
+    let (store, nowhere) = (node.store.clone(), blob(3, 10).0);
+    let error = tokio::task::spawn_blocking(move || store.pin("uid", "Checkpoint", "", nowhere)).await.unwrap();
+    assert!(error.unwrap_err().is_transient());
+    bucket.refuse(false);
+    bucket.refuse_lists(false);
+    node.until("durable", |held| held.pending_blobs == 0).await;
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_brings_what_a_client_did_not_wait_for() {
+    let bucket = Arc::new(TestBucket::default());
+    let folder = tempfile::tempdir().unwrap();
+    let node = TieredNode::start(&bucket, folder.path(), Durability::Behind, None).await;
+    node.until("compared", |held| held.compared).await;
+    let blobs: Vec<_> = (0..20).map(|n| blob(n, 50_000)).collect();
+    let mut left = 0;
+    for one in &blobs {
+        let mut write = std::pin::pin!(node.store.write_batch(vec![one.clone()]));
+        // It looks into the index first; then it begins to write, and is left alone with it.
+        assert!(futures::poll!(&mut write).is_pending());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        left += usize::from(futures::poll!(&mut write).is_pending());
+    }
+    assert!(left > 0);
+    let names = names(&blobs);
+    for _ in 0..200 {
+        if node.store.durable().unwrap().missing(&names).unwrap().is_empty() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(node.store.disk().missing(&names).unwrap(), []);
+    assert_eq!(node.store.durable().unwrap().missing(&names).unwrap(), []);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packs_that_are_gone_are_made_again_of_what_the_disk_has() {
+    let bucket = Arc::new(TestBucket::default());
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let node = TieredNode::start(&bucket, folders[0].path(), Durability::Behind, None).await;
+    let blobs: Vec<_> = (0..20).map(|n| blob(n, 5000)).collect();
+    node.remote.write_batch(blobs.clone()).await.unwrap();
+    node.until("durable", |held| held.compared && held.pending_blobs == 0).await;
+    let other = TieredNode::start(&bucket, folders[1].path(), Durability::Through, None).await;
+    let durable = other.store.durable().unwrap();
+    for pack in durable.packs().unwrap() {
+        durable.delete_pack(pack).await.unwrap();
+    }
+    node.store.rebuild().await.unwrap();
+    node.until("durable", |held| held.compared && held.pending_blobs == 0).await;
+    assert_reads(&other.remote, &blobs).await;
+    for node in [node, other] {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_disk_stays_within_its_limit_and_what_is_wanted_stays() {
     const LIMIT: u64 = 8 << 20;
     let bucket = Arc::new(TestBucket::default());
@@ -324,6 +399,31 @@ async fn pins_of_a_disk_move_to_the_bucket_and_its_blobs_follow() {
     .await
     .unwrap();
     node.stop().await;
+}
+
+#[test]
+fn what_was_the_cache_of_a_bucket_is_not_collected() {
+    let folder = tempfile::tempdir().unwrap();
+    let (content, data) = blob(1, 3000);
+    common::open(folder.path()).put_batch(vec![(content, data)]).unwrap();
+    let gc = |options: &[&str]| {
+        let output = std::process::Command::new(program::PROGRAM).arg("gc").args(options).output().unwrap();
+        (output.status.success(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+    };
+    let here = ["--data-dir", folder.path().to_str().unwrap()];
+    let packs = folder.path().join("packs");
+    std::fs::create_dir(&packs).unwrap();
+    let (done, said) = gc(&here);
+    assert!(!done && said.contains(packs.to_str().unwrap()), "{said}");
+    // A node serves it, and does not collect it either.
+    let node = program::Process::start(folder.path());
+    let (done, said) = gc(&["--address", &node.uri()]);
+    assert!(!done && said.contains("not open for being collected"), "{said}");
+    assert!(node.end(rustix::process::Signal::TERM).success());
+    // The bucket is gone for good.
+    std::fs::remove_dir(&packs).unwrap();
+    let (done, said) = gc(&here);
+    assert!(done, "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

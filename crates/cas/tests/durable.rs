@@ -169,6 +169,62 @@ async fn of_two_copies_the_good_one_is_found() {
 }
 
 #[tokio::test]
+async fn what_was_mended_is_found_again() {
+    let bucket = Arc::new(InMemory::new());
+    let folder = tempfile::tempdir().unwrap();
+    let durable = open(&bucket, &folder.path().join("a")).await;
+    let blobs = vec![blob(1, 3000), blob(2, 10)];
+    durable.put(blobs.clone()).await.unwrap();
+    let key = path::Path::from(format!("some/folder/packs/{}", durable.packs().unwrap()[0]));
+    let good = bucket.get(&key).await.unwrap().bytes().await.unwrap();
+    let damage = async |at: usize| {
+        let mut bad = good.to_vec();
+        bad[at] ^= 1;
+        bucket.put(&key, bad.into()).await.unwrap();
+    };
+    damage(HEADER_BYTES as usize + 100).await;
+    let place = durable.places(&blobs[0].0).unwrap().pop().unwrap();
+    assert_eq!(read(&durable, &names(&blobs)).await, blobs[1..]);
+    assert_eq!(durable.missing(&names(&blobs)).unwrap(), [blobs[0].0]);
+    durable.refresh(Instant::now()).await.unwrap();
+    assert_eq!(durable.places(&blobs[0].0).unwrap(), []);
+    bucket.put(&key, good.clone().into()).await.unwrap();
+    assert!(!durable.rebuild().await.unwrap());
+    assert_eq!(durable.places(&blobs[0].0).unwrap(), [place]);
+    assert_eq!(read(&durable, &names(&blobs)).await, sorted(blobs.clone()));
+
+    // The same of a pack as a whole.
+    damage(good.len() - 12).await;
+    let other = open(&bucket, &folder.path().join("b")).await;
+    other.rebuild().await.unwrap();
+    assert_eq!((other.statistics().packs, other.statistics().unreadable_packs), (0, 1));
+    bucket.put(&key, good.clone().into()).await.unwrap();
+    other.rebuild().await.unwrap();
+    assert_eq!((other.statistics().packs, other.statistics().unreadable_packs), (1, 0));
+    assert_eq!(read(&other, &names(&blobs)).await, sorted(blobs));
+}
+
+#[tokio::test]
+async fn those_who_waited_for_a_listing_share_its_failure() {
+    let bucket = Arc::new(TestBucket::default());
+    let folder = tempfile::tempdir().unwrap();
+    let durable = Durable::open(bucket.clone(), "s3://work".to_owned(), "here", folder.path()).await.unwrap();
+    bucket.refuse_lists(true);
+    let asked = Instant::now();
+    let callers: Vec<_> = (0..20).map(|_| durable.refresh(asked)).collect();
+    for result in futures::future::join_all(callers).await {
+        let error = result.unwrap_err();
+        assert!(error.is_transient() && error.to_string().contains("slow down"), "{error}");
+    }
+    assert_eq!(durable.statistics().failed_requests, 1);
+    // Whoever asks later learns how it is then.
+    bucket.refuse_lists(false);
+    durable.refresh(Instant::now()).await.unwrap();
+    durable.refresh(asked).await.unwrap();
+    assert_eq!(durable.statistics().requests, 2);
+}
+
+#[tokio::test]
 async fn large_blobs_are_sent_in_parts_and_verified() {
     let bucket = Arc::new(InMemory::new());
     let folder = tempfile::tempdir().unwrap();

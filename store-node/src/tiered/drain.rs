@@ -2,13 +2,15 @@
 
 use std::{
     collections::VecDeque,
+    panic::AssertUnwindSafe,
     sync::{
         Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
 };
 
 use aether_cas::{Blob, Store, StoreError, durable::format::MAX_SHARED_BLOB, store::Result};
+use futures::FutureExt;
 use tokio::{runtime::Handle, sync::Notify, task::JoinSet};
 
 use super::{FIRST_PAUSE, LONGEST_PAUSE, Tier, TieredStore};
@@ -28,7 +30,12 @@ pub(super) struct Drain {
     wake: Notify,
     /// Something was brought.
     room: Notify,
-    compared: AtomicBool,
+    /// The disk is to be compared with the bucket again.
+    again: Notify,
+    /// How often that was asked for after the begin.
+    asked: AtomicU64,
+    /// More than that when it was done.
+    compared: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -62,10 +69,17 @@ impl Drain {
         }
     }
 
+    /// Looks once more what the disk has that the bucket has not.
+    pub(super) fn compare_again(&self) {
+        self.asked.fetch_add(1, Ordering::AcqRel);
+        self.again.notify_one();
+    }
+
     /// Blobs and bytes that are not in the bucket yet, and whether these are all.
     pub(super) fn pending(&self) -> (u64, u64, bool) {
         let queue = self.lock();
-        (queue.blobs, queue.bytes, self.compared.load(Ordering::Acquire))
+        let compared = self.compared.load(Ordering::Acquire) > self.asked.load(Ordering::Acquire);
+        (queue.blobs, queue.bytes, compared)
     }
 
     /// Blobs to bring together: small ones that fit a pack, or a large one.
@@ -91,7 +105,7 @@ impl Drain {
         queue.bytes -= group.iter().map(|blob| blob.size).sum::<u64>();
     }
 
-    fn again(&self, group: Vec<Blob>) {
+    fn put_back(&self, group: Vec<Blob>) {
         let mut queue = self.lock();
         for blob in group.into_iter().rev() {
             queue.waiting.push_front(blob);
@@ -104,12 +118,22 @@ impl Drain {
 }
 
 impl TieredStore {
-    /// Brings what waits, for ever. First it looks what the disk has that the bucket has not.
+    /// Brings what waits, for ever. First, and when packs are gone, it looks what the disk has that the bucket has not.
     pub(super) async fn drain(&self, tier: &std::sync::Arc<Tier>) {
-        tokio::join!(self.compare(tier), self.bring_out(tier));
+        let compare = async {
+            loop {
+                self.compare(tier).await;
+                tier.drain.again.notified().await;
+            }
+        };
+        tokio::select! {
+            () = compare => {}
+            () = self.bring_out(tier) => {}
+        }
     }
 
     async fn compare(&self, tier: &std::sync::Arc<Tier>) {
+        let asked = tier.drain.asked.load(Ordering::Acquire);
         let comparing = tier.clone();
         let compared = self
             .blocking(move |store| {
@@ -129,7 +153,7 @@ impl TieredStore {
             })
             .await;
         match compared {
-            Ok(()) => tier.drain.compared.store(true, Ordering::Release),
+            Ok(()) => tier.drain.compared.store(asked + 1, Ordering::Release),
             Err(error) => tracing::error!(%error, "the disk was not compared with the bucket; restart to try again"),
         }
     }
@@ -153,8 +177,10 @@ impl TieredStore {
                 }
                 let (store, tier) = (self.clone(), tier.clone());
                 underway.spawn(async move {
-                    let result = store.store_group(&tier, &group).await;
-                    (group, result)
+                    // Whatever happens, what is not in the bucket stays known.
+                    let result = AssertUnwindSafe(store.store_group(&tier, &group)).catch_unwind().await;
+                    let ended = || StoreError::Closed(tier.durable.name());
+                    (group, result.unwrap_or_else(|_| Err(ended())))
                 });
             }
             let ended = tokio::select! {
@@ -168,7 +194,7 @@ impl TieredStore {
                 }
                 Ok((group, Err(error))) => {
                     tracing::warn!(%error, blobs = group.len(), "what the disk has is not in the bucket yet");
-                    tier.drain.again(group);
+                    tier.drain.put_back(group);
                     failed = true;
                 }
                 Err(error) => tracing::error!(%error, "bringing blobs to the bucket was not finished"),

@@ -156,8 +156,7 @@ impl TieredStore {
         match ingest.finish().await {
             Ok(()) => Ok(true),
             Err(StoreError::Mismatch { found, .. }) => {
-                let durable = tier.durable.clone();
-                self.blocking(move |_| durable.forget_damaged(place, &format!("it is {found}"))).await?;
+                tier.durable.leave_out(place, &format!("it is {found}"));
                 Ok(false)
             }
             Err(error) => Err(error),

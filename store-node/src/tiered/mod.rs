@@ -30,7 +30,7 @@ use aether_cas::{
 };
 use aether_runtime::CancellationToken;
 use bytes::Bytes;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, task::JoinHandle};
 
 use drain::Drain;
 use fetch::Stripes;
@@ -70,7 +70,8 @@ pub struct DurableStatistics {
     pub pending_blobs: u64,
     /// Their bytes.
     pub pending_bytes: u64,
-    /// Whether all that the disk held when the node started was compared with the bucket, so that nothing else is pending.
+    /// Whether all that the disk held when the node started, or found packs gone, was compared with the bucket, so that
+    /// nothing else is pending.
     pub compared: bool,
 }
 
@@ -177,7 +178,7 @@ impl TieredStore {
         let rebuild = async {
             loop {
                 tokio::time::sleep(REBUILD).await;
-                if let Err(error) = tier.durable.rebuild().await {
+                if let Err(error) = self.rebuild().await {
                     tracing::warn!(%error, "the bucket was not listed; trying again later");
                 }
             }
@@ -191,30 +192,55 @@ impl TieredStore {
         Ok(())
     }
 
+    /// Lists the whole bucket. What the disk has of packs that are gone is brought there again.
+    ///
+    /// # Errors
+    /// Those of the bucket and of its index.
+    pub async fn rebuild(&self) -> Result<()> {
+        if let Some(tier) = &self.tier
+            && tier.durable.rebuild().await?
+        {
+            tier.drain.compare_again();
+        }
+        Ok(())
+    }
+
     /// Which of `blobs` are not as durable as this store promises, each once, in the order asked.
     ///
     /// # Errors
     /// Those of the store.
     pub async fn find_missing(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
-        self.find_missing_since(blobs, Instant::now().checked_sub(FRESH).unwrap_or_else(Instant::now)).await
+        let fresh = Instant::now().checked_sub(FRESH).unwrap_or_else(Instant::now);
+        match (self.find_missing_since(blobs, fresh).await, &self.tier) {
+            // Uploads need no bucket here: at worst another node has it, and it is stored twice.
+            (Err(error), Some(tier)) if tier.durability == Durability::Behind && error.is_transient() => {
+                tracing::warn!(%error, "what other nodes have stored is not known, and counts as missing");
+                self.known_missing(tier, blobs).await
+            }
+            (result, _) => result,
+        }
     }
 
     /// As [`TieredStore::find_missing`]; what any node had stored at `since` does not count as missing.
     async fn find_missing_since(&self, blobs: &[Blob], since: Instant) -> Result<Vec<Blob>> {
         let Some(tier) = &self.tier else { return self.disk.find_missing(blobs).await };
-        let mut missing = match tier.durability {
+        let missing = self.known_missing(tier, blobs).await?;
+        if missing.is_empty() {
+            return Ok(missing);
+        }
+        tier.durable.refresh(since).await?;
+        let durable = tier.durable.clone();
+        self.blocking(move |_| durable.missing(&missing)).await
+    }
+
+    /// As [`TieredStore::find_missing`], by what is known without asking the bucket.
+    async fn known_missing(&self, tier: &Tier, blobs: &[Blob]) -> Result<Vec<Blob>> {
+        let missing = match tier.durability {
             Durability::Through => blobs.to_vec(),
             Durability::Behind => self.disk.find_missing(blobs).await?,
         };
-        for attempt in 0..2 {
-            let durable = tier.durable.clone();
-            missing = self.blocking(move |_| durable.missing(&missing)).await?;
-            if missing.is_empty() || attempt == 1 {
-                break;
-            }
-            tier.durable.refresh(since).await?;
-        }
-        Ok(missing)
+        let durable = tier.durable.clone();
+        self.blocking(move |_| durable.missing(&missing)).await
     }
 
     /// Whether the blob is as durable as this store promises.
@@ -332,11 +358,25 @@ impl TieredStore {
             Durability::Behind => {
                 // Waits when too much is on its way already.
                 tier.drain.room().await;
-                self.disk.write_batch(blobs).await?;
-                tier.drain.add(absent);
+                let (store, tier) = (self.clone(), tier.clone());
+                self.to_its_end(async move {
+                    let written = store.disk.write_batch(blobs).await;
+                    store.written(&tier, absent.into_iter().collect(), written).await
+                })
+                .await?;
             }
         }
         self.touch(tier, names).await
+    }
+
+    /// Has brought to the bucket what was written to the disk: after an error, that may be any part of it.
+    async fn written(&self, tier: &Tier, mut blobs: Vec<Blob>, written: Result<()>) -> Result<()> {
+        if written.is_err() {
+            let lacking: HashSet<Blob> = self.disk.find_missing(&blobs).await.unwrap_or_default().into_iter().collect();
+            blobs.retain(|blob| !lacking.contains(blob));
+        }
+        tier.drain.add(blobs);
+        written
     }
 
     /// Begins to store a blob in pieces; end it with [`TieredStore::finish`].
@@ -365,16 +405,18 @@ impl TieredStore {
         if tier.durability == Durability::Behind {
             tier.drain.room().await;
         }
-        ingest.finish().await?;
-        match tier.durability {
-            Durability::Through => {
-                let (store, tier) = (self.clone(), tier.clone());
-                // Goes on when the client does not wait any more, who then finds it when he asks again.
-                let stored = tokio::spawn(async move { store.store(&tier, blob).await });
-                stored.await.unwrap_or_else(|_| Err(StoreError::Closed(self.disk.objects().display().to_string())))?;
+        let (store, storing) = (self.clone(), tier.clone());
+        self.to_its_end(async move {
+            let written = ingest.finish().await;
+            match storing.durability {
+                Durability::Through => {
+                    written?;
+                    store.store(&storing, blob).await
+                }
+                Durability::Behind => store.written(&storing, vec![blob], written).await,
             }
-            Durability::Behind => tier.drain.add([blob]),
-        }
+        })
+        .await?;
         self.touch(tier, vec![blob]).await
     }
 
@@ -465,7 +507,17 @@ impl TieredStore {
         work: impl FnOnce(&TieredStore) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let store = self.clone();
-        match tokio::task::spawn_blocking(move || work(&store)).await {
+        self.ended(tokio::task::spawn_blocking(move || work(&store))).await
+    }
+
+    /// Does `work` to its end, also when the client does not wait for it any more: what is on the disk and nobody knows of
+    /// would count as present, and never get to the bucket.
+    async fn to_its_end<T: Send + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+        self.ended(tokio::spawn(work)).await
+    }
+
+    async fn ended<T>(&self, task: JoinHandle<Result<T>>) -> Result<T> {
+        match task.await {
             Ok(result) => result,
             Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
             Err(_) => Err(StoreError::Closed(self.disk.objects().display().to_string())),

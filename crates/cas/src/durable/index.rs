@@ -5,12 +5,16 @@
 //! its copy on the disk was last wanted; `default` says for which bucket and in which format all this is.
 //! Nothing is synced: what a power cut takes is read from the bucket again.
 //!
-//! Memory: 16 MiB of write buffers, 32 MiB of block cache that also holds indexes and filters, 128 open files.
+//! Memory: 16 MiB of write buffers, 32 MiB of block cache that also holds indexes and filters, 128 open files; some 100 bytes
+//! for each copy that was found damaged since the bucket was last listed.
 
 use std::{
     collections::HashSet,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 use rocksdb::{
@@ -51,6 +55,10 @@ pub(super) struct Index {
     path: PathBuf,
     packs: AtomicU64,
     stored_bytes: AtomicU64,
+    /// Copies that turned out not to be their blobs. In memory only: they may be mended, or one answer was wrong.
+    damaged: Mutex<HashSet<(Digest, PackName)>>,
+    /// Whether packs were removed since somebody asked.
+    shrunk: AtomicBool,
 }
 
 impl Index {
@@ -96,7 +104,14 @@ impl Index {
             path: path.to_owned(),
             source,
         })?;
-        let index = Self { db, path: path.to_owned(), packs: AtomicU64::new(0), stored_bytes: AtomicU64::new(0) };
+        let index = Self {
+            db,
+            path: path.to_owned(),
+            packs: AtomicU64::new(0),
+            stored_bytes: AtomicU64::new(0),
+            damaged: Mutex::default(),
+            shrunk: AtomicBool::new(false),
+        };
         match index.db.get(FORMAT_KEY).map_err(index.error("read"))? {
             Some(found) if found == identity.as_bytes() => {}
             Some(_) => return Ok(None),
@@ -155,15 +170,27 @@ impl Index {
             batch.delete_cf(self.family(PLACES), place_key(&entry.blob.digest, pack));
         }
         self.write(batch)?;
+        self.shrunk.store(true, Ordering::Relaxed);
         self.count(&entries, false);
         Ok(())
     }
 
-    /// Forgets one copy, which turned out not to be the blob.
-    pub(super) fn remove_place(&self, place: &Place) -> Result<()> {
-        let mut batch = WriteBatch::default();
-        batch.delete_cf(self.family(PLACES), place_key(&place.entry.blob.digest, place.pack));
-        self.write(batch)
+    /// Whether packs were removed since this was last called.
+    pub(super) fn has_shrunk(&self) -> bool {
+        self.shrunk.swap(false, Ordering::Relaxed)
+    }
+
+    /// Leaves out one copy, which turned out not to be the blob, until [`Index::trust_all`].
+    pub(super) fn distrust(&self, place: &Place) {
+        self.damaged().insert((place.entry.blob.digest, place.pack));
+    }
+
+    pub(super) fn trust_all(&self) {
+        self.damaged().clear();
+    }
+
+    fn damaged(&self) -> MutexGuard<'_, HashSet<(Digest, PackName)>> {
+        self.damaged.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All packs, in order of their names.
@@ -195,7 +222,7 @@ impl Index {
         }
     }
 
-    /// Where copies of a blob are, in the order of their packs' names.
+    /// Where copies of a blob are that are not known to be damaged, in the order of their packs' names.
     pub(super) fn places(&self, blob: &Blob) -> Result<Vec<Place>> {
         let mut options = ReadOptions::default();
         options.set_prefix_same_as_start(true);
@@ -212,6 +239,9 @@ impl Index {
             rows.next();
         }
         rows.status().map_err(self.error("read"))?;
+        let damaged = self.damaged();
+        places.retain(|place| !damaged.contains(&(blob.digest, place.pack)));
+        drop(damaged);
         Ok(places)
     }
 

@@ -38,7 +38,7 @@ use bucket::Bucket;
 use format::{Entry, Tail, decode_tail};
 use index::Index;
 use reader::Reader;
-use writer::Writer;
+use writer::{Writer, repeat};
 
 use crate::{Blob, StoreError, store::Result, transfer::blocking};
 
@@ -90,9 +90,28 @@ struct Inner {
     index: Arc<Index>,
     writer: Writer,
     reader: Reader,
-    /// When the last listing began. Held while one is under way.
-    listed: tokio::sync::Mutex<Option<Instant>>,
+    /// Held while a listing is under way.
+    listed: tokio::sync::Mutex<Listed>,
     unreadable: Mutex<HashSet<PackName>>,
+}
+
+/// What became of the last listings.
+#[derive(Default)]
+struct Listed {
+    /// When the last one began that succeeded.
+    begin: Option<Instant>,
+    /// When the last one ended, if it failed, and why.
+    failed: Option<(Instant, StoreError)>,
+}
+
+impl Listed {
+    /// Notes how a listing ended that began at `begin`.
+    fn note<T>(&mut self, begin: Instant, result: &Result<T>) {
+        match result {
+            Ok(_) => *self = Self { begin: Some(begin), failed: None },
+            Err(error) => self.failed = Some((Instant::now(), repeat(error))),
+        }
+    }
 }
 
 fn pack_key(name: PackName) -> String {
@@ -150,7 +169,7 @@ impl Durable {
             reader: Reader::new(bucket.clone(), index.clone()),
             bucket,
             index,
-            listed: tokio::sync::Mutex::new(None),
+            listed: tokio::sync::Mutex::default(),
             unreadable: Mutex::default(),
         })))
     }
@@ -219,58 +238,80 @@ impl Durable {
     }
 
     /// Learns of the packs that any node had stored when this was called, unless a listing that began after
-    /// `since` did so already. Callers at one time share one listing.
+    /// `since` did so already. Callers at one time share one listing, and its failure: one that ended after `since`
+    /// failed for this caller too.
     ///
     /// # Errors
     /// Those of the bucket and of the index.
     pub async fn refresh(&self, since: Instant) -> Result<()> {
         let mut listed = self.0.listed.lock().await;
-        if let Some(last) = *listed {
-            if last >= since {
-                return Ok(());
-            }
-            tokio::time::sleep_until((last + PAUSE).into()).await;
+        if listed.begin.is_some_and(|begin| begin >= since) {
+            return Ok(());
+        }
+        if let Some((ended, error)) = &listed.failed
+            && *ended >= since
+        {
+            return Err(repeat(error));
+        }
+        if let Some(begin) = listed.begin {
+            tokio::time::sleep_until((begin + PAUSE).into()).await;
         }
         let begin = Instant::now();
+        let result = self.learn_new().await;
+        listed.note(begin, &result);
+        result
+    }
+
+    async fn learn_new(&self) -> Result<()> {
         let durable = self.clone();
         let newest = blocking(move || durable.0.index.newest()).await?;
         // A name from the future, by a clock that is wrong, must not hide those of today.
         let after = newest.map(|newest| PackName::lowest(newest.time().min(SystemTime::now()), MARGIN));
-        self.learn_all(after).await?;
-        *listed = Some(begin);
-        Ok(())
+        let listed = self.list(after).await?;
+        self.learn_all(listed).await
     }
 
-    /// Lists the whole bucket: learns of every pack, and forgets those that are gone.
+    /// Lists the whole bucket: learns of every pack, and forgets those that are gone. What was damaged gets another
+    /// chance. Returns whether packs were found to be gone, here or by readers, since this last succeeded.
     ///
     /// # Errors
     /// As [`Durable::refresh`].
-    pub async fn rebuild(&self) -> Result<()> {
-        let mut last = self.0.listed.lock().await;
+    pub async fn rebuild(&self) -> Result<bool> {
+        let mut listed = self.0.listed.lock().await;
         let begin = Instant::now();
+        let result = self.learn_anew().await;
+        listed.note(begin, &result);
+        result
+    }
+
+    async fn learn_anew(&self) -> Result<bool> {
         let durable = self.clone();
         // Known before the listing: a pack that is stored while it is made may be missing there.
         let known = blocking(move || durable.packs()).await?;
-        let listed = self.learn_all(None).await?;
+        let listed = self.list(None).await?;
+        self.0.index.trust_all();
+        self.unreadable().clear();
+        let names: HashSet<PackName> = listed.iter().map(|(name, _)| *name).collect();
+        self.learn_all(listed).await?;
         let durable = self.clone();
         blocking(move || {
-            for pack in known.into_iter().filter(|pack| !listed.contains(pack)) {
+            for pack in known.into_iter().filter(|pack| !names.contains(pack)) {
                 tracing::info!(%pack, bucket = %durable.name(), "a pack is gone");
                 durable.0.index.remove_pack(pack)?;
             }
-            Ok(())
+            Ok(durable.0.index.has_shrunk())
         })
-        .await?;
-        *last = Some(begin);
-        Ok(())
+        .await
     }
 
-    async fn learn_all(&self, after: Option<PackName>) -> Result<HashSet<PackName>> {
+    /// The packs in the bucket, with their lengths.
+    async fn list(&self, after: Option<PackName>) -> Result<Vec<(PackName, u64)>> {
         let after = after.map(|name| name.to_string());
         let listed = self.0.bucket.list(FOLDER, after.as_deref()).await?;
-        let listed: Vec<(PackName, u64)> =
-            listed.into_iter().filter_map(|(name, length)| Some((name.parse().ok()?, length))).collect();
-        let names = listed.iter().map(|(name, _)| *name).collect();
+        Ok(listed.into_iter().filter_map(|(name, length)| Some((name.parse().ok()?, length))).collect())
+    }
+
+    async fn learn_all(&self, listed: Vec<(PackName, u64)>) -> Result<()> {
         let durable = self.clone();
         let unknown = blocking(move || {
             let mut unknown = Vec::new();
@@ -284,8 +325,7 @@ impl Durable {
         .await?;
         stream::iter(unknown.into_iter().map(Ok))
             .try_for_each_concurrent(FOOTERS, |(name, length)| self.learn(name, length))
-            .await?;
-        Ok(names)
+            .await
     }
 
     /// Reads the index of one pack.
@@ -312,9 +352,9 @@ impl Durable {
         }
     }
 
-    /// When the last listing began.
+    /// When the last listing began that succeeded.
     pub async fn listed(&self) -> Option<Instant> {
-        *self.0.listed.lock().await
+        self.0.listed.lock().await.begin
     }
 
     /// Notes that copies on the node's disk were wanted at `when`, in any unit that grows.

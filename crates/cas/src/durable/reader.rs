@@ -73,7 +73,7 @@ impl Reader {
 }
 
 impl Durable {
-    /// Reads blobs that share packs. What is not as it should be is left out, and its place forgotten: whoever
+    /// Reads blobs that share packs. What is not as it should be is left out, now and until the next [`Durable::rebuild`]: whoever
     /// looks for it again finds another copy, or none.
     ///
     /// # Errors
@@ -97,7 +97,7 @@ impl Durable {
                 let stored = bytes.slice(at(entry.offset)..at(entry.range().end));
                 match decode_blob(&entry, &stored) {
                     Ok(data) => good.push((entry.blob, data)),
-                    Err(reason) => damaged(&name, &index, Place { pack: span.pack, entry }, &reason.to_string())?,
+                    Err(reason) => damaged(&name, &index, Place { pack: span.pack, entry }, &reason.to_string()),
                 }
             }
             Ok(good)
@@ -106,7 +106,7 @@ impl Durable {
     }
 
     /// The bytes of a blob that has a pack of its own, in pieces. They are not verified: whoever has them all
-    /// verifies them, and calls [`Durable::forget_damaged`] if they are not the blob. `None` when the pack is gone.
+    /// verifies them, and calls [`Durable::leave_out`] if they are not the blob. `None` when the pack is gone.
     ///
     /// # Errors
     /// Those of the bucket and of the index.
@@ -120,18 +120,15 @@ impl Durable {
         Ok(pieces)
     }
 
-    /// Forgets a copy that is not what it should be.
-    ///
-    /// # Errors
-    /// Those of the index.
-    pub fn forget_damaged(&self, place: Place, reason: &str) -> Result<()> {
-        damaged(&self.name(), &self.0.index, place, reason)
+    /// Leaves out a copy that is not what it should be, until the next [`Durable::rebuild`].
+    pub fn leave_out(&self, place: Place, reason: &str) {
+        damaged(&self.name(), &self.0.index, place, reason);
     }
 }
 
-fn damaged(bucket: &str, index: &Index, place: Place, reason: &str) -> Result<()> {
+fn damaged(bucket: &str, index: &Index, place: Place, reason: &str) {
     tracing::error!(blob = %place.entry.blob, pack = %place.pack, bucket, reason, "a copy in the bucket is damaged");
-    index.remove_place(&place)
+    index.distrust(&place);
 }
 
 #[cfg(test)]

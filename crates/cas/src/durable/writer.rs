@@ -286,8 +286,8 @@ fn joined(part: Option<Result<object_store::Result<()>, tokio::task::JoinError>>
     }
 }
 
-/// The same error for another caller of the pack.
-fn repeat(error: &StoreError) -> StoreError {
+/// The same error for another who waited for the same.
+pub(super) fn repeat(error: &StoreError) -> StoreError {
     match error {
         StoreError::Bucket { action, object, message, transient } => {
             StoreError::Bucket { action, object: object.clone(), message: message.clone(), transient: *transient }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use futures::stream::BoxStream;
+use futures::{StreamExt, stream::BoxStream};
 use object_store::{
     CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
@@ -17,6 +17,7 @@ use object_store::{
 pub struct TestBucket {
     inner: InMemory,
     refuse: AtomicBool,
+    refuse_lists: AtomicBool,
 }
 
 impl TestBucket {
@@ -25,8 +26,17 @@ impl TestBucket {
         self.refuse.store(refuse, Ordering::Relaxed);
     }
 
+    /// From now on listings fail, or do not any more.
+    pub fn refuse_lists(&self, refuse: bool) {
+        self.refuse_lists.store(refuse, Ordering::Relaxed);
+    }
+
     fn check(&self) -> Result<()> {
-        if self.refuse.load(Ordering::Relaxed) {
+        Self::allow(&self.refuse)
+    }
+
+    fn allow(refuse: &AtomicBool) -> Result<()> {
+        if refuse.load(Ordering::Relaxed) {
             return Err(Error::Generic { store: "test", source: "slow down".into() });
         }
         Ok(())
@@ -64,7 +74,10 @@ impl ObjectStore for TestBucket {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix)
+        match Self::allow(&self.refuse_lists) {
+            Ok(()) => self.inner.list(prefix),
+            Err(error) => futures::stream::iter([Err(error)]).boxed(),
+        }
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
