@@ -28,14 +28,15 @@ pub struct RemoteConfig {
     pub credentials: Credentials,
     /// Longest wait for an answer, or for the next piece of a stream.
     pub stall: Duration,
-    /// How long a server that is not there, or that broke the connection, is tried again; of several nodes, all of them.
+    /// How long a server that is not there, or that broke the connection, is tried again after it first failed; of
+    /// several nodes, all of them. One that answers that it is busy is tried six times as long.
     pub patience: Duration,
     /// Calls under way at one time, to each node.
     pub concurrency: usize,
 }
 
 impl RemoteConfig {
-    /// The usual settings: 30 s for an answer, 10 s for a server to come back, 16 calls.
+    /// The usual settings: 30 s for an answer, 10 s for a server to come back (60 s for one that is busy), 16 calls.
     pub fn new(uri: impl Into<String>) -> Self {
         Self {
             uri: uri.into(),

@@ -35,6 +35,8 @@ use crate::{
 const MAX_MESSAGE: usize = 16 << 20;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// A server that answers that it is busy is there: it is tried again for so many times as long as one that is away.
+const BUSY: u32 = 6;
 const BLAKE3: i32 = digest_function::Value::Blake3 as i32;
 
 /// One node. Clones share its connection.
@@ -130,14 +132,12 @@ impl NodeClient {
     where
         F: Future<Output = Result<T, Status>>,
     {
+        let _permit = self.permit().await?;
         let mut patience = self.patience();
         loop {
-            let permit = self.permit().await?;
-            let result = self.bounded(make()).await;
-            drop(permit);
-            match result {
+            match self.bounded(make()).await {
                 Ok(answer) => return Ok(answer),
-                Err(status) if status.code() == Code::Unavailable && patience.wait().await => {
+                Err(status) if patience.wait_after(&status).await => {
                     tracing::debug!(store = %self.0.name, action, %status, "trying again");
                 }
                 Err(status) => return Err(self.error(action, &status)),
@@ -157,6 +157,7 @@ impl NodeClient {
         Patience::new(self.0.patience)
     }
 
+    /// The right to a call. It is kept while the call is tried again, so that waiting for it costs no patience.
     pub(super) async fn permit(&self) -> Result<tokio::sync::SemaphorePermit<'_>> {
         self.0.calls.acquire().await.map_err(|_| StoreError::Closed(self.0.name.clone()))
     }
@@ -310,21 +311,44 @@ impl NodeClient {
     }
 }
 
-/// How long a call has been tried again, and how long the next pause is.
+/// Since when a call is tried again, and how long the next pause is.
 pub(super) struct Patience {
-    since: Instant,
+    /// Since when nobody has answered.
+    away: Option<Instant>,
+    /// Since when the answer is that the server is busy.
+    busy: Option<Instant>,
     pause: Duration,
     limit: Duration,
 }
 
 impl Patience {
     pub(super) fn new(limit: Duration) -> Self {
-        Self { since: Instant::now(), pause: FIRST_PAUSE, limit }
+        Self { away: None, busy: None, pause: FIRST_PAUSE, limit }
     }
 
-    /// Pauses, and says whether to try again.
+    /// Pauses, and says whether to try again what nobody did.
     pub(super) async fn wait(&mut self) -> bool {
-        if self.since.elapsed() >= self.limit {
+        let since = *self.away.get_or_insert_with(Instant::now);
+        self.pause(since, self.limit).await
+    }
+
+    /// Pauses, and says whether to try again what ended so.
+    pub(super) async fn wait_after(&mut self, status: &Status) -> bool {
+        use std::error::Error;
+        match status.code() {
+            Code::Unavailable if status.source().is_some() => self.wait().await,
+            // The server says so itself; ABORTED while an earlier call still writes the same upload.
+            Code::Unavailable | Code::Aborted => {
+                self.away = None;
+                let since = *self.busy.get_or_insert_with(Instant::now);
+                self.pause(since, self.limit * BUSY).await
+            }
+            _ => false,
+        }
+    }
+
+    async fn pause(&mut self, since: Instant, limit: Duration) -> bool {
+        if since.elapsed() >= limit {
             return false;
         }
         tokio::time::sleep(self.pause).await;
@@ -342,7 +366,9 @@ pub(super) fn broken_is_unavailable(status: Status) -> Status {
     while let Some(deeper) = cause.source() {
         cause = deeper;
     }
-    Status::unavailable(format!("{}: {cause}", status.message()))
+    let mut unavailable = Status::unavailable(format!("{}: {cause}", status.message()));
+    unavailable.set_source(Arc::new(status));
+    unavailable
 }
 
 #[async_trait]
@@ -432,5 +458,36 @@ impl Store for NodeClient {
             Err(status) if status.code() == Code::Unimplemented => Ok(Vec::new()),
             Err(status) => Err(self.error(&action, &status)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn away() -> Status {
+        let mut status = Status::unknown("transport error");
+        status.set_source(Arc::new(std::io::Error::other("connection refused")));
+        broken_is_unavailable(status)
+    }
+
+    #[tokio::test]
+    async fn who_is_busy_is_tried_longer_than_who_is_away() {
+        let limit = Duration::from_millis(200);
+        let (away, busy) = (away(), Status::unavailable("as many calls as it takes"));
+        assert_eq!(away.code(), Code::Unavailable);
+        let mut patience = Patience::new(limit);
+        // However long the first try took.
+        tokio::time::sleep(2 * limit).await;
+        assert!(patience.wait_after(&away).await);
+        tokio::time::sleep(limit).await;
+        assert!(!patience.wait_after(&away).await);
+        assert!(patience.wait_after(&busy).await && patience.wait_after(&busy).await);
+        assert!(patience.wait_after(&away).await, "it was there meanwhile");
+        tokio::time::sleep(limit * BUSY).await;
+        assert!(!patience.wait_after(&busy).await);
+        assert!(!Patience::new(limit).wait_after(&Status::not_found("")).await);
+        let mut none = Patience::new(Duration::ZERO);
+        assert!(!none.wait_after(&busy).await && !none.wait_after(&away).await && !none.wait().await);
     }
 }

@@ -62,17 +62,15 @@ impl NodeClient {
             return Ok(Bytes::new());
         }
         let action = format!("read a part of blob {blob}");
+        let _permit = self.permit().await?;
         let mut patience = self.patience();
         loop {
-            let permit = self.permit().await?;
-            let result = self.receive_range(blob, offset, length).await;
-            drop(permit);
-            match result {
+            match self.receive_range(blob, offset, length).await {
                 Ok(data) if data.len() as u64 == length => return Ok(data),
                 Ok(data) => return Err(self.corrupt(blob, &format!("it sent {} of {length} bytes", data.len()))),
                 Err(status) if status.code() == Code::NotFound => return Err(self.not_found(blob)),
                 Err(status) if status.code() == Code::DataLoss => return Err(self.corrupt(blob, status.message())),
-                Err(status) if status.code() == Code::Unavailable && patience.wait().await => {}
+                Err(status) if patience.wait_after(&status).await => {}
                 Err(status) => return Err(self.error(&action, &status)),
             }
         }
@@ -121,12 +119,11 @@ impl NodeClient {
     async fn receive(&self, blob: Blob, sink: &mut Sink<'_>) -> Result<()> {
         let action = format!("read blob {blob}");
         let mut hasher = BlobHasher::new();
+        let _permit = self.permit().await?;
         let mut patience = self.patience();
         while hasher.size() < blob.size {
             let before = hasher.size();
-            let permit = self.permit().await?;
             let result = self.receive_some(blob, &mut hasher, sink).await?;
-            drop(permit);
             if hasher.size() > before {
                 patience = self.patience();
             }
@@ -140,7 +137,7 @@ impl NodeClient {
                 Err(status) if status.code() == Code::DataLoss => {
                     return Err(self.corrupt(blob, status.message()));
                 }
-                Err(status) if status.code() == Code::Unavailable && patience.wait().await => {}
+                Err(status) if patience.wait_after(&status).await => {}
                 Err(status) => return Err(self.error(&action, &status)),
             }
         }
@@ -201,19 +198,17 @@ impl NodeClient {
         let action = format!("write blob {blob}");
         let number = self.0.uploads.fetch_add(1, Ordering::Relaxed);
         let name = upload_name(&format!("{}-{number:x}", self.0.upload_prefix), &blob);
+        let _permit = self.permit().await?;
         let mut patience = self.patience();
         let mut offset = 0;
         loop {
-            let permit = self.permit().await?;
-            let result = self.send_from(offset, &name, blob, pieces.clone()).await;
-            drop(permit);
-            match result {
+            match self.send_from(offset, &name, blob, pieces.clone()).await? {
                 Ok(committed) if committed == blob.size => return Ok(()),
                 Ok(committed) => {
                     let message = format!("the server has taken {committed} bytes only");
                     return Err(self.error(&action, &Status::data_loss(message)));
                 }
-                Err(StoreError::Remote { code: Code::Unavailable | Code::Aborted, .. }) if patience.wait().await => {
+                Err(status) if patience.wait_after(&status).await => {
                     let committed = self.committed(&name).await;
                     if committed == blob.size {
                         return Ok(());
@@ -223,7 +218,7 @@ impl NodeClient {
                     }
                     offset = committed;
                 }
-                Err(error) => return Err(error),
+                Err(status) => return Err(self.error(&action, &status)),
             }
         }
     }
@@ -238,7 +233,8 @@ impl NodeClient {
         }
     }
 
-    async fn send_from(&self, offset: u64, name: &str, blob: Blob, pieces: Pieces) -> Result<u64> {
+    /// Sends from `offset` on; the inner error is the server's, the outer one ours.
+    async fn send_from(&self, offset: u64, name: &str, blob: Blob, pieces: Pieces) -> Result<Result<u64, Status>> {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let mut client = self.bytestream();
         let call = client.write(ReceiverStream::new(receiver));
@@ -251,8 +247,7 @@ impl NodeClient {
                 self.bounded(call).await
             }
         };
-        let answer = answer.map_err(|s| self.error(&format!("write blob {blob}"), &s))?;
-        Ok(u64::try_from(answer.into_inner().committed_size).unwrap_or(0))
+        Ok(answer.map(|answer| u64::try_from(answer.into_inner().committed_size).unwrap_or(0)))
     }
 
     async fn feed(
