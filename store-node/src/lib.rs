@@ -71,14 +71,16 @@ pub async fn serve(
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .initial_connection_window_size(limits::CONNECTION_WINDOW)
         .initial_stream_window_size(limits::STREAM_WINDOW)
-        .add_service(CapabilitiesServer::new(CapabilitiesService))
+        .add_service(
+            CapabilitiesServer::new(CapabilitiesService).max_decoding_message_size(limits::QUESTION_MESSAGE_BYTES),
+        )
         .add_service(
             ContentAddressableStorageServer::new(cas)
                 .max_decoding_message_size(limits::CALL_MESSAGE_BYTES)
                 .max_encoding_message_size(MAX_ANSWER_BYTES),
         )
         .add_service(ByteStreamServer::new(bytes).max_decoding_message_size(limits::PIECE_MESSAGE_BYTES))
-        .add_service(StoreAdminServer::new(admin));
+        .add_service(StoreAdminServer::new(admin).max_decoding_message_size(limits::ADMIN_MESSAGE_BYTES));
     let stop = token.cancelled_owned();
     let serving = async {
         match guard.tls {

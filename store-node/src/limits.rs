@@ -2,8 +2,9 @@
 //!
 //! Every call has a place of its kind from before its message is read until its answer has gone, so a client that reads
 //! slowly, or not at all, costs a place and what a place may hold, and keeps only others of that kind waiting. Whoever
-//! gets no place in [`PATIENCE`] is told UNAVAILABLE, on which clients try again. A client that is dead or stopped loses
-//! its places with its connection, when it does not answer pings.
+//! gets no place in [`PATIENCE`] is told UNAVAILABLE, on which clients try again. Whoever has one must send its message in
+//! [`ARRIVAL`]; a stream of messages must go on (see `service::bytestream`). A client that is dead or stopped loses its
+//! places with its connection, when it does not answer pings.
 
 use std::{
     pin::Pin,
@@ -14,7 +15,10 @@ use std::{
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Sleep,
+};
 use tonic::{Status, body::Body};
 use tower::{Layer, Service};
 
@@ -43,16 +47,19 @@ pub(crate) const BATCH_WINDOW_LOG: u32 = 22;
 
 /// Bytes of a message that is taken from a stream: gRPC's usual limit.
 pub(crate) const PIECE_MESSAGE_BYTES: usize = 4 << 20;
-/// Bytes of other messages: some more, so that who sends too large a batch hears of it from us.
+/// Bytes of batches: some more, so that who sends too large a one hears of it from us.
 pub(crate) const CALL_MESSAGE_BYTES: usize = 5 << 20;
+/// Bytes of messages for which no place is taken: a question without contents, and one for administration.
+pub(crate) const QUESTION_MESSAGE_BYTES: usize = 4 << 10;
+pub(crate) const ADMIN_MESSAGE_BYTES: usize = 64 << 10;
 /// What HTTP/2 takes in of a connection before anybody reads it, in all and of one stream.
 pub(crate) const CONNECTION_WINDOW: u32 = 2 << 20;
 pub(crate) const STREAM_WINDOW: u32 = 1 << 20;
-/// Calls of one connection.
+/// Calls of one connection, with a place or without.
 pub(crate) const STREAMS: u32 = 64;
 
-/// Most memory that all calls together take, beside [`CONNECTION_WINDOW`] for each connection and what the store itself
-/// needs.
+/// Most memory that all calls with a place take together. Beside it there are for each connection [`CONNECTION_WINDOW`] and
+/// [`STREAMS`] messages of [`ADMIN_MESSAGE_BYTES`], and what the store itself needs.
 pub const MEMORY_BYTES: usize = CALLS * CALL_BYTES
     + TREES * TREE_BYTES
     + READS * READ_BYTES
@@ -61,6 +68,8 @@ pub const MEMORY_BYTES: usize = CALLS * CALL_BYTES
 
 /// Longest wait for a place.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// Longest time until the message of a call that has a place is here.
+const ARRIVAL: Duration = Duration::from_secs(60);
 
 /// The places of a node.
 #[derive(Clone)]
@@ -77,12 +86,13 @@ impl Places {
         Self { calls: places(CALLS), trees: places(TREES), reads: places(READS), writes: places(WRITES) }
     }
 
-    /// The places for calls of a method; `None` for those that cost next to nothing, and for administration.
+    /// The places for calls of a method; `None` for those whose messages are small.
     fn of(&self, path: &str) -> Option<(&'static str, &Arc<Semaphore>)> {
         match path {
             "/google.bytestream.ByteStream/Read" => Some(("reads", &self.reads)),
             "/google.bytestream.ByteStream/Write" => Some(("writes", &self.writes)),
             "/build.bazel.remote.execution.v2.ContentAddressableStorage/GetTree" => Some(("trees", &self.trees)),
+            "/google.bytestream.ByteStream/QueryWriteStatus" => Some(("calls", &self.calls)),
             path if path.starts_with("/build.bazel.remote.execution.v2.ContentAddressableStorage/") => {
                 Some(("calls", &self.calls))
             }
@@ -132,9 +142,46 @@ where
                 let busy = format!("the store has as many {kind} in hand as it takes; try again");
                 return Ok(Status::unavailable(busy).into_http());
             };
+            // Writes are many messages, and looked after where they are read.
+            let request = if kind == "writes" { request } else { request.map(|body| Body::new(Arriving::new(body))) };
             let answer = inner.call(request).await?;
             Ok(answer.map(|body| Body::new(Placed { body, _place: place })))
         })
+    }
+}
+
+/// A message that must be here in [`ARRIVAL`].
+struct Arriving {
+    body: Body,
+    late: Pin<Box<Sleep>>,
+}
+
+impl Arriving {
+    fn new(body: Body) -> Self {
+        Self { body, late: Box::pin(tokio::time::sleep(ARRIVAL)) }
+    }
+}
+
+impl http_body::Body for Arriving {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(context) {
+            return Poll::Ready(frame);
+        }
+        self.late.as_mut().poll(context).map(|()| {
+            let problem = format!("the message was not here after {} s", ARRIVAL.as_secs());
+            Some(Err(Status::deadline_exceeded(problem)))
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -158,5 +205,45 @@ impl http_body::Body for Placed {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use http_body::Body as _;
+
+    use super::*;
+
+    /// A body of which one byte comes now and then, for ever.
+    struct Trickle(tokio::time::Interval);
+
+    impl http_body::Body for Trickle {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            self.0.poll_tick(context).map(|_| Some(Ok(Frame::data(Bytes::from_static(b"x")))))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_only_trickles_is_not_waited_for() {
+        let trickle = Trickle(tokio::time::interval(Duration::from_secs(7)));
+        let begin = tokio::time::Instant::now();
+        let mut message = Arriving::new(Body::new(trickle));
+        let error = loop {
+            if let Err(error) = poll_fn(|context| Pin::new(&mut message).poll_frame(context)).await.unwrap() {
+                break error;
+            }
+        };
+        assert_eq!((error.code(), begin.elapsed().as_secs()), (tonic::Code::DeadlineExceeded, ARRIVAL.as_secs()));
+        let mut whole = Arriving::new(Body::empty());
+        tokio::time::advance(2 * ARRIVAL).await;
+        assert!(poll_fn(|context| Pin::new(&mut whole).poll_frame(context)).await.is_none(), "it was here in time");
     }
 }

@@ -1,7 +1,8 @@
 //! Page tokens of GetTree: how many directories of a tree the client has.
 //!
-//! A token says all that is needed to go on, so it holds over restarts and on every node: a tree is immutable, and its
-//! directories come in an order that depends only on which of them are there.
+//! A token says all that is needed to go on, so it holds over restarts: a tree is immutable, and its directories come in an
+//! order that depends only on which of them are there. Over one bucket these are the same on every node; but what is named by
+//! SHA-256 is there on the node that was told the name, so a token of such a tree holds on the node that gave it.
 
 use std::fmt;
 

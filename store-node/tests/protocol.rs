@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::time::Duration;
+
 use aether_cas::{
     Blob, ContentName, Digest, Sha256Blob, Store,
     remote::resource::{Form, ReadName, UploadName, read_name, upload_name},
@@ -11,6 +13,7 @@ use aether_proto::store::v1::{
     FsckRequest, GetStatisticsRequest, ListRootsRequest, PinRootRequest, Root, UnpinRootsRequest,
     store_admin_client::StoreAdminClient,
 };
+use aether_store_node::limits::DECOMPRESSORS;
 use bazel_remote_apis::{
     build::bazel::remote::execution::v2::{
         self as reapi, batch_update_blobs_request, capabilities_client::CapabilitiesClient, compressor,
@@ -19,6 +22,7 @@ use bazel_remote_apis::{
     google::bytestream::{QueryWriteStatusRequest, ReadRequest, WriteRequest, byte_stream_client::ByteStreamClient},
 };
 use common::Node;
+use tokio_stream::StreamExt;
 use tonic::{Code, transport::Channel};
 
 const BLAKE3: i32 = digest_function::Value::Blake3 as i32;
@@ -498,6 +502,52 @@ async fn an_upload_ends_when_another_client_was_quicker() {
         let query = QueryWriteStatusRequest { resource_name: name };
         assert_eq!(client.query_write_status(query).await.unwrap_err().code(), Code::NotFound, "nothing is left of it");
     }
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn messages_without_contents_are_small() {
+    let node = Node::start().await;
+    let mut client = CapabilitiesClient::new(node.channel().await);
+    let named = reapi::GetCapabilitiesRequest { instance_name: "x".repeat(8 << 10) };
+    assert_eq!(client.get_capabilities(named).await.unwrap_err().code(), Code::OutOfRange);
+    let mut client = StoreAdminClient::new(node.channel().await);
+    let list = ListRootsRequest { owner_uid: "x".repeat(128 << 10), ..Default::default() };
+    assert_eq!(client.list_roots(list).await.unwrap_err().code(), Code::OutOfRange);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn an_upload_brings_something_with_each_piece() {
+    let node = Node::start().await;
+    let mut client = ByteStreamClient::new(node.channel().await);
+    let (blob, data) = blob(1, 1 << 20);
+    let name = upload_name("id", &blob);
+    let pieces = vec![piece(&name, 0, &data[..1000], false), piece("", 1000, &[], false)];
+    assert_eq!(client.write(tokio_stream::iter(pieces)).await.unwrap_err().code(), Code::InvalidArgument);
+    // The name alone may come first, and the end last.
+    let pieces = vec![piece(&name, 0, &[], false), piece("", 0, &data, false), piece("", data.len(), &[], true)];
+    let answer = client.write(tokio_stream::iter(pieces)).await.unwrap().into_inner();
+    assert_eq!(answer.committed_size, 1 << 20);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn who_finds_no_decompressor_hears_so_soon() {
+    let node = Node::start().await;
+    let client = ByteStreamClient::new(node.channel().await);
+    let mut writes = tokio::task::JoinSet::new();
+    for n in 0..=DECOMPRESSORS {
+        let name = zstd_upload_name("id", ContentName::Blake3(blob(n as u64, 9 << 20).0));
+        let mut client = client.clone();
+        let first = piece(&name, 0, &zstd::encode_all(&b"the beginning"[..], 1).unwrap(), false);
+        writes.spawn(async move {
+            client.write(tokio_stream::iter([first]).chain(tokio_stream::pending())).await.unwrap_err().code()
+        });
+    }
+    let first = tokio::time::timeout(Duration::from_secs(10), writes.join_next()).await.expect("one is refused");
+    assert_eq!(first.unwrap().unwrap(), Code::Unavailable);
+    writes.shutdown().await;
     node.stop().await;
 }
 
