@@ -19,6 +19,11 @@ impl<V: Clone> Cache<V> {
         self.entries.get(key).filter(|(until, _)| *until > now).map(|(_, value)| value.clone())
     }
 
+    /// Whether this is known, or was until a short while ago.
+    pub(super) fn remembers(&self, key: &Digest) -> bool {
+        self.entries.contains_key(key)
+    }
+
     pub(super) fn insert(&mut self, key: Digest, value: V, until: Instant, now: Instant) {
         if self.entries.len() >= self.limit {
             self.entries.retain(|_, (until, _)| *until > now);
@@ -46,6 +51,7 @@ mod tests {
         cache.insert(key("a"), 'a', at(10), now);
         cache.insert(key("b"), 'b', at(5), now);
         assert_eq!((cache.get(&key("a"), at(9)), cache.get(&key("a"), at(10))), (Some('a'), None));
+        assert!(cache.remembers(&key("a")) && !cache.remembers(&key("c")));
         cache.insert(key("c"), 'c', at(20), now);
         assert_eq!((cache.get(&key("a"), now), cache.get(&key("b"), now)), (Some('a'), None));
         cache.insert(key("d"), 'd', at(30), at(11));

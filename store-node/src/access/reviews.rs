@@ -2,7 +2,8 @@
 //!
 //! An answer counts until its time even while the API server is away. A token that is withdrawn (its pod or its account
 //! was deleted) is refused when that time is over, at the latest. What is refused is remembered apart from what is
-//! believed, so that a flood of bad tokens cannot push out good ones, and only so many questions are asked at one time.
+//! believed, so that a flood of bad tokens cannot push out good ones. Only so many questions are asked at one time, and those
+//! about tokens that were believed before do not wait for the others.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -20,7 +21,7 @@ use super::{AUDIENCE, claims};
 
 /// Answers that are remembered: a token for each pod of Aether's own, times the renewals of some minutes.
 const REMEMBERED: usize = 8192;
-/// Questions at one time.
+/// Questions at one time, of each of two kinds.
 const QUESTIONS: usize = 16;
 
 /// How long answers count.
@@ -46,7 +47,10 @@ pub struct Reviews {
     times: Times,
     believed: Mutex<Cache<Arc<str>>>,
     refused: Mutex<Cache<Arc<str>>>,
+    /// About tokens that nobody has vouched for yet.
     questions: Semaphore,
+    /// About those that were believed.
+    renewals: Semaphore,
     /// Whether the last question got no answer.
     away: AtomicBool,
 }
@@ -61,6 +65,7 @@ impl Reviews {
             believed: Mutex::new(Cache::new(REMEMBERED)),
             refused: Mutex::new(Cache::new(REMEMBERED)),
             questions: Semaphore::new(QUESTIONS),
+            renewals: Semaphore::new(QUESTIONS),
             away: AtomicBool::new(false),
         }
     }
@@ -74,7 +79,9 @@ impl Reviews {
             return known;
         }
         let asked = tokio::time::timeout(self.times.answer, async {
-            let _turn = self.questions.acquire().await;
+            let was_believed = self.believed.lock().expect("no holder panics").remembers(&key);
+            let turns = if was_believed { &self.renewals } else { &self.questions };
+            let _turn = turns.acquire().await;
             // Another call with this token may have been first.
             match self.known(&key) {
                 Some(known) => known,
@@ -144,4 +151,32 @@ fn judge(status: TokenReviewStatus) -> Result<String, String> {
     }
     let user = status.user.and_then(|user| user.username).unwrap_or_default();
     if user.starts_with(ACCOUNTS) { Ok(user) } else { Err(format!("{user:?} is not a service account")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use aether_testkit::ApiServer;
+    use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_was_believed_does_not_wait_for_strangers() {
+        let api = ApiServer::new();
+        let end = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() + 3600;
+        let [known, stranger] = ["known", "stranger"].map(|name| {
+            let payload = format!(r#"{{"aud":["{AUDIENCE}"],"exp":{end},"jti":"{name}"}}"#);
+            let token = format!("e30.{}.c2lnbmVk", URL_SAFE_NO_PAD.encode(payload));
+            api.know_token(&token, &format!("{ACCOUNTS}team:{name}"), &[AUDIENCE]);
+            token
+        });
+        let times = Times { believed: Duration::ZERO, answer: Duration::from_millis(500), ..Times::default() };
+        let reviews = Reviews::new(api.client(), times);
+        reviews.account(&known).await.unwrap();
+        let _flood = reviews.questions.acquire_many(QUESTIONS as u32).await.unwrap();
+        assert_eq!(reviews.account(&stranger).await.unwrap_err().code(), tonic::Code::Unavailable);
+        reviews.account(&known).await.expect("its question is asked");
+    }
 }
