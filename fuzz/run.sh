@@ -15,9 +15,11 @@ seeds="$AETHER_CACHE/fuzz/seeds"
 mkdir -p target/fuzz
 FUZZ_SEEDS="$seeds" "${cargo_test[@]}" >/dev/null
 failed=0
+ran=0
 for folder in "$seeds"/*; do
     name=$(basename "$folder")
     [ -z "${FUZZ:-}" ] || [ "$FUZZ" = "$name" ] || continue
+    ran=1
     corpus="$AETHER_CACHE/fuzz/corpus/$name"
     mkdir -p "$corpus"
     say "$name: $seconds s"
@@ -29,4 +31,8 @@ for folder in "$seeds"/*; do
     }
     say "$name: $(sed -n 's/^stat::number_of_executed_units: *//p' "target/fuzz/$name.log") executions, $(ls "$corpus" | wc -l) inputs that reach different code"
 done
+[ $ran = 1 ] || {
+    say "there is no target ${FUZZ:-}; there are: $(ls "$seeds" | xargs)"
+    exit 1
+}
 exit $failed

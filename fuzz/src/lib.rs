@@ -1,7 +1,7 @@
 //! Fuzz targets: one for each kind of bytes that come from outside and are decoded.
 //!
 //! A target panics when a decoder breaks a promise: it never panics itself, takes memory only in proportion to its
-//! input, and what it accepts has one encoding. `tests/targets.rs` runs all of them for seconds, `make fuzz` one after the
+//! input, and what it accepts has one encoding. `tests/fuzz_targets.rs` runs all of them for seconds, `make fuzz` one after the
 //! other with libFuzzer, which sees which branches an input takes (`FUZZ=name` for one, `FUZZ_SECONDS=` each).
 //!
 //! A failing input is kept in `target/fuzz/`; `FUZZ_INPUT=file cargo test --test fuzz_targets` runs its target on it.

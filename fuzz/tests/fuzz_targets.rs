@@ -58,7 +58,7 @@ fn write_seeds(target: &Target, folder: &Path) {
 
 fn run(target: &Target, input: &[u8]) {
     if let Err(panic) = catch_unwind(|| target.run(input)) {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/fuzz");
+        let folder = Path::new(env!("AETHER_TOP")).join("target/fuzz");
         std::fs::create_dir_all(&folder).unwrap();
         let path = folder.join(format!("{}-{}", target.name, &Blob::of(input).digest.to_string()[..16]));
         std::fs::write(&path, input).unwrap();

@@ -16,7 +16,7 @@ use common::Node;
 
 /// The folder of BuildGrid's programs.
 fn installed() -> PathBuf {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../e2e/third-party/buildgrid.sh");
+    let script = Path::new(env!("AETHER_TOP")).join("e2e/third-party/buildgrid.sh");
     let output = Command::new(script).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     PathBuf::from(String::from_utf8(output.stdout).unwrap().trim())
