@@ -2,7 +2,7 @@
 //!
 //! Pinning is a promise kept in the background. A pin that the store did not take is tried again with the object's
 //! next activation, which the reconciler asks for; the sweep forgets pins whose object is gone. What is remembered
-//! here only saves calls: after a restart every pin is sent once more, which changes nothing.
+//! here only saves calls: after a restart every pin is sent once more, which only makes it younger (`pinned_at`).
 
 use std::collections::HashMap;
 use std::sync::Mutex;

@@ -5,7 +5,7 @@ mod common;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherSession};
+use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherSession, AetherSource};
 use aether_credentials::Credentials;
 use aether_operator::config::Config;
 use aether_operator::context::Context;
@@ -32,20 +32,19 @@ use tonic::{Request, Response, Status};
 struct Roots(Arc<Mutex<Vec<Root>>>);
 
 impl Roots {
-    /// An hour ago.
     fn pin(&self, owner: &str, kind: &str) {
-        let pinned_at = jiff::Timestamp::now().as_second() - 3600;
-        self.0.lock().unwrap().push(Root {
-            owner_uid: owner.into(),
-            kind: kind.into(),
-            pinned_at,
-            ..Default::default()
-        });
+        self.0.lock().unwrap().push(root(owner, kind));
     }
 
     fn owners(&self) -> Vec<String> {
         self.0.lock().unwrap().iter().map(|root| root.owner_uid.clone()).collect()
     }
+}
+
+/// Pinned an hour ago.
+fn root(owner: &str, kind: &str) -> Root {
+    let pinned_at = jiff::Timestamp::now().as_second() - 3600;
+    Root { owner_uid: owner.into(), kind: kind.into(), pinned_at, ..Root::default() }
 }
 
 #[tonic::async_trait]
@@ -142,4 +141,17 @@ async fn a_cluster_that_knows_no_owner_forgets_none() {
     roots.pin("uid-of-its-session", SESSION_HEAD);
     sweep_twice(&context).await;
     assert_eq!(roots.owners().len(), 2);
+}
+
+#[tokio::test]
+async fn a_cluster_made_anew_forgets_nothing_when_its_first_objects_are_there() {
+    let roots = Roots::default();
+    let (operator, context) = operator(roots.clone()).await;
+    operator.put_source("linux");
+    let source = operator.api.get::<AetherSource>(NAMESPACE, "linux").unwrap().uid().unwrap();
+    roots.pin("uid-before", SOURCE_REVISION);
+    roots.pin("uid-of-its-session", SESSION_HEAD);
+    roots.0.lock().unwrap().push(Root { name: "r1".into(), ..root(&source, SOURCE_REVISION) });
+    sweep_twice(&context).await;
+    assert_eq!(roots.owners().len(), 3);
 }
