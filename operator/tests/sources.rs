@@ -8,11 +8,15 @@ use aether_api::conditions::{self, IMPORTING, READY, reason};
 use aether_api::names::REFRESH_ANNOTATION;
 use aether_api::source::{GitSource, SecretReference};
 use aether_api::{AetherSource, AetherSourceSpec, AetherSourceStatus};
+use aether_operator::config::Config;
+use aether_operator::context::Context;
+use aether_operator::pins::Pins;
+use clap::Parser;
 use common::{NAMESPACE, Operator, short};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{Pod, Secret};
-use kube::ResourceExt;
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Secret};
+use kube::{Resource, ResourceExt};
 use serde_json::json;
 
 async fn reconcile(operator: &Operator) -> AetherSourceStatus {
@@ -38,22 +42,35 @@ fn job(operator: &Operator) -> String {
     source.status.unwrap().import.unwrap().job
 }
 
-/// What the kubelet says of the import's pod.
-fn pod(operator: &Operator, state: serde_json::Value) {
-    let job = job(operator);
-    let pod: Pod = serde_json::from_value(json!({
-        "metadata": {"name": format!("{job}-p"), "namespace": NAMESPACE, "labels": {"job-name": job}},
+/// The pod that the Job controller makes of the import's Job, with what the kubelet says of it.
+fn genuine(operator: &Operator, state: serde_json::Value) -> Pod {
+    let name = job(operator);
+    let job: Job = operator.api.get(NAMESPACE, &name).unwrap();
+    let template = job.spec.as_ref().unwrap().template.clone();
+    let mut pod: Pod = serde_json::from_value(json!({
+        "metadata": template.metadata,
+        "spec": template.spec,
         "status": {"phase": "Running", "containerStatuses": [{"name": "importer", "image": "", "imageID": "", "ready": true, "restartCount": 0, "state": state}]}
     }))
     .unwrap();
-    operator.api.put(&pod);
+    pod.metadata.name = Some(format!("{name}-p"));
+    pod.metadata.namespace = Some(NAMESPACE.into());
+    pod.metadata.owner_references = Some(vec![job.controller_owner_ref(&()).unwrap()]);
+    pod.labels_mut().insert("job-name".into(), name);
+    pod.spec.as_mut().unwrap().dns_policy = Some("ClusterFirst".into());
+    pod
+}
+
+fn pod(operator: &Operator, state: serde_json::Value) {
+    operator.api.put(&genuine(operator, state));
+}
+
+fn ended(message: &serde_json::Value) -> serde_json::Value {
+    json!({"terminated": {"exitCode": if message["ok"] == true { 0 } else { 1 }, "message": message.to_string()}})
 }
 
 fn ends(operator: &Operator, message: serde_json::Value) {
-    pod(
-        operator,
-        json!({"terminated": {"exitCode": if message["ok"] == true { 0 } else { 1 }, "message": message.to_string()}}),
-    );
+    pod(operator, ended(&message));
 }
 
 fn importing(status: &AetherSourceStatus) -> &str {
@@ -210,4 +227,76 @@ async fn an_invalid_spec_starts_nothing() {
     let status = reconcile(&operator).await;
     assert_eq!((status.phase.as_deref(), importing(&status)), (Some("Invalid"), reason::INVALID));
     assert!(operator.api.all::<Job>().is_empty());
+}
+
+/// What somebody writes who wants a tree of others to become a revision.
+fn forged() -> serde_json::Value {
+    ended(&json!({"ok": true, "root": "victim/1", "files": 1, "bytes": 1}))
+}
+
+#[tokio::test]
+async fn only_a_pod_that_runs_what_the_operator_asked_for_is_believed() {
+    let operator = Operator::new();
+    put(&operator, None);
+    reconcile(&operator).await;
+    let mut labelled = genuine(&operator, forged());
+    labelled.metadata.name = Some("labelled".into());
+    labelled.metadata.owner_references = None;
+    operator.api.put(&labelled);
+    let mut of_another_job = genuine(&operator, forged());
+    of_another_job.metadata.name = Some("of-another-job".into());
+    of_another_job.owner_references_mut()[0].uid = "another".into();
+    operator.api.put(&of_another_job);
+    let forge = |name: &str, change: fn(&mut PodSpec)| {
+        let mut pod = genuine(&operator, forged());
+        pod.metadata.name = Some(name.into());
+        change(pod.spec.as_mut().unwrap());
+        operator.api.put(&pod);
+    };
+    forge("with-arguments", |pod| pod.containers[0].args.as_mut().unwrap().push("--more".into()));
+    forge("with-command", |pod| pod.containers[0].command = Some(vec!["sh".into()]));
+    forge("with-image", |pod| pod.containers[0].image = Some("mine".into()));
+    forge("with-account", |pod| pod.service_account_name = Some("other".into()));
+    forge("with-company", |pod| pod.containers.push(Container { name: "x".into(), ..Container::default() }));
+    let status = reconcile(&operator).await;
+    assert_eq!((status.revisions.len(), importing(&status)), (0, reason::IN_PROGRESS));
+    let said = &conditions::get(&status.conditions, IMPORTING).unwrap().message;
+    assert!(said.contains("is not believed"), "{said}");
+
+    ends(&operator, json!({"ok": true, "root": "aa/1", "files": 1, "bytes": 1}));
+    let status = reconcile(&operator).await;
+    assert_eq!(status.revisions[0].root, "aa/1");
+    assert_eq!(status.revisions.len(), 1);
+}
+
+#[tokio::test]
+async fn a_job_that_took_the_place_of_the_operators_fails_the_import() {
+    let operator = Operator::new();
+    put(&operator, None);
+    let first = reconcile(&operator).await.import.unwrap().job;
+    operator.api.change::<Job>(NAMESPACE, &first, |job| {
+        let pod = job.spec.as_mut().unwrap().template.spec.as_mut().unwrap();
+        pod.containers[0].command = Some(vec!["sh".into()]);
+    });
+    ends(&operator, json!({"ok": true, "root": "victim/1", "files": 1, "bytes": 1}));
+    let status = reconcile(&operator).await;
+    assert_eq!((status.revisions.len(), importing(&status)), (0, reason::IMPORT_FAILED));
+    let said = &conditions::get(&status.conditions, IMPORTING).unwrap().message;
+    assert!(said.contains("in command"), "{said}");
+}
+
+#[tokio::test]
+async fn an_import_with_a_token_for_the_store_is_believed() {
+    let authority = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(authority.path(), "authority").unwrap();
+    let mut operator = Operator::new();
+    let arguments =
+        ["aether-operator", "--store=https://store", "--importer-image=i", "--worker-image=w", "--command-image=c"];
+    let mut config = Config::parse_from(arguments);
+    config.credentials.authority = Some(authority.path().into());
+    operator.context = Arc::new(Context::new(operator.api.client(), config, Pins::nowhere()));
+    put(&operator, None);
+    reconcile(&operator).await;
+    ends(&operator, json!({"ok": true, "root": "aa/1", "files": 1, "bytes": 1}));
+    assert_eq!(reconcile(&operator).await.latest.as_deref(), Some("r1"));
 }

@@ -54,7 +54,7 @@ pub(super) fn admit(pods: &mut PodTemplateSpec, authority: String) {
         path: "ca.crt".into(),
         field_ref: Some(ObjectFieldSelector {
             field_path: format!("metadata.annotations['{AUTHORITY_ANNOTATION}']"),
-            api_version: None,
+            api_version: Some("v1".into()),
         }),
         ..DownwardAPIVolumeFile::default()
     };
@@ -65,7 +65,8 @@ pub(super) fn admit(pods: &mut PodTemplateSpec, authority: String) {
             ..VolumeProjection::default()
         },
     ];
-    let volume = ProjectedVolumeSource { sources: Some(sources), ..ProjectedVolumeSource::default() };
+    // Defaults are written out here, so that the volume of a genuine pod is equal to this one.
+    let volume = ProjectedVolumeSource { sources: Some(sources), default_mode: Some(0o644) };
     let annotations = BTreeMap::from([(AUTHORITY_ANNOTATION.to_owned(), authority)]);
     pods.metadata.get_or_insert_default().annotations.get_or_insert_default().extend(annotations);
     let Some(pod) = &mut pods.spec else { return };

@@ -1,9 +1,11 @@
 //! AetherSource: imports, one Job each, and the revisions that come of them.
 //!
 //! A failed import takes nothing away: the revisions that are there stay usable, and the `Importing` condition says
-//! what is wrong. A revision is added only when its tree differs from the newest one's.
+//! what is wrong. A revision is added only when its tree differs from the newest one's. Only a pod that runs exactly what
+//! the operator asked for is believed.
 
 mod admission;
+mod genuine;
 mod job;
 mod outcome;
 mod plan;
@@ -17,12 +19,13 @@ use aether_api::names::REFRESH_ANNOTATION;
 use aether_api::source::{Import, Revision};
 use aether_api::{AetherSource, AetherSourceStatus};
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod, Secret};
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod, PodTemplateSpec, Secret};
 use kube::api::LogParams;
 use kube::runtime::controller::Action;
 use kube::runtime::events::EventType;
 use kube::{Api, Client, Resource, ResourceExt};
 
+use crate::config::Config;
 use crate::context::Context;
 use crate::error::Result;
 use crate::objects;
@@ -140,11 +143,11 @@ async fn start(
     let previous = status.import.as_ref().map(|import| import.job.clone()).unwrap_or_default();
     let name = job::name(source, &origin, &previous);
     let known = known_commit(status, &origin);
-    let mut job = job::job(source, name.clone(), known.as_deref(), &context.config);
-    if let Some(authority) = admission::authority(context.config.credentials.authority.as_deref())? {
+    let authority = admission::authority(context.config.credentials.authority.as_deref())?;
+    if authority.is_some() {
         admission::provide_account(&context.client, &namespace).await?;
-        job.spec.iter_mut().for_each(|spec| admission::admit(&mut spec.template, authority.clone()));
     }
+    let job = admitted_job(source, name.clone(), known.as_deref(), authority.as_deref(), &context.config);
     objects::create(&jobs, &job).await?;
     if !previous.is_empty()
         && let Some(old) = objects::get(&jobs, &previous).await?
@@ -168,6 +171,21 @@ async fn start(
     Ok(())
 }
 
+/// The Job of an import, with what lets it into the store.
+fn admitted_job(
+    source: &AetherSource,
+    name: String,
+    known_commit: Option<&str>,
+    authority: Option<&str>,
+    config: &Config,
+) -> Job {
+    let mut job = job::job(source, name, known_commit, config);
+    if let (Some(spec), Some(authority)) = (&mut job.spec, authority) {
+        admission::admit(&mut spec.template, authority.to_owned());
+    }
+    job
+}
+
 /// The commit of the newest revision, if that was imported from the same origin: while the ref means it, there is
 /// nothing to import.
 fn known_commit(status: &AetherSourceStatus, origin: &str) -> Option<String> {
@@ -176,17 +194,84 @@ fn known_commit(status: &AetherSourceStatus, origin: &str) -> Option<String> {
     status.revisions.first().filter(|_| same)?.commit.clone()
 }
 
+/// The template that this operator would have made such a Job with; else what of the Job is different.
+///
+/// The status does not say whether the Job was made with a known commit, so both are right.
+fn template_of(
+    job: &Job,
+    source: &AetherSource,
+    status: &AetherSourceStatus,
+    config: &Config,
+) -> Result<std::result::Result<PodTemplateSpec, &'static str>> {
+    let authority = admission::authority(config.credentials.authority.as_deref())?;
+    let newest = status.revisions.first().and_then(|newest| newest.commit.as_deref());
+    let given = job.spec.as_ref().map(|spec| &spec.template);
+    let mut different = "spec";
+    for known in [None, newest] {
+        let ours = admitted_job(source, job.name_any(), known, authority.as_deref(), config);
+        let template = ours.spec.map(|spec| spec.template).unwrap_or_default();
+        let metadata = given.and_then(|given| given.metadata.as_ref());
+        match genuine::difference(&template, metadata, given.and_then(|given| given.spec.as_ref())) {
+            None => return Ok(Ok(template)),
+            Some(what) => different = what,
+        }
+    }
+    Ok(Err(different))
+}
+
+/// What an import's Job and pods say, as far as they are what this operator asked for; and the pod that said it.
+fn hear(
+    job: Option<&Job>,
+    mut pods: Vec<Pod>,
+    source: &AetherSource,
+    status: &AetherSourceStatus,
+    config: &Config,
+) -> Result<(Outcome, Option<Pod>)> {
+    let Some(job) = job else { return Ok((outcome::outcome(None, None), None)) };
+    let template = match template_of(job, source, status, config)? {
+        Ok(template) => template,
+        Err(what) => {
+            let message = format!(
+                "Job {} differs from what this operator asks for in {what}: an older operator or somebody else made it",
+                job.name_any()
+            );
+            return Ok((outcome::failed(message), None));
+        }
+    };
+    let mut doubt = None;
+    pods.retain(|pod| objects::is_owned_by(pod, job));
+    pods.retain(|pod| {
+        let different = genuine::difference(&template, Some(&pod.metadata), pod.spec.as_ref());
+        if let Some(what) = different {
+            doubt = Some(format!(
+                "pod {} is not believed: it differs from what this operator asks for in {what}, by an admission webhook or by somebody's hand",
+                pod.name_any()
+            ));
+        }
+        different.is_none()
+    });
+    let pod = pods.into_iter().max_by_key(|pod| pod.creation_timestamp().map(|time| time.0));
+    let outcome = match (outcome::outcome(Some(job), pod.as_ref()), doubt) {
+        (Outcome::Starting(None), doubt) => Outcome::Starting(doubt),
+        (Outcome::Failed { reason, message }, Some(doubt)) if pod.is_none() => {
+            Outcome::Failed { reason, message: format!("{message}; {doubt}") }
+        }
+        (outcome, _) => outcome,
+    };
+    Ok((outcome, pod))
+}
+
 /// Reads how far the import is.
 async fn follow(source: &AetherSource, status: &mut AetherSourceStatus, context: &Context) -> Result<Again> {
-    let Some(import) = &mut status.import else { return Ok(None) };
+    let Some(name) = status.import.as_ref().map(|import| import.job.clone()) else { return Ok(None) };
     let namespace = source.namespace().unwrap_or_default();
     let jobs: Api<Job> = objects::namespaced(&context.client, &namespace);
     let pods: Api<Pod> = objects::namespaced(&context.client, &namespace);
-    let job = objects::get(&jobs, &import.job).await?;
-    let mut of_job = objects::list(&pods, &format!("job-name={}", import.job)).await?;
-    of_job.sort_by_key(|pod| pod.creation_timestamp().map(|time| time.0));
-    let pod = of_job.pop();
-    match outcome::outcome(job.as_ref(), pod.as_ref()) {
+    let job = objects::get(&jobs, &name).await?;
+    let labelled = objects::list(&pods, &format!("job-name={name}")).await?;
+    let (outcome, pod) = hear(job.as_ref(), labelled, source, status, &context.config)?;
+    let Some(import) = &mut status.import else { return Ok(None) };
+    match outcome {
         Outcome::Starting(trouble) => {
             let message = trouble.unwrap_or_else(|| format!("Job {} imports", import.job));
             describe(status, source, Wanted::yes(IMPORTING, reason::IN_PROGRESS, message));

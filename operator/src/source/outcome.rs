@@ -69,8 +69,9 @@ const REASONS: [&str; 6] = [
     reason::IMPORT_FAILED,
 ];
 
-/// Reads the Job and its newest pod.
+/// Reads the Job and its newest pod, which must be known to be genuine.
 pub(super) fn outcome(job: Option<&Job>, pod: Option<&Pod>) -> Outcome {
+    let Some(job) = job else { return failed("its Job was deleted before the import ended".into()) };
     if let Some(end) = pod.and_then(|pod| pod::terminated(pod, CONTAINER)) {
         let words = end.message.as_deref().unwrap_or_default().trim();
         return report(words).unwrap_or_else(|| {
@@ -81,7 +82,6 @@ pub(super) fn outcome(job: Option<&Job>, pod: Option<&Pod>) -> Outcome {
             })
         });
     }
-    let Some(job) = job else { return failed("its Job was deleted before the import ended".into()) };
     let conditions = job.status.as_ref().and_then(|status| status.conditions.as_ref());
     let ended = conditions.and_then(|all| {
         all.iter()
@@ -101,7 +101,7 @@ pub(super) fn outcome(job: Option<&Job>, pod: Option<&Pod>) -> Outcome {
     }
 }
 
-fn failed(message: String) -> Outcome {
+pub(super) fn failed(message: String) -> Outcome {
     Outcome::Failed { reason: reason::IMPORT_FAILED.into(), message }
 }
 
@@ -136,28 +136,30 @@ mod tests {
         .unwrap()
     }
 
+    fn of(pod: &Pod) -> Outcome {
+        outcome(Some(&Job::default()), Some(pod))
+    }
+
     #[test]
     fn a_result_is_read_from_the_last_words() {
         let words = r#"{"ok":true,"root":"ab/1","files":2,"bytes":3,"commit":"c","milliseconds":4}"#;
         let imported = Imported { root: "ab/1".into(), files: 2, bytes: 3, commit: Some("c".into()), milliseconds: 4 };
-        assert_eq!(outcome(None, Some(&ended(0, words))), Outcome::Imported(imported), "even if the Job is gone");
+        assert_eq!(of(&ended(0, words)), Outcome::Imported(imported));
         let words = r#"{"ok":true,"files":0,"bytes":0,"commit":"c","milliseconds":4,"unchanged":true}"#;
-        assert_eq!(outcome(None, Some(&ended(0, words))), Outcome::Unchanged);
+        assert_eq!(of(&ended(0, words)), Outcome::Unchanged);
         let words = r#"{"ok":false,"reason":"RefNotFound","message":"no branch x"}"#;
         assert_eq!(
-            outcome(None, Some(&ended(1, words))),
+            of(&ended(1, words)),
             Outcome::Failed { reason: "RefNotFound".into(), message: "no branch x".into() }
         );
         let words = r#"{"ok":false,"reason":"made up","message":"m"}"#;
-        assert!(
-            matches!(outcome(None, Some(&ended(1, words))), Outcome::Failed { reason, .. } if reason == reason::IMPORT_FAILED)
-        );
+        assert!(matches!(of(&ended(1, words)), Outcome::Failed { reason, .. } if reason == reason::IMPORT_FAILED));
     }
 
     #[test]
     fn an_end_without_a_result_shows_what_was_said_last() {
         assert!(
-            matches!(outcome(None, Some(&ended(137, "out of memory"))), Outcome::Failed { message, .. } if message.contains("137") && message.contains("out of memory"))
+            matches!(of(&ended(137, "out of memory")), Outcome::Failed { message, .. } if message.contains("137") && message.contains("out of memory"))
         );
         let job: Job = serde_json::from_value(json!({"metadata": {}, "status": {"conditions": [{"type": "Failed", "status": "True", "reason": "DeadlineExceeded", "message": "too long"}]}})).unwrap();
         assert!(matches!(outcome(Some(&job), None), Outcome::Failed { message, .. } if message.contains("too long")));
