@@ -4,10 +4,13 @@ mod common;
 #[path = "common/program.rs"]
 mod program;
 
-use std::{collections::HashSet, os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet, ops::ControlFlow, os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration,
+};
 
 use aether_cas::{
-    Blob, LocalStore, MemoryStore, RemoteStore, Store, StoreError,
+    Blob, LocalConfig, LocalStore, MemoryStore, RemoteStore, Store, StoreError,
+    collect::{Pace, Phase},
     durable::Durable,
     remote::RemoteConfig,
     testing::{blob, bucket::TestBucket, bytes, conformance, directory, file},
@@ -138,7 +141,7 @@ async fn a_whole_tree_is_read_from_the_bucket_with_few_requests() {
     let fresh = tempfile::tempdir().unwrap();
     let node = TieredNode::start(&bucket, fresh.path(), Durability::Through, None).await;
     let before = node.durable().bucket.requests;
-    let target = LocalStore::open(aether_cas::LocalConfig {
+    let target = LocalStore::open(LocalConfig {
         objects: fresh.path().join("target"),
         index: fresh.path().join("target-index"),
         inline_limit: 0,
@@ -399,6 +402,45 @@ async fn pins_of_a_disk_move_to_the_bucket_and_its_blobs_follow() {
     .await
     .unwrap();
     node.stop().await;
+}
+
+#[test]
+fn a_disk_that_becomes_a_cache_is_rid_of_what_a_collection_had_begun() {
+    for (broken_off, acquitted) in [(Phase::Rescue, true), (Phase::Sweep, false)] {
+        let folder = tempfile::tempdir().unwrap();
+        let config = LocalConfig {
+            objects: folder.path().join("objects"),
+            index: folder.path().join("index"),
+            inline_limit: 100,
+        };
+        let collect = |store: &LocalStore, until: Option<Phase>| {
+            store.collect(Pace::new(None), &mut |progress| match until {
+                Some(phase) if progress.phase == phase => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            })
+        };
+        let blobs = vec![blob(1, 10), blob(2, 1000)];
+        let names = names(&blobs);
+        let store = LocalStore::open_collected(config.clone(), Duration::ZERO).unwrap();
+        store.put_batch(blobs.clone()).unwrap();
+        // Its lease ends in the millisecond in which it began.
+        std::thread::sleep(Duration::from_millis(2));
+        collect(&store, Some(broken_off)).unwrap_err();
+        drop(store);
+
+        let store = LocalStore::open_cache(config.clone()).unwrap();
+        let left = if acquitted { vec![] } else { names.clone() };
+        assert_eq!(store.missing(&names).unwrap(), left);
+        assert_eq!(store.object_path(&names[1].digest).exists(), acquitted);
+        assert_eq!(store.statistics().file_blobs, u64::from(acquitted));
+        store.put_batch(blobs).unwrap();
+        drop(store);
+
+        let store = LocalStore::open_collected(config, Duration::from_secs(3600)).unwrap();
+        let done = collect(&store, None).unwrap();
+        assert!(done.protected_until.is_some(), "the pins of a cache are elsewhere");
+        assert_eq!(store.missing(&names).unwrap(), []);
+    }
 }
 
 #[test]
