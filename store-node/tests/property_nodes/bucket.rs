@@ -32,13 +32,21 @@ fn program() -> PathBuf {
 }
 
 impl Bucket {
+    /// Ports that were free may be taken when they are wanted: it is started again with others then.
     pub(crate) fn start(folder: &Path) -> Self {
+        let log = folder.join("seaweed.log");
+        let started = (0..3).find_map(|_| Self::try_start(folder, &log));
+        started.unwrap_or_else(|| panic!("the S3 service ended three times\n{}", end_of(&log)))
+    }
+
+    /// `None` when it ended.
+    fn try_start(folder: &Path, log: &Path) -> Option<Self> {
         let identities = format!(
             r#"{{"identities":[{{"name":"aether","credentials":[{{"accessKey":"{KEY}","secretKey":"{SECRET}"}}],
             "actions":["Admin","Read","List","Tagging","Write"]}}]}}"#
         );
         let (data, identities_file) = (folder.join("seaweed"), folder.join("s3.json"));
-        std::fs::create_dir(&data).unwrap();
+        std::fs::create_dir_all(&data).unwrap();
         std::fs::write(&identities_file, identities).unwrap();
         let [master, master_grpc, volume, volume_grpc, filer, filer_grpc, s3, s3_grpc] = free_ports();
         let mut command = Command::new(program());
@@ -58,17 +66,20 @@ impl Bucket {
             command.arg(format!("-{option}={port}"));
         }
         command.arg(format!("-dir={}", data.display())).arg(format!("-s3.config={}", identities_file.display()));
-        let log = std::fs::File::create(folder.join("seaweed.log")).unwrap();
-        let child = command.stdout(log.try_clone().unwrap()).stderr(log).stdin(Stdio::null()).spawn().unwrap();
-        let bucket = Self { child, s3 };
+        let out = std::fs::File::create(log).unwrap();
+        let child = command.stdout(out.try_clone().unwrap()).stderr(out).stdin(Stdio::null()).spawn().unwrap();
+        let mut bucket = Self { child, s3 };
         let begin = Instant::now();
         // S3 refuses who does not sign: then it is there. A bucket is a folder of the filer.
         let ready = || http("GET", s3, "/").contains("403") && http("POST", filer, "/buckets/aether/").contains("201");
         while !ready() {
-            assert!(begin.elapsed() < Duration::from_secs(60), "the S3 service did not start");
+            if bucket.child.try_wait().unwrap().is_some() {
+                return None;
+            }
+            assert!(begin.elapsed() < Duration::from_secs(60), "the S3 service did not start\n{}", end_of(log));
             std::thread::sleep(Duration::from_millis(200));
         }
-        bucket
+        Some(bucket)
     }
 
     pub(crate) fn endpoint(&self) -> String {
@@ -82,6 +93,12 @@ impl Drop for Bucket {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The last lines of a log.
+fn end_of(log: &Path) -> String {
+    let bytes = std::fs::read(log).unwrap_or_default();
+    String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(4000)..]).into_owned()
 }
 
 /// The first line of the answer to a request, or nothing.
