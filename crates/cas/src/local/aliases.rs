@@ -113,7 +113,7 @@ mod tests {
         let other_size = Sha256Blob { size: 5, ..asked[0] };
         assert_eq!(store.resolve_sha256(&[other_size, Sha256Blob::EMPTY]).unwrap(), [None, Some(Blob::EMPTY)]);
 
-        let keep = |blob: &Blob| blob.digest.0[0] % 2 == 0;
+        let keep = |blob: &Blob| blob.digest.0[0].is_multiple_of(2);
         let kept = names.iter().filter(|(_, blob)| keep(blob)).count();
         let missing = |blobs: &[Blob]| Ok(blobs.iter().copied().filter(|blob| !keep(blob)).collect());
         assert_eq!(store.prune_sha256(missing).unwrap(), (names.len() - kept) as u64);
