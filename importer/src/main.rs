@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use aether_cas::remote::RemoteConfig;
 use aether_cas::RemoteStore;
+use aether_cas::remote::RemoteConfig;
 use aether_importer::cli::{Cli, Source};
 use aether_importer::failure::{Failure, Reason};
 use aether_importer::git;

@@ -19,9 +19,9 @@ mod mount;
 mod objects;
 mod pace;
 mod protocol;
+pub mod server;
 #[cfg(feature = "testing")]
 pub mod testing;
-pub mod server;
 mod workshop;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
