@@ -8,7 +8,7 @@ use aether_api::checkpoint::DeletionPolicy;
 use aether_api::names;
 use aether_api::{AetherCheckpoint, AetherSession, AetherSource};
 use aether_proto::store::v1::Root;
-use k8s_openapi::api::core::v1::PersistentVolume;
+use k8s_openapi::api::core::v1::{Namespace, PersistentVolume};
 use kube::{Api, Resource, ResourceExt};
 
 use crate::context::Context;
@@ -35,6 +35,10 @@ pub async fn sweep(context: &Arc<Context>) -> Result<()> {
     let labelled = objects::list(&volumes, names::SESSION_UID_LABEL).await?;
     let checkpoints = objects::list::<AetherCheckpoint>(&Api::all(client.clone()), "").await?;
     let pinning = context.pins.taken(PIN_GRACE).await;
+    let born = born(context).await.unwrap_or_else(|error| {
+        tracing::warn!(%error, "it is not known how old the cluster is; all pins are kept");
+        None
+    });
     let sessions = objects::list::<AetherSession>(&Api::all(client.clone()), "").await?;
     let sources = objects::list::<AetherSource>(&Api::all(client.clone()), "").await?;
 
@@ -63,7 +67,8 @@ pub async fn sweep(context: &Arc<Context>) -> Result<()> {
     let living: HashSet<String> = uids.chain(session_uids).collect();
     let forgotten = async {
         let pinned = pinning?;
-        let owners: HashSet<&str> = pinned.iter().map(|root| root.owner_uid.as_str()).collect();
+        let of_this_cluster = pinned.iter().filter(|root| born.is_some_and(|born| root.pinned_at >= born));
+        let owners: HashSet<&str> = of_this_cluster.map(|root| root.owner_uid.as_str()).collect();
         for owner in context.orphans.gone(&owners, &living, Instant::now()) {
             tracing::info!(owner, "the store need not keep what an object had pinned that is gone");
             context.pins.forget(&owner).await?;
@@ -78,6 +83,14 @@ pub async fn sweep(context: &Arc<Context>) -> Result<()> {
         tracing::warn!(code = %status.code(), said = status.message(), "the store's pins could not be swept");
     }
     Ok(())
+}
+
+/// When the cluster was made, in seconds since 1970: its first namespace is as old. What was pinned before that was pinned by
+/// objects that a former cluster had, and whoever brings those back still needs it.
+async fn born(context: &Context) -> Result<Option<i64>> {
+    let namespaces: Api<Namespace> = objects::cluster(&context.client);
+    let first = objects::get(&namespaces, "kube-system").await?;
+    Ok(first.and_then(|first| first.metadata.creation_timestamp).map(|time| time.0.as_second()))
 }
 
 fn is_stray_volume(volume: &PersistentVolume, sessions: &HashSet<String>) -> bool {

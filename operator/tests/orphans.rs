@@ -21,6 +21,8 @@ use aether_proto::store::v1::{
 use clap::Parser;
 use common::{NAMESPACE, Operator};
 use futures::stream::Empty;
+use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 use tokio::net::TcpListener;
 use tonic::transport::Server;
@@ -91,12 +93,21 @@ async fn operator(roots: Roots) -> (Operator, Arc<Context>) {
         Server::builder().add_service(StoreAdminServer::new(roots)).serve_with_incoming(TcpIncoming::from(listener)),
     );
     let operator = Operator::new();
+    cluster_of_age(&operator, 120);
     let arguments =
         ["aether-operator", "--store", &address, "--importer-image=i", "--worker-image=w", "--command-image=c"];
     let pins = Pins::connect(&address, &Credentials::default()).unwrap();
     let mut context = Context::new(operator.api.client(), Config::parse_from(arguments), pins);
     context.orphans = Orphans::new(Duration::from_millis(1));
     (operator, Arc::new(context))
+}
+
+fn cluster_of_age(operator: &Operator, minutes: i64) {
+    let mut namespace = Namespace::default();
+    namespace.metadata.name = Some("kube-system".into());
+    namespace.metadata.creation_timestamp =
+        Some(Time(jiff::Timestamp::now() - jiff::SignedDuration::from_mins(minutes)));
+    operator.api.put(&namespace);
 }
 
 async fn sweep_twice(context: &Arc<Context>) {
@@ -149,9 +160,17 @@ async fn a_cluster_made_anew_forgets_nothing_when_its_first_objects_are_there() 
     let (operator, context) = operator(roots.clone()).await;
     operator.put_source("linux");
     let source = operator.api.get::<AetherSource>(NAMESPACE, "linux").unwrap().uid().unwrap();
+    cluster_of_age(&operator, 30);
     roots.pin("uid-before", SOURCE_REVISION);
     roots.pin("uid-of-its-session", SESSION_HEAD);
-    roots.0.lock().unwrap().push(Root { name: "r1".into(), ..root(&source, SOURCE_REVISION) });
+    let now = jiff::Timestamp::now().as_second() - 1200;
+    let since = |owner: &str, name: &str| Root { name: name.into(), pinned_at: now, ..root(owner, SOURCE_REVISION) };
+    roots.0.lock().unwrap().push(since(&source, "r1"));
     sweep_twice(&context).await;
     assert_eq!(roots.owners().len(), 3);
+
+    // Of the many that came and went since, nothing stays.
+    (0..10).for_each(|n| roots.0.lock().unwrap().push(since(&format!("uid-gone-{n}"), "r1")));
+    sweep_twice(&context).await;
+    assert_eq!(roots.owners(), ["uid-before", "uid-of-its-session", &source]);
 }

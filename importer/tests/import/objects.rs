@@ -227,6 +227,6 @@ async fn another_import_uploads_what_changed() {
     let (_, changed) = import(&of(repository.url(), None), &store).await;
     assert_ne!(changed.root, first.root);
     let written = store.written.lock().unwrap().len();
-    // Beside the file: its directory, the root, and the repository's own files and directories.
-    assert!(written < 20, "{written}");
+    // Beside the file: its directory, the root, and the repository's own files and directories, of which git makes a few more or less.
+    assert!(written < 60, "{written} of more than 600");
 }
