@@ -1,6 +1,7 @@
 //! The operator's settings: parsed once, from flags or environment, into typed values.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use aether_credentials::Credentials;
 use clap::{Parser, ValueEnum};
@@ -18,6 +19,12 @@ pub struct Config {
     /// Address of the store, such as https://aether-store.aether-system.svc:8980.
     #[arg(long, env = "AETHER_STORE")]
     pub store: String,
+    /// Addresses of all nodes of the store, which are asked what they have lost; --store when there are none.
+    #[arg(long, env = "AETHER_STORE_NODES", value_delimiter = ',', value_name = "URL")]
+    pub store_nodes: Vec<String>,
+    /// How often they are asked, such as 5m; `off` for never.
+    #[arg(long, env = "AETHER_DAMAGE_INTERVAL", default_value = "5m", value_name = "TIME", value_parser = interval)]
+    pub damage_interval: Interval,
     /// How to know the store, and what to show to it. Import Jobs get the authority, and tokens of their own.
     #[command(flatten)]
     pub credentials: Credentials,
@@ -62,6 +69,22 @@ Examples:
     aether-operator --namespace aether-system --identity $(hostname) --listen 127.0.0.1:8080 --store http://127.0.0.1:8980 \\
       --importer-image aether/importer:dev --worker-image aether/worker:dev --command-image aether/tools:dev";
 
+/// A time between two looks, if there is to be a second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interval(pub Option<Duration>);
+
+/// `off`, or a time as Kubernetes writes it.
+fn interval(text: &str) -> Result<Interval, String> {
+    if text == "off" {
+        return Ok(Interval(None));
+    }
+    let time = text.parse::<kube::core::Duration>().ok().filter(|time| !time.is_negative()).map(Duration::from);
+    match time.filter(|time| !time.is_zero()) {
+        Some(time) => Ok(Interval(Some(time))),
+        None => Err("a time such as 90s, 5m or 1h is expected, or off".to_owned()),
+    }
+}
+
 /// When a node pulls an image, as Kubernetes names it.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum PullPolicy {
@@ -100,5 +123,14 @@ mod tests {
         let error =
             Config::try_parse_from(arguments.into_iter().chain(["--listen", "nowhere"])).unwrap_err().to_string();
         assert!(error.contains("--listen") && error.contains("nowhere"), "{error}");
+    }
+
+    #[test]
+    fn an_interval_is_a_time_or_off() {
+        assert_eq!(interval("off"), Ok(Interval(None)));
+        assert_eq!(interval("5m"), Ok(Interval(Some(Duration::from_secs(300)))));
+        for bad in ["", "0s", "-5m", "5", "never"] {
+            assert!(interval(bad).is_err(), "{bad}");
+        }
     }
 }

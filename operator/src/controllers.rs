@@ -16,6 +16,7 @@ use kube::runtime::watcher;
 use kube::{Api, ResourceExt};
 
 use crate::context::Context;
+use crate::damage::Damage;
 use crate::error::{Error, Result};
 use crate::objects::Object;
 use crate::{checkpoint, command, provision, restore, session, source, sweep};
@@ -63,12 +64,19 @@ struct Counts {
 const RETRY: Duration = Duration::from_secs(5);
 /// The same for an object that changed meanwhile.
 const RETRY_CONFLICT: Duration = Duration::from_millis(100);
+/// When the first look for damage is, at the latest: the store may be starting too.
+const FIRST_LOOK: Duration = Duration::from_secs(30);
 
-/// Runs all controllers and the sweep until `stop`, and then until what they have begun is done.
+/// Runs all controllers, the sweep and the look for damage until `stop`, and then until what they have begun is done.
 ///
 /// # Errors
 /// None so far: failures of single objects are logged, counted and tried again.
-pub async fn run(context: Arc<Context>, metrics: Metrics, stop: CancellationToken) -> anyhow::Result<()> {
+pub async fn run(
+    context: Arc<Context>,
+    damage: Damage,
+    metrics: Metrics,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
     let counts = Counts {
         ended: metrics.counters("aether_reconciles", "Reconciles of one object that have ended"),
         took: metrics.timers("aether_reconcile", "Time that one reconcile of one object took"),
@@ -83,6 +91,7 @@ pub async fn run(context: Arc<Context>, metrics: Metrics, stop: CancellationToke
         drive.run(of_all::<PersistentVolumeClaim>(&context), Kind::Claim, provision::reconcile),
         drive.run(volumes(&context), Kind::Volume, session::remains::reconcile),
         sweeps(&context, &stop),
+        looks(damage, &context, &stop),
     );
     Ok(())
 }
@@ -250,5 +259,17 @@ async fn sweeps(context: &Arc<Context>, stop: &CancellationToken) {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(pause) => {}
         }
+    }
+}
+
+/// Looks for damage, the first time soon after this operator began to lead.
+async fn looks(mut damage: Damage, context: &Arc<Context>, stop: &CancellationToken) {
+    let Some(interval) = context.config.damage_interval.0 else { return };
+    let mut pause = interval.min(FIRST_LOOK);
+    while stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
+        if let Err(error) = damage.look(context).await {
+            tracing::warn!(%error, "what the store has lost could not be told; it is tried again");
+        }
+        pause = interval;
     }
 }

@@ -12,6 +12,7 @@ pub mod command;
 pub mod config;
 pub mod context;
 pub mod controllers;
+pub mod damage;
 pub mod error;
 pub mod leader;
 pub mod nodes;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use aether_operator::config::Config;
 use aether_operator::context::Context;
 use aether_operator::controllers;
+use aether_operator::damage::Damage;
 use aether_operator::leader::{Candidate, Times};
 use aether_operator::pins::Pins;
 use aether_operator::store_certificate::StoreCertificate;
@@ -26,6 +27,7 @@ async fn main() -> anyhow::Result<()> {
         .await
         .context("no cluster: neither a pod's service account nor a KUBECONFIG was found")?;
     let pins = Pins::connect(&config.store, &config.credentials)?;
+    let damage = Damage::connect(&config)?;
     let (readiness, metrics) = (Readiness::new(), Metrics::new());
     let shutdown = signals::shutdown()?;
     let tasks = Tasks::new();
@@ -76,7 +78,7 @@ async fn main() -> anyhow::Result<()> {
             () = token.cancelled() => return Ok(()),
             elected = election => elected.context("the election ended")?,
         }
-        controllers::run(context, metrics, token).await
+        controllers::run(context, damage, metrics, token).await
     });
     tasks.run(shutdown, GRACE).await
 }

@@ -41,6 +41,23 @@ pub struct Pin {
     pub tree: String,
 }
 
+/// A client of the store at this address, connected when first needed. `deadline` is for each call.
+pub(crate) fn client(
+    address: &str,
+    credentials: &Credentials,
+    deadline: Duration,
+) -> anyhow::Result<StoreAdminClient<Connection>> {
+    let address = match address.strip_prefix("grpc://") {
+        Some(rest) => format!("http://{rest}"),
+        None => address.to_owned(),
+    };
+    let endpoint = Endpoint::from_shared(address.clone())
+        .map_err(|error| anyhow::anyhow!("--store {address:?} is not an address: {error}"))?;
+    let endpoint = endpoint.connect_timeout(DEADLINE).timeout(deadline);
+    let channel = credentials.connect(&endpoint).map_err(|error| anyhow::anyhow!("--store {address:?}: {error}"))?;
+    Ok(StoreAdminClient::new(channel))
+}
+
 /// The pins of one store.
 pub struct Pins {
     client: Option<StoreAdminClient<Connection>>,
@@ -55,16 +72,8 @@ impl Pins {
     /// # Errors
     /// An address that is not one, or credentials that do not fit it.
     pub fn connect(address: &str, credentials: &Credentials) -> anyhow::Result<Self> {
-        let address = match address.strip_prefix("grpc://") {
-            Some(rest) => format!("http://{rest}"),
-            None => address.to_owned(),
-        };
-        let endpoint = Endpoint::from_shared(address.clone())
-            .map_err(|error| anyhow::anyhow!("--store {address:?} is not an address: {error}"))?;
-        let endpoint = endpoint.connect_timeout(DEADLINE).timeout(DEADLINE);
-        let channel =
-            credentials.connect(&endpoint).map_err(|error| anyhow::anyhow!("--store {address:?}: {error}"))?;
-        Ok(Self { client: Some(StoreAdminClient::new(channel)), taken: Mutex::default(), silent: Mutex::default() })
+        let client = client(address, credentials, DEADLINE)?;
+        Ok(Self { client: Some(client), taken: Mutex::default(), silent: Mutex::default() })
     }
 
     /// No store: every pin counts as taken. For tests.

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherSession, AetherSource};
@@ -12,86 +12,17 @@ use aether_operator::context::Context;
 use aether_operator::orphans::Orphans;
 use aether_operator::pins::{CHECKPOINT, Pins, SESSION_HEAD, SOURCE_REVISION};
 use aether_operator::sweep::sweep;
-use aether_proto::store::v1::store_admin_server::{StoreAdmin, StoreAdminServer};
-use aether_proto::store::v1::{
-    CollectRequest, CollectResponse, FsckReport, FsckRequest, GetIntegrityRequest, GetStatisticsRequest, Integrity,
-    ListRootsRequest, ListRootsResponse, PinRootRequest, PinRootResponse, Root, Statistics, UnpinRootsRequest,
-    UnpinRootsResponse,
-};
+use aether_proto::store::v1::Root;
 use clap::Parser;
+use common::store::{Roots, root};
 use common::{NAMESPACE, Operator};
-use futures::stream::Empty;
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
-use tokio::net::TcpListener;
-use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
-use tonic::{Request, Response, Status};
-
-/// The roots of a store, and nothing else of it.
-#[derive(Clone, Default)]
-struct Roots(Arc<Mutex<Vec<Root>>>);
-
-impl Roots {
-    fn pin(&self, owner: &str, kind: &str) {
-        self.0.lock().unwrap().push(root(owner, kind));
-    }
-
-    fn owners(&self) -> Vec<String> {
-        self.0.lock().unwrap().iter().map(|root| root.owner_uid.clone()).collect()
-    }
-}
-
-/// Pinned an hour ago.
-fn root(owner: &str, kind: &str) -> Root {
-    let pinned_at = jiff::Timestamp::now().as_second() - 3600;
-    Root { owner_uid: owner.into(), kind: kind.into(), pinned_at, ..Root::default() }
-}
-
-#[tonic::async_trait]
-impl StoreAdmin for Roots {
-    async fn unpin_roots(&self, request: Request<UnpinRootsRequest>) -> Result<Response<UnpinRootsResponse>, Status> {
-        let owner = request.into_inner().owner_uid;
-        self.0.lock().unwrap().retain(|root| root.owner_uid != owner);
-        Ok(Response::new(UnpinRootsResponse { removed: 1 }))
-    }
-
-    async fn list_roots(&self, _: Request<ListRootsRequest>) -> Result<Response<ListRootsResponse>, Status> {
-        Ok(Response::new(ListRootsResponse { roots: self.0.lock().unwrap().clone() }))
-    }
-
-    async fn pin_root(&self, _: Request<PinRootRequest>) -> Result<Response<PinRootResponse>, Status> {
-        Err(Status::unimplemented("a sweep pins nothing"))
-    }
-
-    async fn get_statistics(&self, _: Request<GetStatisticsRequest>) -> Result<Response<Statistics>, Status> {
-        Err(Status::unimplemented("only roots"))
-    }
-
-    async fn fsck(&self, _: Request<FsckRequest>) -> Result<Response<FsckReport>, Status> {
-        Err(Status::unimplemented("only roots"))
-    }
-
-    type CollectStream = Empty<Result<CollectResponse, Status>>;
-
-    async fn collect(&self, _: Request<CollectRequest>) -> Result<Response<Self::CollectStream>, Status> {
-        Err(Status::unimplemented("only roots"))
-    }
-
-    async fn get_integrity(&self, _: Request<GetIntegrityRequest>) -> Result<Response<Integrity>, Status> {
-        Err(Status::unimplemented("only roots"))
-    }
-}
 
 /// An operator that takes an owner for gone when two sweeps have missed it.
 async fn operator(roots: Roots) -> (Operator, Arc<Context>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = format!("http://{}", listener.local_addr().unwrap());
-    // Ends with the test's runtime.
-    tokio::spawn(
-        Server::builder().add_service(StoreAdminServer::new(roots)).serve_with_incoming(TcpIncoming::from(listener)),
-    );
+    let address = roots.serve().await;
     let operator = Operator::new();
     cluster_of_age(&operator, 120);
     let arguments =

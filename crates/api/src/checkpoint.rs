@@ -93,7 +93,8 @@ pub struct AetherCheckpointStatus {
     /// Bytes that the session does not share with its base.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub own_bytes: Option<i64>,
-    /// `Ready`: taken. `Durable`: in the store. `Failed`: it will never be.
+    /// `Ready`: taken. `Durable`: in the store. `Failed`: it will never be. `Intact`, where the store has lost contents
+    /// of it: whether they are back.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

@@ -12,6 +12,8 @@ pub const DURABLE: &str = "Durable";
 pub const COMPLETE: &str = "Complete";
 /// A request or checkpoint ended badly, for good.
 pub const FAILED: &str = "Failed";
+/// What has a tree in the store: whether the store still has all contents of it. Not there while it never missed any.
+pub const INTACT: &str = "Intact";
 
 /// A session: an AetherRestore moved its head while no node held it; which one, [`crate::AetherRestore::has_moved`] reads.
 pub const RESTORED: &str = "Restored";
@@ -72,6 +74,10 @@ pub mod reason {
     pub const NODE_FAILED: &str = "NodeFailed";
     /// What was asked for is done.
     pub const DONE: &str = "Done";
+    /// The store has no good copy of some contents any more; the message names the paths.
+    pub const CONTENTS_LOST: &str = "ContentsLost";
+    /// The store has again what it had lost.
+    pub const CONTENTS_BACK: &str = "ContentsBack";
 }
 
 /// A condition as it should be; [`set`] gives it its time.

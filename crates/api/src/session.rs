@@ -201,7 +201,7 @@ pub struct AetherSessionStatus {
     /// Bytes that the session shares with its base.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shared_bytes: Option<i64>,
-    /// `Ready`: a pod can mount it.
+    /// `Ready`: a pod can mount it. `Intact`, where the store has lost contents of it: whether they are back.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

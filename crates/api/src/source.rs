@@ -142,7 +142,8 @@ pub struct AetherSourceStatus {
     /// The import that runs, or the last one that ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub import: Option<Import>,
-    /// `Ready`: a revision can be used. `Importing`: a Job is at work.
+    /// `Ready`: a revision can be used. `Importing`: a Job is at work. `Intact`, where the store has lost contents of a
+    /// revision: whether they are back.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
 
+pub mod store;
+
 use std::sync::Arc;
 
 use aether_api::session::{Attachment, ClaimPolicy, Durability, Head, SourceReference};

@@ -55,6 +55,8 @@ pub(super) fn enough_for(path: &str) -> &'static [Permission] {
         "aether.store.v1.StoreAdmin/PinRoot"
         | "aether.store.v1.StoreAdmin/UnpinRoots"
         | "aether.store.v1.StoreAdmin/ListRoots" => &[Pin],
+        // Whoever pins trees is to hear what was lost of them.
+        "aether.store.v1.StoreAdmin/GetIntegrity" => &[Admin, Pin],
         _ => &[Admin],
     }
 }

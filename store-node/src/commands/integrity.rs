@@ -39,13 +39,13 @@ pub struct IntegrityArgs {
 /// Those of the store, or of reaching it.
 pub async fn run(args: IntegrityArgs) -> anyhow::Result<ExitCode> {
     let report = if let Some(mut admin) = args.node.admin()? {
-        admin.get_integrity(GetIntegrityRequest {}).await.context("the node does not say")?.into_inner()
+        admin.get_integrity(GetIntegrityRequest::default()).await.context("the node does not say")?.into_inner()
     } else {
         let (config, folder) = (args.data.store(), args.data.existing()?);
         let store = LocalStore::open_collected(config, LEASE).with_context(|| {
             format!("cannot open the store in {folder}; if a store node is running on it, ask that one (--address)")
         })?;
-        integrity::report(&store)?
+        integrity::report(&store, 0)?
     };
     Ok(print(&report))
 }
@@ -59,6 +59,9 @@ fn print(report: &Integrity) -> ExitCode {
     );
     for lost in &report.damaged {
         println!("lost blob {} (since {}): {}", lost.blob, moment(lost.found_at), lost.reason);
+    }
+    if report.more > 0 {
+        println!("{} lost blobs more", report.more);
     }
     for affected in &report.affected {
         for path in &affected.paths {

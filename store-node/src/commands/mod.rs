@@ -9,6 +9,9 @@ use anyhow::Context;
 use clap::Args;
 use tonic::transport::Endpoint;
 
+/// What an answer may take: paths of each tree that misses something.
+const ANSWER: usize = 256 << 20;
+
 /// A node that runs.
 #[derive(Clone, Debug, Args)]
 pub struct NodeArgs {
@@ -29,7 +32,8 @@ impl NodeArgs {
         let Some(address) = &self.address else { return Ok(None) };
         let endpoint = Endpoint::from_shared(address.clone())
             .with_context(|| format!("--address {address:?} is not an address such as http://127.0.0.1:8980"))?;
-        Ok(Some(StoreAdminClient::new(self.credentials.connect(&endpoint)?)))
+        let client = StoreAdminClient::new(self.credentials.connect(&endpoint)?);
+        Ok(Some(client.max_decoding_message_size(ANSWER)))
     }
 }
 

@@ -133,7 +133,8 @@ impl StoreAdmin for AdminService {
         collect::answer(store, request.into_inner(), metrics).map(Response::new)
     }
 
-    async fn get_integrity(&self, _: Request<GetIntegrityRequest>) -> Result<Response<Integrity>, Status> {
-        self.run(|store| integrity::report(store.disk()).map_err(status)).await
+    async fn get_integrity(&self, request: Request<GetIntegrityRequest>) -> Result<Response<Integrity>, Status> {
+        let paths = request.into_inner().paths;
+        self.run(move |store| integrity::report(store.disk(), paths).map_err(status)).await
     }
 }

@@ -7,15 +7,20 @@ use aether_proto::store::v1::{AffectedPath, AffectedRoot, DamagedBlob, Integrity
 
 use super::admin::root;
 
-/// Lost blobs, and paths of one root, in a report.
+/// Lost blobs that are looked for below the roots, and those in a report.
+const SOUGHT_BLOBS: usize = 100_000;
 const LOST_BLOBS: usize = 1000;
+/// Paths of one root in a report, unless fewer are asked for.
 const LOST_PATHS: usize = 100;
 
-/// Looks it all up. Follows roots only when something is lost.
-pub(crate) fn report(store: &LocalStore) -> Result<Integrity> {
+/// Looks it all up. Follows roots only when something is lost, and names at most `paths` of each; 0 is for the most.
+pub(crate) fn report(store: &LocalStore, paths: u32) -> Result<Integrity> {
     let (scrub, held) = (store.scrub_state()?, store.statistics());
-    let damages = store.damages(LOST_BLOBS)?;
-    let affected = if damages.is_empty() { Vec::new() } else { store.affected(&damages, LOST_PATHS)? };
+    let mut damages = store.damages(SOUGHT_BLOBS)?;
+    let paths = if paths == 0 { LOST_PATHS } else { LOST_PATHS.min(paths as usize) };
+    let affected = if damages.is_empty() { Vec::new() } else { store.affected(&damages, paths)? };
+    let more = damages.len().saturating_sub(LOST_BLOBS) as u64;
+    damages.truncate(LOST_BLOBS);
     let scrub = ScrubStatus {
         running: scrub.is_running(),
         passes: scrub.passes,
@@ -46,5 +51,6 @@ pub(crate) fn report(store: &LocalStore) -> Result<Integrity> {
                 more: a.more,
             })
             .collect(),
+        more,
     })
 }
