@@ -53,10 +53,13 @@ https://aether-store.{{ .Release.Namespace }}.svc:{{ .Values.store.port }}
 {{- end -}}
 {{- end }}
 
-{{- /* What the store's certificate is made out to: its Service, the pods of it by name, and its address. */ -}}
+{{- /* What the store's certificate is made out to: its Service, the one for all its nodes, each node by name, and its address. */ -}}
 {{- define "aether.store.names" -}}
-{{- $service := printf "aether-store.%s.svc" .Release.Namespace -}}
-{{- $names := list $service (printf "%s.cluster.local" $service) (printf "*.aether-store-nodes.%s.svc" .Release.Namespace) (printf "*.aether-store-nodes.%s.svc.cluster.local" .Release.Namespace) -}}
+{{- $nodes := printf "aether-store-nodes.%s.svc" .Release.Namespace -}}
+{{- $names := list -}}
+{{- range $name := list (printf "aether-store.%s.svc" .Release.Namespace) $nodes (printf "*.%s" $nodes) -}}
+{{- $names = append (append $names $name) (printf "%s.cluster.local" $name) -}}
+{{- end -}}
 {{- with .Values.store.clusterIP }}{{ $names = append $names . }}{{ end -}}
 {{- toJson $names -}}
 {{- end }}

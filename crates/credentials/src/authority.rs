@@ -1,5 +1,6 @@
 //! A connection to whom an authority vouches for.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,8 +27,13 @@ pub(crate) enum Error {
     Tls(#[from] rustls::Error),
 }
 
-/// Connects, and believes no other authorities than those in `file`, as it is now.
-pub(crate) async fn dial(uri: Uri, file: PathBuf) -> Result<TokioIo<TlsStream<TcpStream>>, Error> {
+/// Connects, and believes no other authorities than those in `file`, as it is now. Who answers must be the host of `uri`, also
+/// `at` one of its addresses.
+pub(crate) async fn dial(
+    uri: Uri,
+    at: Option<SocketAddr>,
+    file: PathBuf,
+) -> Result<TokioIo<TlsStream<TcpStream>>, Error> {
     let roots = roots(&file).await?;
     let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()?
@@ -36,7 +42,10 @@ pub(crate) async fn dial(uri: Uri, file: PathBuf) -> Result<TokioIo<TlsStream<Tc
     config.alpn_protocols = vec![b"h2".to_vec()];
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
     let name = ServerName::try_from(host.to_owned()).map_err(|_| Error::Host(host.to_owned()))?;
-    let stream = TcpStream::connect((host, uri.port_u16().unwrap_or(443))).await?;
+    let stream = match at {
+        Some(address) => TcpStream::connect(address).await?,
+        None => TcpStream::connect((host, uri.port_u16().unwrap_or(443))).await?,
+    };
     stream.set_nodelay(true)?;
     Ok(TokioIo::new(TlsConnector::from(Arc::new(config)).connect(name, stream).await?))
 }

@@ -7,9 +7,12 @@
 mod authority;
 mod bearer;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
@@ -51,16 +54,33 @@ impl Credentials {
     /// # Errors
     /// Credentials that do not fit the address.
     pub fn connect(&self, endpoint: &Endpoint) -> Result<Connection, Error> {
+        self.connect_at(endpoint, None)
+    }
+
+    /// As [`Credentials::connect`]; `at` one of the addresses of the endpoint's name, for which the certificate must be all
+    /// the same.
+    ///
+    /// # Errors
+    /// Credentials that do not fit the address.
+    pub fn connect_at(&self, endpoint: &Endpoint, at: Option<SocketAddr>) -> Result<Connection, Error> {
         let channel = if endpoint.uri().scheme_str() == Some("https") {
             let file = self.authority.clone().ok_or(Error::NoAuthority)?;
-            endpoint.connect_with_connector_lazy(service_fn(move |uri| authority::dial(uri, file.clone())))
+            endpoint.connect_with_connector_lazy(service_fn(move |uri| authority::dial(uri, at, file.clone())))
         } else if self.token.is_some() {
             return Err(Error::TokenInTheClear);
+        } else if let Some(address) = at {
+            endpoint.connect_with_connector_lazy(service_fn(move |_| dial(address)))
         } else {
             endpoint.connect_lazy()
         };
         Ok(InterceptedService::new(channel, Bearer::new(self.token.clone())))
     }
+}
+
+async fn dial(address: SocketAddr) -> std::io::Result<TokioIo<TcpStream>> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    Ok(TokioIo::new(stream))
 }
 
 #[cfg(test)]

@@ -258,6 +258,19 @@ async fn a_renewed_certificate_is_shown_to_new_connections_and_drops_none() {
 }
 
 #[tokio::test]
+async fn one_of_several_addresses_of_a_name_must_have_a_certificate_for_the_name() {
+    let world = World::start().await;
+    let greet = async |name: &str| {
+        let connection = world.connection_at(&format!("https://{name}:1"), &world.account(DRIVER));
+        CapabilitiesClient::new(connection).get_capabilities(GetCapabilitiesRequest::default()).await.map(drop)
+    };
+    // Nobody listens at port 1 of anything: it is the address that counts, and the name that must be right.
+    greet("localhost").await.unwrap();
+    refused(greet("store.example").await, Code::Unavailable, &["store.example"]);
+    world.stop().await;
+}
+
+#[tokio::test]
 async fn what_the_client_lacks_is_named() {
     let world = World::start().await;
     let (content, _) = blob("x");

@@ -116,13 +116,21 @@ impl World {
 
     /// A connection with this token; the file may have another one afterwards.
     pub(crate) fn connection(&self, token: Option<&str>) -> Connection {
-        let file = token.map(|token| {
-            let file = self.file(&format!("token-{}", aether_cas::Digest::of(token.as_bytes())));
-            std::fs::write(&file, token).unwrap();
-            file
-        });
-        let credentials = Credentials { token: file, ..self.credentials() };
+        let credentials = Credentials { token: token.map(|token| self.keep(token)), ..self.credentials() };
         credentials.connect(&Endpoint::from_shared(self.uri()).unwrap()).unwrap()
+    }
+
+    /// A connection to the node as one of the addresses of another name.
+    pub(crate) fn connection_at(&self, uri: &str, token: &str) -> Connection {
+        let credentials = Credentials { token: Some(self.keep(token)), ..self.credentials() };
+        credentials.connect_at(&Endpoint::from_shared(uri.to_owned()).unwrap(), Some(self.node.address)).unwrap()
+    }
+
+    /// A token in a file of its own.
+    fn keep(&self, token: &str) -> PathBuf {
+        let file = self.file(&format!("token-{}", aether_cas::Digest::of(token.as_bytes())));
+        std::fs::write(&file, token).unwrap();
+        file
     }
 
     pub(crate) fn config(&self, uri: &str, credentials: Credentials) -> RemoteConfig {

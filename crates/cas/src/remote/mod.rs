@@ -21,8 +21,8 @@ pub use spread::RemoteStore;
 /// How to talk to a remote store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteConfig {
-    /// `http://host:port`, or `https://`; of several nodes with commas between them. A name at `http://` that has
-    /// several addresses, such as that of a headless Service, stands for a node at each.
+    /// `http://host:port`, or `https://`; of several nodes with commas between them. One name that has several
+    /// addresses, such as that of a headless Service, stands for a node at each, and each shows a certificate for the name.
     pub uri: String,
     /// Whom to believe to be the store, and what to show to it.
     pub credentials: Credentials,

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    net::SocketAddr,
     path::Path,
     sync::{
         Arc,
@@ -57,12 +58,12 @@ pub(super) struct Inner {
 }
 
 impl NodeClient {
-    /// A store that connects when it is first used, and again after every interruption.
-    /// Must be called within a Tokio runtime.
+    /// A store that connects when it is first used, and again after every interruption; `at` one of the addresses of its
+    /// name. Must be called within a Tokio runtime.
     ///
     /// # Errors
     /// [`StoreError::Invalid`] for a bad address.
-    pub(super) fn lazy(config: &RemoteConfig) -> Result<Self> {
+    pub(super) fn lazy(config: &RemoteConfig, at: Option<SocketAddr>) -> Result<Self> {
         let invalid = |problem: String| {
             StoreError::Invalid(format!(
                 "{:?} is not the address of a store: {problem}; expected for example http://aether-store:8980",
@@ -80,10 +81,10 @@ impl NodeClient {
         if !matches!(endpoint.uri().scheme_str(), Some("http" | "https")) {
             return Err(invalid("it needs http:// or https://".to_owned()));
         }
-        let channel = config.credentials.connect(&endpoint).map_err(|error| invalid(error.to_string()))?;
+        let channel = config.credentials.connect_at(&endpoint, at).map_err(|error| invalid(error.to_string()))?;
         let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
         Ok(Self(Arc::new(Inner {
-            name: config.uri.clone(),
+            name: at.map_or_else(|| config.uri.clone(), |address| format!("{} at {address}", config.uri)),
             stall: config.stall,
             patience: config.patience,
             batch_bytes: AtomicU64::new(BATCH_BYTES),

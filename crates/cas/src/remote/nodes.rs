@@ -101,7 +101,7 @@ impl Nodes {
         let uris: Vec<&str> = config.uri.split(',').map(str::trim).collect();
         let mut nodes: Vec<Arc<Node>> = Vec::new();
         for uri in &uris {
-            let node = Node::new(client(config, uri, uris.len() > 1)?, (*uri).to_owned());
+            let node = Node::new(client(config, uri, None, uris.len() > 1)?, (*uri).to_owned());
             if nodes.iter().any(|other| other.address == node.address) {
                 return Err(StoreError::Invalid(format!("{uri} comes twice among the addresses of the store")));
             }
@@ -144,23 +144,27 @@ impl Nodes {
         }
         addresses.sort();
         addresses.dedup();
-        let uris: Vec<String> = match addresses[..] {
+        let several = addresses.len() > 1;
+        let places: Vec<Option<SocketAddr>> = match addresses[..] {
             [] => return,
-            [_] => vec![self.config.uri.clone()],
-            _ => addresses.iter().map(|address| format!("http://{address}")).collect(),
+            [_] => vec![None],
+            _ => addresses.into_iter().map(Some).collect(),
         };
+        let named = |at: &Option<SocketAddr>| at.map_or_else(|| self.config.uri.clone(), |at| at.to_string());
         let before = self.now.read().unwrap_or_else(|e| e.into_inner()).clone();
-        if before.iter().map(|node| &node.address).eq(&uris) {
+        if before.iter().map(|node| node.address.clone()).eq(places.iter().map(named)) {
             return;
         }
-        let several = uris.len() > 1;
-        let nodes: Vec<Arc<Node>> = uris
+        let nodes: Vec<Arc<Node>> = places
             .into_iter()
-            .filter_map(|uri| match before.iter().find(|node| node.address == uri) {
-                Some(node) => Some(node.clone()),
-                None => {
-                    let client = client(&self.config, &uri, several).ok()?;
-                    Some(Arc::new(Node::new(client, uri)))
+            .filter_map(|at| {
+                let address = named(&at);
+                match before.iter().find(|node| node.address == address) {
+                    Some(node) => Some(node.clone()),
+                    None => {
+                        let client = client(&self.config, &self.config.uri, at, several).ok()?;
+                        Some(Arc::new(Node::new(client, address)))
+                    }
                 }
             })
             .collect();
@@ -169,21 +173,21 @@ impl Nodes {
     }
 }
 
-fn client(config: &RemoteConfig, uri: &str, several: bool) -> Result<NodeClient> {
+fn client(config: &RemoteConfig, uri: &str, at: Option<SocketAddr>, several: bool) -> Result<NodeClient> {
     let mut config = RemoteConfig { uri: uri.to_owned(), ..config.clone() };
     if several {
         // It is not waited for: another one is asked.
         config.patience = Duration::ZERO;
     }
-    NodeClient::lazy(&config)
+    NodeClient::lazy(&config, at)
 }
 
-/// The name and port of an address, if it may stand for several nodes. In TLS it does not: each node shows
-/// a certificate for its own name, so that their names are given one by one.
+/// The name and port of an address, if it may stand for several nodes.
 fn name_of(uri: &Uri) -> Option<(String, u16)> {
     let host = uri.host()?;
     let is_name = host.trim_matches(['[', ']']).parse::<IpAddr>().is_err();
-    (uri.scheme_str() == Some("http") && is_name).then(|| (host.to_owned(), uri.port_u16().unwrap_or(80)))
+    let usual = if uri.scheme_str() == Some("https") { 443 } else { 80 };
+    is_name.then(|| (host.to_owned(), uri.port_u16().unwrap_or(usual)))
 }
 
 #[cfg(test)]
@@ -232,16 +236,14 @@ mod tests {
         nodes.found(vec![at("10.0.0.1:8980"), at("[fd00::1]:8980")]);
         assert_eq!(addresses(&nodes), ["http://store.example:8980"], "one node, as before");
         nodes.found(vec![at("10.0.0.2:8980"), at("10.0.0.1:8980"), at("10.0.0.2:8980")]);
-        assert_eq!(addresses(&nodes), ["http://10.0.0.1:8980", "http://10.0.0.2:8980"]);
+        assert_eq!(addresses(&nodes), ["10.0.0.1:8980", "10.0.0.2:8980"]);
         let first = nodes.now.read().unwrap()[0].clone();
         nodes.found(vec![at("10.0.0.3:8980"), at("10.0.0.1:8980")]);
-        assert_eq!(addresses(&nodes), ["http://10.0.0.1:8980", "http://10.0.0.3:8980"]);
+        assert_eq!(addresses(&nodes), ["10.0.0.1:8980", "10.0.0.3:8980"]);
         assert!(Arc::ptr_eq(&first, &nodes.now.read().unwrap()[0]), "its connection stays");
         nodes.found(vec![]);
         assert_eq!(addresses(&nodes).len(), 2, "no answer changes nothing");
-        for fixed in
-            ["http://10.0.0.1:8980", "https://store.example:8980", "http://a:1,http://b:1", "http://[::1]:8980"]
-        {
+        for fixed in ["http://10.0.0.1:8980", "http://a:1,http://b:1", "http://[::1]:8980"] {
             assert_eq!(super::tests::nodes(fixed).map(|nodes| nodes.name).ok().flatten(), None, "{fixed}");
         }
     }
