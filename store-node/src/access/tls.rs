@@ -1,10 +1,13 @@
 //! TLS on the store's port, by a certificate in two files that may be replaced at any time.
 //!
-//! A new certificate is shown to new connections; those there are go on.
+//! A new certificate is shown to new connections; those there are go on. Of handshakes there are only so many at one time, and
+//! only so many from one address: who begins them and stands still keeps no place from others, and takes bounded memory.
 
+use std::collections::HashMap;
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use aether_runtime::CancellationToken;
@@ -22,8 +25,10 @@ use tokio_rustls::server::TlsStream;
 
 /// What a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Handshakes at one time.
+/// Handshakes at one time. Whoever comes then waits to be accepted.
 const HANDSHAKES: usize = 256;
+/// Those of one address. Whoever comes then is hung up on, and tries again.
+const HANDSHAKES_OF_ONE: usize = 32;
 
 /// The certificate that is shown, and where it comes from. Clones show the same.
 #[derive(Clone)]
@@ -90,11 +95,17 @@ impl Tls {
     /// The connections whose handshake succeeds. One that is slow keeps no other waiting.
     pub(crate) fn accept(self, listener: TcpListener) -> impl Stream<Item = io::Result<TlsStream<TcpStream>>> {
         let acceptor = TlsAcceptor::from(self.config);
+        let under_way = UnderWay::default();
         let connections = stream::unfold(listener, async |listener| Some((accept_one(&listener).await, listener)));
         connections
-            .map(move |stream| {
+            .filter_map(move |(stream, from)| std::future::ready(under_way.begin(from).map(|place| (stream, place))))
+            .map(move |(stream, place)| {
                 let handshake = acceptor.accept(stream);
-                async move { tokio::time::timeout(HANDSHAKE, handshake).await }
+                async move {
+                    let done = tokio::time::timeout(HANDSHAKE, handshake).await;
+                    drop(place);
+                    done
+                }
             })
             .buffer_unordered(HANDSHAKES)
             .filter_map(async |handshake| match handshake {
@@ -108,12 +119,48 @@ impl Tls {
     }
 }
 
-async fn accept_one(listener: &TcpListener) -> TcpStream {
+/// How many handshakes of each address are under way. Clones count the same.
+#[derive(Clone, Default)]
+struct UnderWay(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+impl UnderWay {
+    /// A place for one more of this address, if there may be one.
+    fn begin(&self, from: IpAddr) -> Option<Place> {
+        let mut counts = self.0.lock().expect("no holder panics");
+        let count = counts.entry(from).or_default();
+        if *count == HANDSHAKES_OF_ONE {
+            tracing::debug!(%from, "hung up: too many handshakes are under way");
+            return None;
+        }
+        *count += 1;
+        Some(Place { from, under_way: self.clone() })
+    }
+}
+
+/// Counts while it is there.
+struct Place {
+    from: IpAddr,
+    under_way: UnderWay,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = self.under_way.0.lock().expect("no holder panics");
+        if let Some(count) = counts.get_mut(&self.from) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.from);
+            }
+        }
+    }
+}
+
+async fn accept_one(listener: &TcpListener) -> (TcpStream, IpAddr) {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, from)) => {
                 let _ = stream.set_nodelay(true);
-                return stream;
+                return (stream, from.ip());
             }
             Err(error) => {
                 // Out of file descriptors, mostly: some will be given back.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use aether_cas::{Blob, RemoteStore, Store, StoreError};
 use aether_proto::store::v1::{
-    FsckRequest, GetStatisticsRequest, ListRootsRequest, PinRootRequest, Root, UnpinRootsRequest,
+    FsckRequest, GetIntegrityRequest, GetStatisticsRequest, ListRootsRequest, PinRootRequest, Root, UnpinRootsRequest,
     store_admin_client::StoreAdminClient,
 };
 use aether_testkit::Fate;
@@ -138,19 +138,23 @@ async fn pins_and_administration_are_apart() {
     operator.clone().list_roots(ListRootsRequest::default()).await.unwrap();
     let all = UnpinRootsRequest { owner_uid: "u".into(), ..Default::default() };
     operator.clone().unpin_roots(all.clone()).await.unwrap();
+    // Whose work is lost is told to whoever pinned it.
+    operator.clone().get_integrity(GetIntegrityRequest::default()).await.unwrap();
     let denied = |status: Status, needed: &str| {
         assert_eq!(status.code(), Code::PermissionDenied);
         assert!(status.message().contains(&format!("no permission {needed}")), "{status}");
     };
     denied(operator.clone().fsck(FsckRequest { repair: false }).await.unwrap_err(), "admin");
     denied(operator.clone().get_statistics(GetStatisticsRequest {}).await.unwrap_err(), "admin");
+    denied(driver.clone().get_integrity(GetIntegrityRequest::default()).await.unwrap_err(), "admin");
     denied(driver.clone().pin_root(pin).await.unwrap_err(), "pin");
     denied(driver.clone().unpin_roots(all).await.unwrap_err(), "pin");
     denied(driver.clone().list_roots(ListRootsRequest::default()).await.unwrap_err(), "pin");
     let admin = world.account("system:serviceaccount:aether-system:admin");
     let admin = StoreAdminClient::new(world.connection(Some(&admin)));
     assert!(admin.clone().fsck(FsckRequest { repair: false }).await.unwrap().into_inner().damaged.is_empty());
-    assert_eq!(world.refused("denied"), 5);
+    admin.clone().get_integrity(GetIntegrityRequest::default()).await.unwrap();
+    assert_eq!(world.refused("denied"), 6);
     world.stop().await;
 }
 
@@ -287,5 +291,29 @@ async fn what_the_client_lacks_is_named() {
     // In the clear there is no answer at all.
     let config = world.config(&format!("http://{}", world.node.address), Default::default());
     assert_eq!(said(RemoteStore::lazy(&config).unwrap().read(content).await).0, Code::Unavailable);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn handshakes_that_stand_still_keep_nobody_else_waiting() {
+    use tokio::io::AsyncReadExt;
+    let world = World::start().await;
+    let driver = world.account(DRIVER);
+    // More than there may be of one address; loopback has many addresses.
+    let mut still = Vec::new();
+    for _ in 0..400 {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+        still.push(socket.connect(world.node.address).await.unwrap());
+    }
+    let greeted = tokio::time::timeout(Duration::from_secs(5), greet(&world, Some(&driver))).await;
+    greeted.expect("a handshake takes ten seconds at most, and others need not wait for that").unwrap();
+    // All but a few were hung up on, long before their time was over.
+    let mut open = 0;
+    for mut stream in still {
+        let read = tokio::time::timeout(Duration::from_millis(20), stream.read(&mut [0])).await;
+        open += usize::from(read.is_err());
+    }
+    assert!((1..=32).contains(&open), "{open} of 400 are open");
     world.stop().await;
 }
