@@ -42,7 +42,7 @@ struct Cli {
     #[arg(long, env = "ROUNDS", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
     /// Seconds of measured time after which a subject takes part in no further round of a case.
-    #[arg(long, default_value_t = 10, value_name = "SECONDS")]
+    #[arg(long, env = "PATIENCE", default_value_t = 10, value_name = "SECONDS")]
     patience: u64,
     /// The git repository that is the source.
     #[arg(long, env = "AETHER_BENCH_REPOSITORY", value_name = "FOLDER")]

@@ -208,7 +208,7 @@ async fn what_was_mended_is_found_again() {
 async fn those_who_waited_for_a_listing_share_its_failure() {
     let bucket = Arc::new(TestBucket::default());
     let folder = tempfile::tempdir().unwrap();
-    let durable = Durable::open(bucket.clone(), "s3://work".to_owned(), "here", folder.path()).await.unwrap();
+    let durable = Durable::open(bucket.clone(), "s3://bucket".to_owned(), "here", folder.path()).await.unwrap();
     bucket.refuse_lists(true);
     let asked = Instant::now();
     let callers: Vec<_> = (0..20).map(|_| durable.refresh(asked)).collect();
@@ -301,14 +301,14 @@ async fn pins_are_in_the_bucket() {
 async fn a_bucket_that_refuses_is_named_and_everyone_in_the_pack_hears() {
     let bucket = Arc::new(TestBucket::default());
     let folder = tempfile::tempdir().unwrap();
-    let durable = Durable::open(bucket.clone(), "s3://work".to_owned(), "here", folder.path()).await.unwrap();
+    let durable = Durable::open(bucket.clone(), "s3://bucket".to_owned(), "here", folder.path()).await.unwrap();
     bucket.refuse(true);
     let callers: Vec<_> = (0..5).map(|n| durable.put(vec![blob(n, 100)])).collect();
     for result in futures::future::join_all(callers).await {
         let error = result.unwrap_err();
         assert!(error.is_transient(), "{error}");
         let text = error.to_string();
-        assert!(text.contains("s3://work/here/packs/") && text.contains("slow down"), "{text}");
+        assert!(text.contains("s3://bucket/here/packs/") && text.contains("slow down"), "{text}");
     }
     assert_eq!(durable.statistics().failed_requests, 1, "they shared a pack");
     assert_eq!(durable.missing(&[blob(0, 100).0]).unwrap(), [blob(0, 100).0]);
