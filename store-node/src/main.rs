@@ -117,6 +117,10 @@ fn fsck(args: &FsckArgs) -> anyhow::Result<ExitCode> {
     for blob in &report.damaged {
         println!("damaged blob {blob} ({done})");
     }
+    let done = if args.repair { "dropped" } else { "not repaired" };
+    for row in &report.unreadable_rows {
+        println!("unreadable row {row} of the index ({done})");
+    }
     let done = if args.repair { "removed" } else { "harmless" };
     for path in &report.stray_files {
         println!("stray file {} ({done})", path.display());

@@ -8,14 +8,14 @@ use anyhow::Context;
 use clap::Args;
 
 use super::{NodeArgs, describe, moment};
-use crate::{config::DataArgs, service::integrity, upkeep::LEASE};
+use crate::{config::DataArgs, service::integrity};
 
 /// How `integrity --help` shows what it is for.
 pub const EXAMPLES: &str = "Examples:
   What has a node found damaged, and whom does it concern?
     aether-store-node integrity --address http://127.0.0.1:8980
 
-  The same of a store that no node runs on:
+  The same of a store that no node runs on, of which nothing is changed:
     aether-store-node integrity --data-dir /var/lib/aether-store
 
 A root is named by the uid of its owner; this says which session that is:
@@ -42,9 +42,7 @@ pub async fn run(args: IntegrityArgs) -> anyhow::Result<ExitCode> {
         admin.get_integrity(GetIntegrityRequest::default()).await.context("the node does not say")?.into_inner()
     } else {
         let (config, folder) = (args.data.store(), args.data.existing()?);
-        let store = LocalStore::open_collected(config, LEASE).with_context(|| {
-            format!("cannot open the store in {folder}; if a store node is running on it, ask that one (--address)")
-        })?;
+        let store = LocalStore::open_read_only(config).with_context(|| format!("cannot read the store in {folder}"))?;
         integrity::report(&store, 0)?
     };
     Ok(print(&report))

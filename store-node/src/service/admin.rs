@@ -121,6 +121,7 @@ impl StoreAdmin for AdminService {
                 stray_files: report.stray_files.iter().map(|path| path.display().to_string()).collect(),
                 incomplete_roots: report.incomplete_roots.into_iter().map(|i| incomplete(i.root, i.problem)).collect(),
                 repaired: report.repaired,
+                unreadable_rows: report.unreadable_rows,
             })
         })
         .await

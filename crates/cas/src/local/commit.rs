@@ -55,6 +55,9 @@ pub(super) struct Committer {
 
 impl Committer {
     pub(super) fn start(shared: Arc<Shared>) -> Result<Self> {
+        if shared.index.read_only {
+            return Ok(Self { sender: None, thread: None });
+        }
         let (sender, receiver) = mpsc::channel();
         let folder = shared.files.root().to_owned();
         let thread = std::thread::Builder::new()

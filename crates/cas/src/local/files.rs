@@ -50,6 +50,12 @@ impl Files {
         Ok(files)
     }
 
+    /// Opens the object directory to look at it; changes nothing.
+    pub(super) fn open_read_only(root: &Path) -> Result<Self> {
+        let handle = File::open(root).map_err(StoreError::io("open", root))?;
+        Ok(Self { root: root.to_owned(), handle, counter: AtomicU64::new(0) })
+    }
+
     fn sweep(&self, temporary: &Path) -> Result<()> {
         for entry in fs::read_dir(temporary).map_err(StoreError::io("list", temporary))? {
             let path = entry.map_err(StoreError::io("list", temporary))?.path();

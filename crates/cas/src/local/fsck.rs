@@ -16,9 +16,11 @@ pub struct FsckReport {
     pub damaged: Vec<Blob>,
     /// Files in the object directory that the index does not know: left by a crash, harmless.
     pub stray_files: Vec<PathBuf>,
+    /// Rows of the index that cannot be read, as hexadecimal digits of their keys: what they stood for counts as missing.
+    pub unreadable_rows: Vec<String>,
     /// Pinned trees that miss something.
     pub incomplete_roots: Vec<IncompleteRoot>,
-    /// Whether damaged copies and stray files were dropped.
+    /// Whether damaged copies, unreadable rows and stray files were dropped.
     pub repaired: bool,
 }
 
@@ -34,7 +36,7 @@ pub struct IncompleteRoot {
 impl FsckReport {
     /// Whether nothing is wrong that costs data. Stray files do not.
     pub fn is_healthy(&self) -> bool {
-        self.damaged.is_empty() && self.incomplete_roots.is_empty()
+        self.damaged.is_empty() && self.unreadable_rows.is_empty() && self.incomplete_roots.is_empty()
     }
 }
 
@@ -42,7 +44,7 @@ impl LocalStore {
     /// Reads every blob, looks for stray files, and follows every root. May run beside other work.
     ///
     /// With `repair`, damaged copies are set aside, so that they count as missing and are
-    /// uploaded again, and stray files are removed.
+    /// uploaded again, rows that cannot be read are dropped, and stray files are removed.
     ///
     /// # Errors
     /// Those of the disk. Damage is no error.
@@ -61,7 +63,7 @@ impl LocalStore {
 
     fn check_blobs(&self, repair: bool, report: &mut FsckReport) -> Result<()> {
         let shared = &self.shared;
-        shared.index.for_each(|blob, entry| {
+        let unreadable = shared.index.for_each(|blob, entry| {
             let mut good = true;
             for form in entry.forms() {
                 report.blobs += 1;
@@ -73,7 +75,12 @@ impl LocalStore {
             }
             Ok(())
         })?;
+        report.unreadable_rows = unreadable.iter().map(hex::encode).collect();
         if repair {
+            for key in &unreadable {
+                let _writing = shared.lock_writes();
+                shared.index.drop_unreadable(key)?;
+            }
             for blob in &report.damaged {
                 match shared.drop_damaged(blob) {
                     Ok(_) | Err(StoreError::Corrupt { .. } | StoreError::NotFound { .. }) => {}
@@ -127,5 +134,40 @@ impl LocalStore {
             }
         }
         Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::ControlFlow;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::{LocalConfig, collect::Pace};
+
+    #[test]
+    fn a_row_that_cannot_be_read_is_told_and_stops_no_pass() {
+        let folder = tempfile::tempdir().unwrap();
+        let [objects, index] = ["objects", "index"].map(|name| folder.path().join(name));
+        let config = LocalConfig { objects, index, inline_limit: 64 };
+        let store = LocalStore::open(config.clone()).unwrap();
+        // More than a page of them, before any other.
+        for n in 0..300_u16 {
+            store.shared.index.put_raw_entry(&[&[0; 30][..], &n.to_be_bytes()].concat(), b"?");
+        }
+        store.shared.index.put_raw_entry(b"short", &[1; 9]);
+        let data = Bytes::from_static(b"content");
+        store.put_batch(vec![(Blob::of(&data), data.clone())]).unwrap();
+
+        let state = store.scrub(Pace::new(None), &|_| Ok(false), &mut |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!((state.passes, state.blobs), (1, 1));
+        let report = store.fsck(false).unwrap();
+        assert_eq!((report.blobs, report.unreadable_rows.len(), report.is_healthy()), (1, 301, false));
+        assert!(report.unreadable_rows.contains(&hex::encode(b"short")));
+
+        assert_eq!(store.fsck(true).unwrap().unreadable_rows.len(), 301);
+        assert!(store.fsck(false).unwrap().is_healthy());
+        assert_eq!(store.read_blob(&Blob::of(&data)).unwrap(), data);
     }
 }

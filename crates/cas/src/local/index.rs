@@ -121,6 +121,8 @@ pub(super) struct Index {
     path: PathBuf,
     /// Whether the last user of the index closed it.
     pub(super) was_clean: bool,
+    /// Whether nothing can be written.
+    pub(super) read_only: bool,
 }
 
 impl Index {
@@ -137,24 +139,26 @@ impl Index {
         options.set_keep_log_file_num(2);
         options.set_log_level(LogLevel::Warn);
 
-        let small = family_options(&cache);
-        let mut data = family_options(&cache);
-        data.set_compression_type(DBCompressionType::Lz4);
-        data.set_enable_blob_files(true);
-        data.set_min_blob_size(SEPARATE_FROM);
-        data.set_blob_compression_type(DBCompressionType::Lz4);
-        data.set_enable_blob_gc(true);
-        let tables = Table::ALL.map(|table| ColumnFamilyDescriptor::new(table.family(), family_options(&cache)));
-        let families = [
-            ColumnFamilyDescriptor::new("default", family_options(&cache)),
-            ColumnFamilyDescriptor::new(OBJECTS, small),
-            ColumnFamilyDescriptor::new(DATA, data),
-            ColumnFamilyDescriptor::new(ROOTS, family_options(&cache)),
-        ];
-        let db = DB::open_cf_descriptors(&options, path, families.into_iter().chain(tables))
-            .map_err(|source| StoreError::Index { action: "open", path: path.to_owned(), source })?;
-        let mut index = Self { db, path: path.to_owned(), was_clean: true };
+        let db = DB::open_cf_descriptors(&options, path, families(&cache)).map_err(opening(path))?;
+        let mut index = Self { db, path: path.to_owned(), was_clean: true, read_only: false };
         index.begin()?;
+        Ok(index)
+    }
+
+    /// Opens an index of this very format to look at it; changes nothing, not even what says that it is in use.
+    pub(super) fn open_read_only(path: &Path) -> Result<Self> {
+        let (options, cache) = (Options::default(), Cache::new_lru_cache(BLOCK_CACHE));
+        let there = DB::list_cf(&options, path).map_err(opening(path))?;
+        if Table::ALL.iter().any(|table| there.iter().all(|family| family != table.family())) {
+            return Err(unknown_format(path, OLDER_FORMAT.as_bytes()));
+        }
+        let db = DB::open_cf_descriptors_read_only(&options, path, families(&cache), false).map_err(opening(path))?;
+        let mut index = Self { db, path: path.to_owned(), was_clean: true, read_only: true };
+        let format = index.db.get(FORMAT_KEY).map_err(index.error("read"))?.unwrap_or_default();
+        if format != FORMAT.as_bytes() {
+            return Err(unknown_format(path, &format));
+        }
+        index.was_clean = index.db.get(CLEAN_KEY).map_err(index.error("read"))?.is_some();
         Ok(index)
     }
 
@@ -169,11 +173,7 @@ impl Index {
                 self.was_clean = clean.is_some();
             }
             Some(found) => {
-                return Err(StoreError::UnknownFormat {
-                    path: self.path.clone(),
-                    found: String::from_utf8_lossy(&found).into_owned(),
-                    known: FORMAT,
-                });
+                return Err(unknown_format(&self.path, &found));
             }
             None => batch.put(FORMAT_KEY, FORMAT),
         }
@@ -183,6 +183,9 @@ impl Index {
 
     /// Marks the index as closed cleanly. Nothing may be written after it.
     pub(super) fn close(&self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
         let mut batch = WriteBatch::default();
         batch.put(CLEAN_KEY, b"");
         self.write(batch)
@@ -267,13 +270,22 @@ impl Index {
         Ok(self.page(table.family(), after, limit)?.into_iter().map(|(digest, row)| (digest, row.into_vec())).collect())
     }
 
-    /// Up to `limit` blobs after a digest, in order of digest. No snapshot is held between two pages.
+    /// Up to `limit` blobs after a digest, in order of digest; none at the end. No snapshot is held between two pages.
     pub(super) fn entries_after(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<(Blob, Entry)>> {
-        let page = self.page(OBJECTS, after, limit)?;
-        let entry = |(digest, row): (Digest, Box<[u8]>)| {
-            Entry::decode(&row).map(|entry| (Blob { digest, size: entry.size }, entry))
-        };
-        Ok(page.into_iter().filter_map(entry).collect())
+        let mut after = after.copied();
+        loop {
+            let page = self.page(OBJECTS, after.as_ref(), limit)?;
+            let Some((last, _)) = page.last() else { return Ok(Vec::new()) };
+            after = Some(*last);
+            let entry = |(digest, row): (Digest, Box<[u8]>)| {
+                Entry::decode(&row).map(|entry| (Blob { digest, size: entry.size }, entry))
+            };
+            // A page of rows that cannot be read is not the end.
+            let entries: Vec<_> = page.into_iter().filter_map(entry).collect();
+            if !entries.is_empty() {
+                return Ok(entries);
+            }
+        }
     }
 
     fn page(&self, family: &str, after: Option<&Digest>, limit: usize) -> Result<Vec<(Digest, Box<[u8]>)>> {
@@ -309,17 +321,38 @@ impl Index {
         cutoff("0.25")
     }
 
-    /// Visits every blob in order of digest.
-    pub(super) fn for_each(&self, mut visit: impl FnMut(Blob, Entry) -> Result<()>) -> Result<()> {
+    /// Visits every blob in order of digest. Answers with the keys of rows that cannot be read: what they stood for counts
+    /// as missing.
+    pub(super) fn for_each(&self, mut visit: impl FnMut(Blob, Entry) -> Result<()>) -> Result<Vec<Box<[u8]>>> {
+        let mut unreadable = Vec::new();
         for item in self.db.iterator_cf(self.family(OBJECTS), IteratorMode::Start) {
             let (key, value) = item.map_err(self.error("read"))?;
-            let key: Option<[u8; 32]> = key.as_ref().try_into().ok();
-            if let (Some(key), Some(entry)) = (key, Entry::decode(&value)) {
-                let blob = Blob { digest: Digest(key), size: entry.size };
-                visit(blob, entry)?;
+            match (<[u8; 32]>::try_from(key.as_ref()), Entry::decode(&value)) {
+                (Ok(digest), Some(entry)) => visit(Blob { digest: Digest(digest), size: entry.size }, entry)?,
+                _ => unreadable.push(key),
             }
         }
-        Ok(())
+        Ok(unreadable)
+    }
+
+    /// Drops a row that [`Index::for_each`] could not read. Only while nobody else writes.
+    pub(super) fn drop_unreadable(&self, key: &[u8]) -> Result<()> {
+        let value = self.db.get_pinned_cf(self.family(OBJECTS), key).map_err(self.error("read"))?;
+        if key.len() == 32 && value.is_none_or(|value| Entry::decode(&value).is_some()) {
+            // Somebody has stored the blob meanwhile.
+            return Ok(());
+        }
+        let mut batch = WriteBatch::default();
+        batch.delete_cf(self.family(OBJECTS), key);
+        self.write(batch)
+    }
+
+    /// Puts bytes where a row of a blob belongs.
+    #[cfg(test)]
+    pub(super) fn put_raw_entry(&self, key: &[u8], row: &[u8]) {
+        let mut batch = WriteBatch::default();
+        batch.put_cf(self.family(OBJECTS), key, row);
+        self.write(batch).expect("the index can be written");
     }
 
     pub(super) fn put_root(&self, key: &[u8], value: &[u8]) -> Result<()> {
@@ -359,6 +392,30 @@ impl Index {
     fn error(&self, action: &'static str) -> impl Fn(rocksdb::Error) -> StoreError {
         let path = self.path.clone();
         move |source| StoreError::Index { action, path: path.clone(), source }
+    }
+}
+
+fn families(cache: &Cache) -> Vec<ColumnFamilyDescriptor> {
+    let mut data = family_options(cache);
+    data.set_compression_type(DBCompressionType::Lz4);
+    data.set_enable_blob_files(true);
+    data.set_min_blob_size(SEPARATE_FROM);
+    data.set_blob_compression_type(DBCompressionType::Lz4);
+    data.set_enable_blob_gc(true);
+    let small = ["default", OBJECTS, ROOTS].into_iter().chain(Table::ALL.map(Table::family));
+    let small = small.map(|family| ColumnFamilyDescriptor::new(family, family_options(cache)));
+    small.chain([ColumnFamilyDescriptor::new(DATA, data)]).collect()
+}
+
+fn opening(path: &Path) -> impl Fn(rocksdb::Error) -> StoreError {
+    move |source| StoreError::Index { action: "open", path: path.to_owned(), source }
+}
+
+fn unknown_format(path: &Path, found: &[u8]) -> StoreError {
+    StoreError::UnknownFormat {
+        path: path.to_owned(),
+        found: String::from_utf8_lossy(found).into_owned(),
+        known: FORMAT,
     }
 }
 

@@ -143,15 +143,30 @@ impl LocalStore {
         Ok(store)
     }
 
+    /// Opens a store that is there, to look at it: nothing of it changes, and it is closed for whoever wants to store. After a crash it shows
+    /// what the index says, before anybody has compared that with the files. Beside a process that has the store open it
+    /// sees one moment of it, and may fail.
+    ///
+    /// # Errors
+    /// [`StoreError::UnknownFormat`], also for an older format that [`LocalStore::open`] takes over, and those of the disk.
+    pub fn open_read_only(config: LocalConfig) -> Result<Self> {
+        let (index, files) = (Index::open_read_only(&config.index)?, Files::open_read_only(&config.objects)?);
+        Self::start(index, files, config.inline_limit, None)
+    }
+
     fn open_for(config: LocalConfig, lease: Option<Duration>) -> Result<Self> {
         // First the index: its lock keeps a second process from sweeping the first one's files.
         let index = Index::open(&config.index)?;
         let files = Files::open(&config.objects)?;
         let tenure = lease.map(|lease| Tenure::resume(lease, &index)).transpose()?;
+        Self::start(index, files, config.inline_limit, tenure)
+    }
+
+    fn start(index: Index, files: Files, inline_limit: u64, tenure: Option<Tenure>) -> Result<Self> {
         let shared = Arc::new(Shared {
             index,
             files,
-            inline_limit: config.inline_limit,
+            inline_limit,
             counts: Counts::default(),
             directories: DirectoryCache::default(),
             writes: Mutex::new(()),
@@ -356,7 +371,7 @@ impl LocalStore {
     /// # Errors
     /// Those of the index and of `visit`.
     pub fn for_each(&self, mut visit: impl FnMut(Blob, bool) -> Result<()>) -> Result<()> {
-        self.shared.index.for_each(|blob, entry| visit(blob, entry.file))
+        self.shared.index.for_each(|blob, entry| visit(blob, entry.file)).map(drop)
     }
 
     /// What the store holds.
@@ -533,6 +548,9 @@ impl Shared {
         }
         let Some(reason) = wrong else { return Ok(()) };
         let kept = (left.inline || left.file).then_some(left);
+        if self.index.read_only {
+            return if kept.is_some() { Ok(()) } else { Err(self.corrupt(blob, reason)) };
+        }
         changes.entries.push((blob.digest, kept));
         if kept.is_none() {
             changes.rows.extend(self.damage_row(blob, &reason));
@@ -574,14 +592,22 @@ impl Shared {
     /// Counts what is there; after a crash, also compares every file's size with the index.
     fn recover(&self) -> Result<()> {
         let mut wrong = Vec::new();
-        self.index.for_each(|blob, entry| {
-            if entry.file && !self.index.was_clean && self.files.size(&blob.digest)? != Some(blob.size) {
+        let compare = !self.index.was_clean && !self.index.read_only;
+        let unreadable = self.index.for_each(|blob, entry| {
+            if entry.file && compare && self.files.size(&blob.digest)? != Some(blob.size) {
                 wrong.push((blob, entry));
             } else {
                 self.counts.replace(None, Some(&entry));
             }
             Ok(())
         })?;
+        if !unreadable.is_empty() {
+            tracing::error!(
+                rows = unreadable.len(),
+                store = %self.name(),
+                "the index has rows that cannot be read; what they stood for counts as missing, and fsck names them"
+            );
+        }
         for (blob, entry) in wrong {
             tracing::error!(%blob, store = %self.name(), "lost a file in a crash");
             let left = Entry { file: false, ..entry };

@@ -186,14 +186,26 @@ impl LocalStore {
 pub(super) fn damage(error: StoreError) -> Result<String> {
     let reason = match &error {
         StoreError::Io { source, .. }
-            if matches!(Errno::from_io_error(source), Some(Errno::IO | Errno::BADMSG | Errno::UCLEAN)) =>
+            if Errno::from_io_error(source).is_some_and(|errno| UNREADABLE.contains(&errno)) =>
         {
             source.to_string()
         }
-        StoreError::Index { source, .. } if source.kind() == ErrorKind::Corruption => source.to_string(),
+        StoreError::Index { source, .. } if is_damage(source.kind(), source.as_ref()) => source.to_string(),
         _ => return Err(error),
     };
     Ok(format!("it cannot be read: {reason}"))
+}
+
+/// What says that the disk cannot read what lies there.
+const UNREADABLE: [Errno; 3] = [Errno::IO, Errno::BADMSG, Errno::UCLEAN];
+
+/// The same for an error of the index. RocksDB keeps of an error of the system nothing but its words, at the end.
+fn is_damage(kind: ErrorKind, text: &str) -> bool {
+    let says = |errno: &Errno| {
+        let words = io::Error::from(*errno).to_string();
+        words.split_once(" (os error").is_some_and(|(words, _)| text.trim_end().ends_with(&format!(": {words}")))
+    };
+    kind == ErrorKind::Corruption || kind == ErrorKind::IOError && UNREADABLE.iter().any(says)
 }
 
 struct Paced<'a> {
@@ -224,12 +236,32 @@ mod tests {
     #[test]
     fn only_what_cannot_be_read_any_more_is_damage() {
         let failed = |errno: Errno| damage(StoreError::io("read", Path::new("/objects/x"))(errno.into()));
-        for errno in [Errno::IO, Errno::BADMSG, Errno::UCLEAN] {
+        for errno in UNREADABLE {
             assert!(failed(errno).unwrap().starts_with("it cannot be read: "), "{errno}");
         }
         for errno in [Errno::ACCESS, Errno::MFILE, Errno::NOMEM, Errno::ISDIR, Errno::STALE] {
             assert!(matches!(failed(errno), Err(StoreError::Io { .. })), "{errno}");
         }
         assert!(damage(StoreError::Closed("here".to_owned())).is_err());
+    }
+
+    #[test]
+    fn of_the_index_too() {
+        let failed = |words: &str| format!("IO error: While pread offset 4096 len 4096: /index/000012.blob: {words}");
+        for words in ["Input/output error", "Bad message", "Structure needs cleaning"] {
+            assert!(is_damage(ErrorKind::IOError, &failed(words)), "{words}");
+        }
+        for words in ["Too many open files", "Stale file handle", "No such file or directory"] {
+            assert!(!is_damage(ErrorKind::IOError, &failed(words)), "{words}");
+        }
+        assert!(is_damage(ErrorKind::Corruption, "Corruption: block checksum mismatch"));
+        assert!(!is_damage(ErrorKind::Busy, &failed("Input/output error")));
+
+        // That the words of a real error are where they are sought.
+        let folder = tempfile::tempdir().unwrap();
+        let nowhere = folder.path().join("none");
+        let real = rocksdb::DB::open_for_read_only(&rocksdb::Options::default(), &nowhere, false).unwrap_err();
+        assert!(real.as_ref().trim_end().ends_with(": No such file or directory"), "{real}");
+        assert_eq!(real.kind(), ErrorKind::IOError);
     }
 }
