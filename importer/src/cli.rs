@@ -31,6 +31,7 @@ Progress is printed to stdout as lines of JSON, then the result:
 Examples:
   aether-importer git --url https://github.com/kubernetes/kubernetes --ref v1.30.0 --depth 1 --store http://127.0.0.1:8980
   aether-importer git --url git@example.org:team/app.git --ref main --secret-dir /var/run/aether/secret --store http://127.0.0.1:8980
+  aether-importer s3 --bucket models --prefix team/a --endpoint https://s3.example.com --secret-dir /var/run/aether/secret --store http://127.0.0.1:8980
   aether-importer claim --path /source/tree --store http://127.0.0.1:8980
   aether-importer empty --store http://127.0.0.1:8980";
 
@@ -39,6 +40,8 @@ Examples:
 pub enum Source {
     /// A git repository, with its history.
     Git(Git),
+    /// The objects of an S3 bucket, as files.
+    S3(S3),
     /// A directory.
     Claim {
         /// The directory.
@@ -47,6 +50,33 @@ pub enum Source {
     },
     /// Nothing: an empty directory.
     Empty,
+}
+
+/// The objects of an S3 bucket.
+#[derive(Args, Clone, Debug, Default)]
+pub struct S3 {
+    /// The bucket.
+    #[arg(long)]
+    pub bucket: String,
+    /// A folder in it. All of it when not given.
+    #[arg(long)]
+    pub prefix: Option<String>,
+    /// The service, where it is not AWS.
+    #[arg(long)]
+    pub endpoint: Option<String>,
+    /// The region. us-east-1 when not given.
+    #[arg(long)]
+    pub region: Option<String>,
+    /// Directory with the keys of a Secret as files: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where there is one,
+    /// AWS_SESSION_TOKEN; ca.crt for a private authority. Requests are not signed when not given.
+    #[arg(long)]
+    pub secret_dir: Option<PathBuf>,
+    /// What the Secret is called, as NAMESPACE/NAME: for messages.
+    #[arg(long)]
+    pub secret_name: Option<String>,
+    /// Read nothing, and say so, if the bucket's listing still has this digest.
+    #[arg(long)]
+    pub unless_listing: Option<String>,
 }
 
 /// A git repository.

@@ -9,7 +9,9 @@ pub enum Reason {
     RepositoryNotFound,
     /// The repository is there, the ref is not.
     RefNotFound,
-    /// The repository refused the credentials, or wants some.
+    /// The bucket does not exist, or its service cannot be reached.
+    BucketNotFound,
+    /// The repository or bucket refused the credentials, or wants some.
     AuthenticationFailed,
     /// The Secret lacks something or cannot be read as what it should be.
     SecretInvalid,
@@ -25,6 +27,7 @@ impl Reason {
         match self {
             Self::RepositoryNotFound => "RepositoryNotFound",
             Self::RefNotFound => "RefNotFound",
+            Self::BucketNotFound => "BucketNotFound",
             Self::AuthenticationFailed => "AuthenticationFailed",
             Self::SecretInvalid => "SecretInvalid",
             Self::Invalid => "Invalid",
@@ -129,7 +132,7 @@ pub fn way_out(reason: Reason, words: &str, secret: Option<&str>) -> Option<Stri
         Reason::SecretInvalid => {
             Some(format!("ssh-privatekey of {secret} must be a private key as ssh-keygen makes it, without passphrase"))
         }
-        Reason::Invalid | Reason::ImportFailed => None,
+        Reason::BucketNotFound | Reason::Invalid | Reason::ImportFailed => None,
     }
 }
 

@@ -11,7 +11,7 @@ use aether_importer::cli::{Cli, Source};
 use aether_importer::failure::{Failure, Reason};
 use aether_importer::git;
 use aether_importer::report::{self, Imported, Reporter};
-use aether_importer::scan;
+use aether_importer::{s3, scan};
 use aether_runtime::{logs, signals};
 use clap::Parser;
 
@@ -51,44 +51,43 @@ async fn import(cli: &Cli) -> Result<Imported, Failure> {
         .prefix("aether-import-")
         .tempdir()
         .map_err(|error| Failure::other("make a directory for the import", error))?;
-    let mut commit = None;
     let worktree = scratch.path().join("worktree");
+    let mut imported = Imported::default();
     let stored = match &cli.source {
         Source::Git(asked) => {
             let home = scratch.path().join("home");
             std::fs::create_dir(&home).map_err(|error| Failure::other("make a home for git", error))?;
-            match git::import(asked, &worktree, &home, &store, reporter).await? {
-                git::Imported::Unchanged(known) => {
-                    return Ok(Imported {
-                        root: None,
-                        files: 0,
-                        bytes: 0,
-                        commit: Some(known),
-                        milliseconds: elapsed(begun),
-                        unchanged: true,
-                    });
-                }
-                git::Imported::Commit(imported, stored) => {
-                    commit = Some(imported);
-                    stored
-                }
-            }
+            let (commit, stored) = match git::import(asked, &worktree, &home, &store, reporter).await? {
+                git::Imported::Unchanged(commit) => (commit, None),
+                git::Imported::Commit(commit, stored) => (commit, Some(stored)),
+            };
+            imported.commit = Some(commit);
+            stored
         }
-        Source::Claim { path } => scan::store(path, &store, reporter).await?,
+        Source::S3(asked) => {
+            let (listing, stored) = match s3::import(asked, scratch.path(), &store, reporter).await? {
+                s3::Imported::Unchanged(listing) => (listing, None),
+                s3::Imported::Tree(listing, stored) => (listing, Some(stored)),
+            };
+            imported.listing = Some(listing);
+            stored
+        }
+        Source::Claim { path } => Some(scan::store(path, &store, reporter).await?),
         Source::Empty => {
             empty_directory(&worktree).map_err(|error| Failure::other("make an empty directory", error))?;
-            scan::store(&worktree, &store, reporter).await?
+            Some(scan::store(&worktree, &store, reporter).await?)
         }
     };
-    let counts = stored.counts;
-    Ok(Imported {
-        root: Some(stored.root.to_string()),
-        files: counts.files,
-        bytes: counts.bytes,
-        commit,
-        milliseconds: elapsed(begun),
-        unchanged: false,
-    })
+    match stored {
+        Some(stored) => {
+            imported.root = Some(stored.root.to_string());
+            imported.files = stored.counts.files;
+            imported.bytes = stored.counts.bytes;
+        }
+        None => imported.unchanged = true,
+    }
+    imported.milliseconds = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    Ok(imported)
 }
 
 /// The same tree each time: an empty directory of 1970.
@@ -103,8 +102,4 @@ fn empty_directory(path: &Path) -> std::io::Result<()> {
         &Timestamps { last_access: epoch, last_modification: epoch },
         AtFlags::empty(),
     )?)
-}
-
-fn elapsed(since: Instant) -> u64 {
-    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }

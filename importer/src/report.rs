@@ -74,7 +74,7 @@ impl Reporter {
 }
 
 /// What was imported.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Imported {
     /// The tree; absent when nothing was imported because nothing changed.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -86,9 +86,12 @@ pub struct Imported {
     /// The commit that was checked out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,
+    /// The digest of the bucket's listing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listing: Option<String>,
     /// How long it took.
     pub milliseconds: u64,
-    /// The ref still means the commit that is known already, so nothing was imported.
+    /// The ref still means the commit that is known already, or the listing is the known one, so nothing was imported.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub unchanged: bool,
 }
@@ -183,7 +186,7 @@ mod tests {
         assert!(text.len() < 4096, "{}", text.len());
         assert!(text.starts_with(r#"{"ok":false,"reason":"RefNotFound","message":"ä"#));
         let imported =
-            Imported { root: Some("ab/1".into()), files: 1, bytes: 2, commit: None, milliseconds: 3, unchanged: false };
+            Imported { root: Some("ab/1".into()), files: 1, bytes: 2, milliseconds: 3, ..Imported::default() };
         assert_eq!(result(&Ok(imported)), r#"{"ok":true,"root":"ab/1","files":1,"bytes":2,"milliseconds":3}"#);
     }
 }

@@ -178,6 +178,13 @@ fn source(it: &AetherSource, out: &mut Fields) {
         out.maybe("Ref", git.reference.as_ref());
         out.maybe("Secret", git.secret_ref.as_ref().map(|secret| &secret.name));
     }
+    if let Some(s3) = &it.spec.s3 {
+        let prefix = s3.prefix.as_deref().unwrap_or_default().trim_matches('/');
+        out.field("S3", format!("s3://{}/{prefix}", s3.bucket));
+        out.maybe("Endpoint", s3.endpoint.as_ref());
+        out.maybe("Region", s3.region.as_ref());
+        out.maybe("Secret", s3.secret_ref.as_ref().map(|secret| &secret.name));
+    }
     out.maybe(
         "Claim",
         it.spec.claim.as_ref().map(|claim| format!("{} {}", claim.claim_name, claim.path.as_deref().unwrap_or("/"))),

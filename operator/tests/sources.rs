@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use aether_api::conditions::{self, IMPORTING, READY, reason};
 use aether_api::names::REFRESH_ANNOTATION;
-use aether_api::source::{GitSource, SecretReference};
+use aether_api::source::{GitSource, S3Source, SecretReference};
 use aether_api::{AetherSource, AetherSourceSpec, AetherSourceStatus};
 use aether_operator::config::Config;
 use aether_operator::context::Context;
@@ -162,6 +162,68 @@ async fn a_known_commit_is_not_imported_again() {
         .change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.git.as_mut().unwrap().submodules = true);
     reconcile(&operator).await;
     assert!(!arguments(&operator).contains("--unless-commit"), "the same commit, but more of it");
+}
+
+#[tokio::test]
+async fn a_known_listing_is_not_imported_again() {
+    let operator = Operator::new();
+    let s3 = S3Source {
+        bucket: "models".into(),
+        secret_ref: Some(SecretReference { name: "key".into() }),
+        ..Default::default()
+    };
+    let spec = AetherSourceSpec { s3: Some(s3), revisions_to_keep: 2, ..Default::default() };
+    let mut source = AetherSource::new("linux", spec);
+    source.metadata.namespace = Some(NAMESPACE.into());
+    operator.api.put(&source);
+    assert_eq!(importing(&reconcile(&operator).await), reason::SECRET_NOT_FOUND);
+    let mut secret = Secret::default();
+    secret.metadata.name = Some("key".into());
+    secret.metadata.namespace = Some(NAMESPACE.into());
+    operator.api.put(&secret);
+    let status = reconcile(&operator).await;
+    assert_eq!(importing(&status), reason::SECRET_INVALID);
+    operator.api.change::<Secret>(NAMESPACE, "key", |secret| {
+        let keys = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"];
+        secret.data = Some(keys.map(|key| (key.into(), ByteString(b"x".to_vec()))).into())
+    });
+
+    // What each import finds, what it is told to know, and which revisions there are then.
+    let imported =
+        |root: &str, listing: &str| json!({"ok": true, "root": root, "files": 1, "bytes": 1, "listing": listing});
+    let unchanged = json!({"ok": true, "unchanged": true, "files": 0, "bytes": 0, "listing": "l2"});
+    for (number, (said, known, names)) in [
+        (imported("aa/1", "l1"), None, vec!["r1"]),
+        // Objects that were written again as they were.
+        (imported("aa/1", "l2"), Some("l1"), vec!["r1"]),
+        (unchanged, Some("l2"), vec!["r1"]),
+        (imported("bb/1", "l3"), Some("l2"), vec!["r2", "r1"]),
+        (imported("cc/1", "l4"), Some("l3"), vec!["r3", "r2"]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| {
+            source.annotations_mut().insert(REFRESH_ANNOTATION.into(), number.to_string());
+        });
+        reconcile(&operator).await;
+        let made: Job = operator.api.get(NAMESPACE, &job(&operator)).unwrap();
+        let arguments = made.spec.unwrap().template.spec.unwrap().containers[0].args.clone().unwrap();
+        let at = arguments.iter().position(|argument| argument == "--unless-listing");
+        assert_eq!(at.map(|at| arguments[at + 1].as_str()), known, "import {number}");
+        ends(&operator, said);
+        let status = reconcile(&operator).await;
+        assert_eq!(importing(&status), reason::DONE);
+        let revisions: Vec<&str> = status.revisions.iter().map(|revision| revision.name.as_str()).collect();
+        assert_eq!(revisions, names, "import {number}");
+    }
+    operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| {
+        source.spec.s3.as_mut().unwrap().prefix = Some("other".into())
+    });
+    reconcile(&operator).await;
+    ends(&operator, json!({"ok": false, "reason": "BucketNotFound", "message": "no bucket models"}));
+    let status = reconcile(&operator).await;
+    assert_eq!((importing(&status), status.latest.as_deref()), (reason::BUCKET_NOT_FOUND, Some("r3")));
 }
 
 #[tokio::test]

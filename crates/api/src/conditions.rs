@@ -30,7 +30,9 @@ pub mod reason {
     pub const REPOSITORY_NOT_FOUND: &str = "RepositoryNotFound";
     /// The repository is there, the ref is not.
     pub const REF_NOT_FOUND: &str = "RefNotFound";
-    /// The repository refused the credentials, or wants some.
+    /// The bucket does not exist, or its service cannot be reached.
+    pub const BUCKET_NOT_FOUND: &str = "BucketNotFound";
+    /// The repository or bucket refused the credentials, or wants some.
     pub const AUTHENTICATION_FAILED: &str = "AuthenticationFailed";
     /// The Secret that the spec names does not exist.
     pub const SECRET_NOT_FOUND: &str = "SecretNotFound";

@@ -6,7 +6,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Where the base of sessions comes from: exactly one of `git`, `claim` and `empty`.
+/// Where the base of sessions comes from: exactly one of `git`, `s3`, `claim` and `empty`.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
 #[kube(
     group = "aether.dev",
@@ -25,12 +25,15 @@ use serde::{Deserialize, Serialize};
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = ("[has(self.git), has(self.claim), has(self.empty)].filter(x, x).size() == 1", "say exactly one of git, claim and empty"))]
-#[schemars(extend("oneOf" = [{"required": ["git"]}, {"required": ["claim"]}, {"required": ["empty"]}]))]
+#[x_kube(validation = ("[has(self.git), has(self.s3), has(self.claim), has(self.empty)].filter(x, x).size() == 1", "say exactly one of git, s3, claim and empty"))]
+#[schemars(extend("oneOf" = [{"required": ["git"]}, {"required": ["s3"]}, {"required": ["claim"]}, {"required": ["empty"]}]))]
 pub struct AetherSourceSpec {
     /// A git repository, fetched by the git program.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub git: Option<GitSource>,
+    /// The objects of an S3 bucket, as files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub s3: Option<S3Source>,
     /// A directory in an existing claim of the source's namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub claim: Option<ClaimSource>,
@@ -57,6 +60,14 @@ fn default_revisions_to_keep() -> u32 {
     3
 }
 
+impl AetherSourceSpec {
+    /// The Secret that imports need, and the field that names it: `git` or `s3`.
+    pub fn secret(&self) -> Option<(&'static str, &SecretReference)> {
+        let git = self.git.as_ref().and_then(|git| Some(("git", git.secret_ref.as_ref()?)));
+        git.or_else(|| Some(("s3", self.s3.as_ref()?.secret_ref.as_ref()?)))
+    }
+}
+
 /// A git repository, fetched by the git program.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -79,6 +90,28 @@ pub struct GitSource {
     pub lfs: bool,
     /// A Secret of the source's namespace: type `kubernetes.io/basic-auth` (`username`, `password`) or
     /// `kubernetes.io/ssh-auth` (`ssh-privatekey`, and `known_hosts`); `ca.crt` with either for a private authority.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretReference>,
+}
+
+/// The objects of an S3 bucket, as files: `/` in a key makes a folder.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct S3Source {
+    /// The bucket.
+    #[schemars(length(min = 1))]
+    pub bucket: String,
+    /// A folder in the bucket; all of it when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefix: Option<String>,
+    /// The service, such as `https://s3.example.com`; AWS when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// The region; `us-east-1` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<String>,
+    /// A Secret of the source's namespace with `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and, where there is one,
+    /// `AWS_SESSION_TOKEN`; `ca.crt` for a private authority. Without it requests are not signed: the bucket must be public.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretReference>,
 }
@@ -164,6 +197,9 @@ pub struct Revision {
     /// The git commit, for a git source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,
+    /// Digest of the bucket's listing (keys, ETags, sizes), for an S3 source: while it is this, a refresh reads no object.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listing: Option<String>,
     /// When the import ended.
     pub time: Time,
     /// How long the import took, from clone to last upload, in milliseconds.

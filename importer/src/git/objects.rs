@@ -3,7 +3,7 @@
 //! The result is the tree that a checkout gives, to the byte. Where that takes more than copying what git keeps (line
 //! endings, encodings and the like are converted, contents come from elsewhere) nothing is done, and the caller checks out.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -11,10 +11,9 @@ use std::sync::Arc;
 
 use aether_cas::digest::BlobHasher;
 use aether_cas::transfer::{BATCH_BYTES, Object, upload_found};
-use aether_cas::tree::{Attributes, Directory, MAX_DEPTH, MemoryDirectories, Mtime, Name, Node};
+use aether_cas::tree::{Attributes, Mtime, Node};
 use aether_cas::{Blob, Store};
 use aether_engine::git::index::{Id, Index};
-use aether_engine::scan::Counts;
 use bytes::Bytes;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Child;
@@ -23,6 +22,7 @@ use tokio::task::JoinSet;
 
 use super::program::Program;
 use crate::failure::{Failure, Reason};
+use crate::folder::Folder;
 use crate::report::{Phase, Reporter};
 use crate::scan::{self, Found, Stored};
 
@@ -115,13 +115,13 @@ async fn read_and_build(
     // As a checkout would make them, with the same mask.
     let about = std::fs::metadata(worktree).map_err(|error| Failure::other("read the working copy", error))?;
     let shape = Shape { mode: about.permissions().mode() & 0o777, mtime };
-    let mut root = Folder::default();
-    root.files.insert(name(b".git")?, Node::Directory(repository.root));
+    let mut root = Folder::new(mtime);
+    root.insert(b".git", Node::Directory(repository.root))?;
     let mut counts = repository.counts;
     for listed in index.entries() {
         if listed.mode == GITLINK {
             // A submodule that is not fetched is an empty directory.
-            root.folder(listed.path.split(|byte| *byte == b'/'))?;
+            root.folder(listed.path, mtime)?;
             continue;
         }
         let read = &contents[&listed.id];
@@ -133,7 +133,7 @@ async fn read_and_build(
         }
         root.insert(listed.path, shape.leaf(listed.mode, read)?)?;
     }
-    let root = shape.finish(root, &source.directories, &mut counts)?;
+    let root = root.finish(shape.mode, &source.directories, &mut counts)?;
     Ok(scan::Built { root, counts, source })
 }
 
@@ -245,44 +245,6 @@ async fn copy(from: &mut (impl tokio::io::AsyncRead + Unpin), path: &Path) -> io
     Ok(hasher.finish())
 }
 
-fn name(bytes: &[u8]) -> Result<Name, Failure> {
-    Name::new(bytes).map_err(|error| {
-        Failure::new(
-            Reason::Invalid,
-            format!("{:?} cannot be the name of a file: {error}", String::from_utf8_lossy(bytes)),
-        )
-    })
-}
-
-/// A directory of the working copy that there would be.
-#[derive(Default)]
-struct Folder {
-    folders: BTreeMap<Name, Folder>,
-    files: BTreeMap<Name, Node>,
-}
-
-impl Folder {
-    /// The folder at this path below, made if it is not there.
-    fn folder<'a>(&mut self, path: impl Iterator<Item = &'a [u8]>) -> Result<&mut Self, Failure> {
-        path.enumerate().try_fold(self, |folder, (depth, part)| {
-            if depth + 2 >= MAX_DEPTH {
-                return Err(Failure::new(
-                    Reason::Invalid,
-                    format!("directories are nested more than {MAX_DEPTH} deep"),
-                ));
-            }
-            Ok(folder.folders.entry(name(part)?).or_default())
-        })
-    }
-
-    fn insert(&mut self, path: &[u8], node: Node) -> Result<(), Failure> {
-        let mut parts = path.split(|byte| *byte == b'/');
-        let last = name(parts.next_back().unwrap_or_default())?;
-        self.folder(parts)?.files.insert(last, node);
-        Ok(())
-    }
-}
-
 /// How everything of a fresh checkout looks.
 struct Shape {
     /// Of directories, from which that of files follows.
@@ -304,20 +266,5 @@ impl Shape {
             return Err(Failure::new(Reason::Invalid, "the target of a symbolic link is longer than any path"));
         };
         Ok(Node::Symlink { target: target.to_vec(), attributes: self.attributes(0o777), link_group: None })
-    }
-
-    /// Encodes the folder and all below it.
-    fn finish(&self, folder: Folder, into: &MemoryDirectories, counts: &mut Counts) -> Result<Blob, Failure> {
-        counts.directories += 1;
-        let mut directory = Directory { attributes: self.attributes(self.mode), entries: folder.files };
-        for (name, below) in folder.folders {
-            let below = self.finish(below, into, counts)?;
-            if directory.entries.insert(name.clone(), Node::Directory(below)).is_some() {
-                let message = format!("git has both a file and a directory of the name {name}");
-                return Err(Failure::new(Reason::Invalid, message));
-            }
-        }
-        directory.check().map_err(|error| Failure::new(Reason::Invalid, error.to_string()))?;
-        Ok(into.insert(directory))
     }
 }

@@ -1,9 +1,12 @@
-//! Imports of real repositories over file, https and ssh, with submodules and Git LFS, into a store in memory.
+//! Imports of real repositories over file, https and ssh, with submodules and Git LFS, and of a real S3 service, into a store in
+//! memory.
 
+mod counting;
 mod https;
 mod lfs;
 mod objects;
 mod repository;
+mod s3;
 mod server;
 mod ssh;
 mod sshd;

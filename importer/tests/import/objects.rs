@@ -3,61 +3,22 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
-use std::sync::Mutex;
 
-use aether_cas::store::Result;
 use aether_cas::transfer::Objects;
 use aether_cas::tree::{diff, walk};
-use aether_cas::{Blob, MemoryStore, Store};
+use aether_cas::{MemoryStore, Store};
 use aether_importer::cli::Git;
 use aether_importer::git::{self, Imported};
 use aether_importer::scan::{self, Stored};
-use async_trait::async_trait;
-use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use tempfile::TempDir;
 
+use super::counting::Counting;
 use super::repository::{Repository, clone, of, run, silent};
 
 const SEEDS: u64 = 8;
 const NAMES: [&str; 9] = ["a", "b.rs", "ä ö", "new\nline", "\"quoted\"", ".hidden", "a.b", "a-b", "zz"];
-
-/// A store that counts what is written to it.
-#[derive(Default)]
-struct Counting {
-    store: MemoryStore,
-    written: Mutex<Vec<Blob>>,
-}
-
-#[async_trait]
-impl Store for Counting {
-    async fn find_missing(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
-        self.store.find_missing(blobs).await
-    }
-
-    async fn read(&self, blob: Blob) -> Result<Bytes> {
-        self.store.read(blob).await
-    }
-
-    async fn read_batch(&self, blobs: &[Blob]) -> Result<Vec<Bytes>> {
-        self.store.read_batch(blobs).await
-    }
-
-    async fn fetch_to(&self, blob: Blob, path: &Path) -> Result<()> {
-        self.store.fetch_to(blob, path).await
-    }
-
-    async fn write_batch(&self, blobs: Vec<(Blob, Bytes)>) -> Result<()> {
-        self.written.lock().unwrap().extend(blobs.iter().map(|(blob, _)| *blob));
-        self.store.write_batch(blobs).await
-    }
-
-    async fn write_file(&self, blob: Blob, path: &Path) -> Result<()> {
-        self.written.lock().unwrap().push(blob);
-        self.store.write_file(blob, path).await
-    }
-}
 
 /// An import as the program makes it, and where.
 async fn import(asked: &Git, to: &dyn Store) -> (TempDir, Stored) {
@@ -215,18 +176,18 @@ async fn another_import_uploads_what_changed() {
     run(root, &["repack", "-a", "-d", "-q"]);
     let store = Counting::default();
     let (_, first) = import(&of(repository.url(), None), &store).await;
-    assert!(store.written.lock().unwrap().len() > 300);
+    assert!(store.take_written().len() > 300);
 
-    store.written.lock().unwrap().clear();
+    store.take_written();
     let (_, again) = import(&of(repository.url(), None), &store).await;
     assert_eq!(again.root, first.root, "the same commit is the same tree");
-    assert_eq!(*store.written.lock().unwrap(), []);
+    assert_eq!(store.take_written(), []);
 
     fs::write(root.join("d3/3"), "changed\n").unwrap();
     run(root, &["commit", "--quiet", "--all", "--message=one"]);
     let (_, changed) = import(&of(repository.url(), None), &store).await;
     assert_ne!(changed.root, first.root);
-    let written = store.written.lock().unwrap().len();
+    let written = store.take_written().len();
     // Beside the file: its directory, the root, and the repository's own files and directories, of which git makes a few more or less.
     assert!(written < 60, "{written} of more than 600");
 }

@@ -18,8 +18,8 @@ pub(super) enum Origin {
     Known {
         lost: Option<String>,
     },
-    Source(Option<AetherSource>),
-    Checkpoint(Option<AetherCheckpoint>),
+    Source(Option<Box<AetherSource>>),
+    Checkpoint(Option<Box<AetherCheckpoint>>),
     /// The parent, and why the node that holds it counts as lost, if it does.
     Parent(Option<Box<AetherSession>>, Option<String>),
 }
@@ -82,10 +82,12 @@ pub(super) async fn dereference(session: &AetherSession, context: &Context) -> R
     }
     if let Some(source) = &session.spec.source {
         let namespace = source.namespace.as_deref().unwrap_or(&namespace);
-        return Ok(Origin::Source(objects::get(&objects::namespaced(client, namespace), &source.name).await?));
+        let source = objects::get(&objects::namespaced(client, namespace), &source.name).await?;
+        return Ok(Origin::Source(source.map(Box::new)));
     }
     if let Some(checkpoint) = &session.spec.checkpoint {
-        return Ok(Origin::Checkpoint(objects::get(&objects::namespaced(client, &namespace), checkpoint).await?));
+        let checkpoint = objects::get(&objects::namespaced(client, &namespace), checkpoint).await?;
+        return Ok(Origin::Checkpoint(checkpoint.map(Box::new)));
     }
     let parent = session.spec.session.as_deref().unwrap_or_default();
     let parent = objects::get(&objects::namespaced(client, &namespace), parent).await?;
@@ -124,8 +126,8 @@ pub(super) fn resolve(session: &AetherSession, origin: &Origin) -> std::result::
             (None, Some(why)) => Err(moment_lost(session, why)),
             (None, None) => Ok(Start { base: None, forked_from: None, notice: None }),
         },
-        Origin::Source(source) => from_source(session, source.as_ref()),
-        Origin::Checkpoint(checkpoint) => from_checkpoint(session, checkpoint.as_ref()),
+        Origin::Source(source) => from_source(session, source.as_deref()),
+        Origin::Checkpoint(checkpoint) => from_checkpoint(session, checkpoint.as_deref()),
         Origin::Parent(parent, lost) => from_parent(session, parent.as_deref(), lost.as_deref()),
     }
 }
@@ -286,6 +288,7 @@ mod tests {
             files: 1,
             bytes: 1,
             commit: None,
+            listing: None,
             time: objects::now(),
             milliseconds: 1,
         }
@@ -325,7 +328,7 @@ mod tests {
 
     #[test]
     fn a_session_starts_at_the_newest_or_the_named_revision() {
-        let origin = Origin::Source(Some(source(&["agents"])));
+        let origin = Origin::Source(Some(source(&["agents"]).into()));
         let base = resolve(&of_source(None), &origin).unwrap().base.unwrap();
         assert_eq!((base.root.as_deref(), base.revision.as_deref()), (Some("b/2"), Some("r2")));
         assert_eq!((base.owner.uid, base.owner.gid), DEFAULT_OWNER);
@@ -339,24 +342,24 @@ mod tests {
     #[test]
     fn a_source_is_for_the_namespaces_that_it_lists() {
         assert_eq!(
-            reason_of(resolve(&of_source(None), &Origin::Source(Some(source(&["other"]))))),
+            reason_of(resolve(&of_source(None), &Origin::Source(Some(source(&["other"]).into())))),
             reason::NAMESPACE_NOT_ALLOWED
         );
-        assert!(resolve(&of_source(None), &Origin::Source(Some(source(&["*"])))).is_ok());
+        assert!(resolve(&of_source(None), &Origin::Source(Some(source(&["*"]).into()))).is_ok());
         assert_eq!(reason_of(resolve(&of_source(None), &Origin::Source(None))), reason::SOURCE_NOT_FOUND);
         let mut own = of_source(None);
         own.metadata.namespace = Some("platform".into());
-        assert!(resolve(&own, &Origin::Source(Some(source(&[])))).is_ok());
+        assert!(resolve(&own, &Origin::Source(Some(source(&[]).into()))).is_ok());
         let mut empty = source(&["*"]);
         empty.status = None;
-        assert_eq!(reason_of(resolve(&of_source(None), &Origin::Source(Some(empty)))), reason::SOURCE_NOT_READY);
+        assert_eq!(reason_of(resolve(&of_source(None), &Origin::Source(Some(empty.into())))), reason::SOURCE_NOT_READY);
     }
 
     #[test]
     fn a_checkpoint_must_be_durable() {
         let session = session(AetherSessionSpec { checkpoint: Some("before".into()), ..Default::default() });
         let mut checkpoint = AetherCheckpoint::new("before", Default::default());
-        let lineage = resolve(&of_source(None), &Origin::Source(Some(source(&["*"])))).unwrap().base;
+        let lineage = resolve(&of_source(None), &Origin::Source(Some(source(&["*"]).into()))).unwrap().base;
         let status = AetherCheckpointStatus {
             root: Some("c/3".into()),
             base: lineage,
@@ -365,11 +368,11 @@ mod tests {
         };
         checkpoint.status = Some(status);
         assert_eq!(
-            reason_of(resolve(&session, &Origin::Checkpoint(Some(checkpoint.clone())))),
+            reason_of(resolve(&session, &Origin::Checkpoint(Some(checkpoint.clone().into())))),
             reason::CHECKPOINT_NOT_READY
         );
         checkpoint.status.as_mut().unwrap().durability = Some(Durability::Durable);
-        let base = resolve(&session, &Origin::Checkpoint(Some(checkpoint))).unwrap().base.unwrap();
+        let base = resolve(&session, &Origin::Checkpoint(Some(checkpoint.into()))).unwrap().base.unwrap();
         assert_eq!((base.root.as_deref(), base.revision_root.as_deref()), (Some("c/3"), Some("b/2")));
     }
 
@@ -378,7 +381,7 @@ mod tests {
         let mut parent = of_source(None);
         let base = Base {
             owner: Owner { uid: 7, gid: 8 },
-            ..resolve(&parent, &Origin::Source(Some(source(&["*"])))).unwrap().base.unwrap()
+            ..resolve(&parent, &Origin::Source(Some(source(&["*"]).into()))).unwrap().base.unwrap()
         };
         let head = Head { root: "d/4".into(), durability: Durability::Durable, time: objects::now() };
         parent.status = Some(AetherSessionStatus { base: Some(base), head: Some(head), ..Default::default() });

@@ -33,8 +33,8 @@ pub(super) fn name(source: &AetherSource, origin: &str, previous: &str) -> Strin
     objects::derived_name(&source.name_any(), "import", &[&source.uid().unwrap_or_default(), origin, previous])
 }
 
-/// The Job that imports the source, unless its ref still means the commit that is known.
-pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str>, config: &Config) -> Job {
+/// The Job that imports the source, unless it is still in the state that is known: a commit, or the listing of a bucket.
+pub(super) fn job(source: &AetherSource, name: String, known: Option<&str>, config: &Config) -> Job {
     let mut arguments: Vec<String> = Vec::new();
     let mut volumes =
         vec![Volume { name: "work".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() }];
@@ -51,28 +51,13 @@ pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str
         }
         arguments.extend(git.submodules.then(|| "--submodules".into()));
         arguments.extend(git.lfs.then(|| "--lfs".into()));
-        if let Some(commit) = known_commit {
-            arguments.extend(["--unless-commit".into(), commit.into()]);
+        arguments.extend(known.iter().flat_map(|commit| ["--unless-commit".into(), (*commit).into()]));
+    } else if let Some(s3) = &source.spec.s3 {
+        arguments.extend(["s3".into(), "--bucket".into(), s3.bucket.clone()]);
+        for (option, value) in [("--prefix", &s3.prefix), ("--endpoint", &s3.endpoint), ("--region", &s3.region)] {
+            arguments.extend(value.iter().flat_map(|value| [option.into(), value.clone()]));
         }
-        if let Some(secret) = &git.secret_ref {
-            arguments.extend(["--secret-dir".into(), SECRET_DIRECTORY.into()]);
-            arguments.extend([
-                "--secret-name".into(),
-                format!("{}/{}", source.namespace().unwrap_or_default(), secret.name),
-            ]);
-            let files = SecretVolumeSource {
-                secret_name: Some(secret.name.clone()),
-                default_mode: Some(0o440),
-                ..SecretVolumeSource::default()
-            };
-            volumes.push(Volume { name: "secret".into(), secret: Some(files), ..Volume::default() });
-            mounts.push(VolumeMount {
-                name: "secret".into(),
-                mount_path: SECRET_DIRECTORY.into(),
-                read_only: Some(true),
-                ..VolumeMount::default()
-            });
-        }
+        arguments.extend(known.iter().flat_map(|listing| ["--unless-listing".into(), (*listing).into()]));
     } else if let Some(claim) = &source.spec.claim {
         let path = claim.path.as_deref().filter(|path| !path.is_empty());
         arguments.extend([
@@ -94,6 +79,23 @@ pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str
         capabilities = &["DAC_OVERRIDE"];
     } else {
         arguments.push("empty".into());
+    }
+    if let Some((_, secret)) = source.spec.secret() {
+        arguments.extend(["--secret-dir".into(), SECRET_DIRECTORY.into()]);
+        arguments
+            .extend(["--secret-name".into(), format!("{}/{}", source.namespace().unwrap_or_default(), secret.name)]);
+        let files = SecretVolumeSource {
+            secret_name: Some(secret.name.clone()),
+            default_mode: Some(0o440),
+            ..SecretVolumeSource::default()
+        };
+        volumes.push(Volume { name: "secret".into(), secret: Some(files), ..Volume::default() });
+        mounts.push(VolumeMount {
+            name: "secret".into(),
+            mount_path: SECRET_DIRECTORY.into(),
+            read_only: Some(true),
+            ..VolumeMount::default()
+        });
     }
     arguments.extend(["--store".into(), config.store.clone()]);
     let container = Container {
@@ -153,7 +155,7 @@ pub(super) fn job(source: &AetherSource, name: String, known_commit: Option<&str
 mod tests {
     use super::*;
     use aether_api::AetherSourceSpec;
-    use aether_api::source::{ClaimSource, GitSource, SecretReference};
+    use aether_api::source::{ClaimSource, GitSource, S3Source, SecretReference};
     use clap::Parser;
 
     fn config() -> Config {
@@ -207,6 +209,32 @@ mod tests {
                 .as_ref()
                 .is_some_and(|secret| secret.secret_name.as_deref() == Some("key")))
         );
+    }
+
+    #[test]
+    fn a_bucket_is_told_as_it_is_and_its_key_comes_as_files() {
+        let s3 = S3Source {
+            bucket: "models".into(),
+            prefix: Some("team/$a".into()),
+            endpoint: Some("https://s3.example.org".into()),
+            region: Some("eu-1".into()),
+            secret_ref: Some(SecretReference { name: "key".into() }),
+        };
+        let secret = "--secret-dir /var/run/aether/secret --secret-name platform/key --store http://s";
+        let named = source(AetherSourceSpec { s3: Some(s3), ..Default::default() });
+        let first = job(&named, "n".into(), Some("f00d"), &config());
+        assert_eq!(
+            container(&first).args.clone().unwrap().join(" "),
+            format!(
+                "s3 --bucket models --prefix team/$$a --endpoint https://s3.example.org --region eu-1 --unless-listing f00d {secret}"
+            )
+        );
+        let public = S3Source { bucket: "models".into(), ..Default::default() };
+        let public = source(AetherSourceSpec { s3: Some(public), ..Default::default() });
+        let job = job(&public, "n".into(), None, &config());
+        assert_eq!(container(&job).args.clone().unwrap().join(" "), "s3 --bucket models --store http://s");
+        let pod = job.spec.unwrap().template.spec.unwrap();
+        assert!(pod.volumes.unwrap().iter().all(|volume| volume.secret.is_none()));
     }
 
     #[test]

@@ -99,18 +99,19 @@ async fn step(source: &AetherSource, status: &mut AetherSourceStatus, context: &
 async fn dereference(source: &AetherSource, client: &Client) -> Result<Named> {
     let namespace = source.namespace().unwrap_or_default();
     let mut named = Named { secret_version: None, missing: None };
-    if let Some((git, name)) = source.spec.git.as_ref().and_then(|git| Some((git, &git.secret_ref.as_ref()?.name))) {
+    if let Some((kind, reference)) = source.spec.secret() {
+        let name = &reference.name;
         match objects::get::<Secret>(&objects::namespaced(client, &namespace), name).await? {
             None => {
                 named.missing = Some((
                     reason::SECRET_NOT_FOUND,
                     format!(
-                        "Secret {name} does not exist in namespace {namespace}: create it, or leave spec.git.secretRef out"
+                        "Secret {name} does not exist in namespace {namespace}: create it, or leave spec.{kind}.secretRef out"
                     ),
                 ))
             }
             Some(secret) => {
-                named.missing = validate::secret_violation(git, name, &secret);
+                named.missing = validate::secret_violation(&source.spec, name, &secret);
                 named.secret_version = secret.resource_version();
             }
         }
@@ -142,7 +143,7 @@ async fn start(
     let origin = plan::origin(source);
     let previous = status.import.as_ref().map(|import| import.job.clone()).unwrap_or_default();
     let name = job::name(source, &origin, &previous);
-    let known = known_commit(status, &origin);
+    let known = known_state(status, &origin);
     let authority = admission::authority(context.config.credentials.authority.as_deref())?;
     if authority.is_some() {
         admission::provide_account(&context.client, &namespace).await?;
@@ -175,28 +176,33 @@ async fn start(
 fn admitted_job(
     source: &AetherSource,
     name: String,
-    known_commit: Option<&str>,
+    known: Option<&str>,
     authority: Option<&str>,
     config: &Config,
 ) -> Job {
-    let mut job = job::job(source, name, known_commit, config);
+    let mut job = job::job(source, name, known, config);
     if let (Some(spec), Some(authority)) = (&mut job.spec, authority) {
         admission::admit(&mut spec.template, authority.to_owned());
     }
     job
 }
 
-/// The commit of the newest revision, if that was imported from the same origin: while the ref means it, there is
-/// nothing to import.
-fn known_commit(status: &AetherSourceStatus, origin: &str) -> Option<String> {
+/// The state of the newest revision, if that was imported from the same origin: while the source is in it, there is nothing to
+/// import.
+fn known_state(status: &AetherSourceStatus, origin: &str) -> Option<String> {
     let last = status.import.as_ref()?;
     let same = last.origin == origin && last.phase == plan::DONE_PHASE;
-    status.revisions.first().filter(|_| same)?.commit.clone()
+    state(status.revisions.first().filter(|_| same)?).map(str::to_owned)
+}
+
+/// What a source was like when a revision of it was made: the commit that its ref meant, or the listing of its bucket.
+fn state(revision: &Revision) -> Option<&str> {
+    revision.commit.as_deref().or(revision.listing.as_deref())
 }
 
 /// The template that this operator would have made such a Job with; else what of the Job is different.
 ///
-/// The status does not say whether the Job was made with a known commit, so both are right.
+/// The status does not say whether the Job was made with a known state, so both are right.
 fn template_of(
     job: &Job,
     source: &AetherSource,
@@ -204,7 +210,7 @@ fn template_of(
     config: &Config,
 ) -> Result<std::result::Result<PodTemplateSpec, &'static str>> {
     let authority = admission::authority(config.credentials.authority.as_deref())?;
-    let newest = status.revisions.first().and_then(|newest| newest.commit.as_deref());
+    let newest = status.revisions.first().and_then(state);
     let given = job.spec.as_ref().map(|spec| &spec.template);
     let mut different = "spec";
     for known in [None, newest] {
@@ -326,7 +332,9 @@ async fn follow(source: &AetherSource, status: &mut AetherSourceStatus, context:
 
 /// Puts a new revision first, unless the tree is the newest one's. Says what became of it.
 fn add_revision(status: &mut AetherSourceStatus, imported: Imported) -> String {
-    if let Some(newest) = status.revisions.first().filter(|newest| newest.root == imported.root) {
+    if let Some(newest) = status.revisions.first_mut().filter(|newest| newest.root == imported.root) {
+        // Objects that were written anew as they were: the next refresh knows them.
+        newest.listing = imported.listing;
         return format!("nothing changed since revision {}", newest.name);
     }
     let number = |name: &str| name.strip_prefix('r')?.parse::<u64>().ok();
@@ -345,6 +353,7 @@ fn add_revision(status: &mut AetherSourceStatus, imported: Imported) -> String {
         files: imported.files,
         bytes: imported.bytes,
         commit: imported.commit,
+        listing: imported.listing,
         time: objects::now(),
         milliseconds: imported.milliseconds,
     };
@@ -454,7 +463,7 @@ mod tests {
     use super::*;
 
     fn imported(root: &str) -> Imported {
-        Imported { root: root.into(), files: 1, bytes: 2, commit: None, milliseconds: 3 }
+        Imported { root: root.into(), files: 1, bytes: 2, commit: None, listing: None, milliseconds: 3 }
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub(super) enum Outcome {
     Running,
     /// It succeeded.
     Imported(Imported),
-    /// The ref still means the commit of the newest revision, so nothing was imported.
+    /// The ref still means the commit of the newest revision, or the bucket's listing is its, so nothing was imported.
     Unchanged,
     /// It failed.
     Failed { reason: String, message: String },
@@ -31,6 +31,8 @@ pub(super) struct Imported {
     pub bytes: i64,
     #[serde(default)]
     pub commit: Option<String>,
+    #[serde(default)]
+    pub listing: Option<String>,
     #[serde(default)]
     pub milliseconds: i64,
 }
@@ -60,8 +62,9 @@ struct Report {
 }
 
 /// The reasons that an importer may give; any other word becomes `ImportFailed`.
-const REASONS: [&str; 6] = [
+const REASONS: [&str; 7] = [
     reason::REPOSITORY_NOT_FOUND,
+    reason::BUCKET_NOT_FOUND,
     reason::REF_NOT_FOUND,
     reason::AUTHENTICATION_FAILED,
     reason::SECRET_INVALID,
@@ -143,7 +146,14 @@ mod tests {
     #[test]
     fn a_result_is_read_from_the_last_words() {
         let words = r#"{"ok":true,"root":"ab/1","files":2,"bytes":3,"commit":"c","milliseconds":4}"#;
-        let imported = Imported { root: "ab/1".into(), files: 2, bytes: 3, commit: Some("c".into()), milliseconds: 4 };
+        let imported = Imported {
+            root: "ab/1".into(),
+            files: 2,
+            bytes: 3,
+            commit: Some("c".into()),
+            listing: None,
+            milliseconds: 4,
+        };
         assert_eq!(of(&ended(0, words)), Outcome::Imported(imported));
         let words = r#"{"ok":true,"files":0,"bytes":0,"commit":"c","milliseconds":4,"unchanged":true}"#;
         assert_eq!(of(&ended(0, words)), Outcome::Unchanged);

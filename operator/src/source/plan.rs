@@ -31,7 +31,11 @@ pub(super) enum Plan {
 /// Digest of where the source comes from: an import is worth repeating when it changes.
 pub(super) fn origin(source: &AetherSource) -> String {
     let spec = &source.spec;
-    let parts = serde_json::json!([spec.git, spec.claim, spec.empty]);
+    let parts = match &spec.s3 {
+        // Without it the digest stays what it was when there was no such kind: nothing is imported again.
+        None => serde_json::json!([spec.git, spec.claim, spec.empty]),
+        Some(s3) => serde_json::json!({ "s3": s3 }),
+    };
     objects::short_hash(&[&parts.to_string()])
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use aether_api::AetherSourceSpec;
 use aether_api::conditions::reason;
-use aether_api::source::GitSource;
+use aether_api::source::{GitSource, S3Source};
 use k8s_openapi::api::core::v1::Secret;
 
 /// The shortest refresh interval.
@@ -12,14 +12,24 @@ const MINIMUM_REFRESH: Duration = Duration::from_secs(10);
 
 /// The first rule that the spec breaks, for people.
 pub(super) fn violation(spec: &AetherSourceSpec) -> Option<String> {
-    let kinds = [spec.git.is_some(), spec.claim.is_some(), spec.empty.is_some()];
+    let kinds = [spec.git.is_some(), spec.s3.is_some(), spec.claim.is_some(), spec.empty.is_some()];
     if kinds.into_iter().filter(|said| *said).count() != 1 {
-        return Some("say exactly one of spec.git, spec.claim and spec.empty".into());
+        return Some("say exactly one of spec.git, spec.s3, spec.claim and spec.empty".into());
     }
     if let Some(git) = &spec.git
         && let Some(violation) = git_violation(git)
     {
         return Some(violation);
+    }
+    if let Some(s3) = &spec.s3
+        && let Some(violation) = s3_violation(s3)
+    {
+        return Some(violation);
+    }
+    if let Some((kind, secret)) = spec.secret()
+        && secret.name.is_empty()
+    {
+        return Some(format!("spec.{kind}.secretRef.name is empty: name a Secret of the source's namespace"));
     }
     if let Some(claim) = &spec.claim {
         if claim.claim_name.is_empty() {
@@ -66,8 +76,40 @@ fn git_violation(git: &GitSource) -> Option<String> {
     if git.depth == Some(0) {
         return Some("spec.git.depth is 0: leave it out for all of the history".into());
     }
-    if git.secret_ref.as_ref().is_some_and(|secret| secret.name.is_empty()) {
-        return Some("spec.git.secretRef.name is empty: name a Secret of the source's namespace".into());
+    None
+}
+
+fn s3_violation(s3: &S3Source) -> Option<String> {
+    let bucket = &s3.bucket;
+    // It becomes a part of a URL.
+    let in_a_name = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    if bucket.is_empty() || !bucket.chars().all(in_a_name) || bucket.chars().all(|c| c == '.') {
+        return Some(format!("spec.s3.bucket {bucket:?} is not the name of a bucket"));
+    }
+    let odd = |part: &str| ["", ".", ".."].contains(&part) || part.contains(char::is_control);
+    if let Some(prefix) = &s3.prefix
+        && prefix.trim_matches('/').split('/').any(odd)
+        && !prefix.is_empty()
+    {
+        return Some(format!(
+            "spec.s3.prefix {prefix:?} is not a folder of a bucket: say names with one slash between them"
+        ));
+    }
+    if let Some(endpoint) = &s3.endpoint {
+        let rest = ["https://", "http://"].iter().find_map(|scheme| endpoint.strip_prefix(scheme));
+        if endpoint.contains('@') {
+            return Some("spec.s3.endpoint has credentials in it, which everybody can read: put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY into a Secret and name that in spec.s3.secretRef".into());
+        }
+        if rest.is_none_or(str::is_empty) || endpoint.contains(|c: char| c.is_whitespace() || "?#".contains(c)) {
+            return Some(format!(
+                "spec.s3.endpoint {endpoint:?} is not a service's URL: say https://HOST or http://HOST:PORT"
+            ));
+        }
+    }
+    if let Some(region) = &s3.region
+        && (region.is_empty() || !region.chars().all(in_a_name))
+    {
+        return Some(format!("spec.s3.region {region:?} is not a region"));
     }
     None
 }
@@ -100,32 +142,48 @@ fn is_ssh(git: &GitSource) -> bool {
     git.url.starts_with("ssh://") || is_scp_like(&git.url)
 }
 
-/// What the Secret lacks for this repository: a reason and a message.
-pub(super) fn secret_violation(git: &GitSource, name: &str, secret: &Secret) -> Option<(&'static str, String)> {
+/// What the Secret lacks for this repository or bucket: a reason and a message.
+pub(super) fn secret_violation(spec: &AetherSourceSpec, name: &str, secret: &Secret) -> Option<(&'static str, String)> {
     let has =
         |key: &str| secret.data.as_ref().is_some_and(|data| data.get(key).is_some_and(|value| !value.0.is_empty()));
-    let message = if is_ssh(git) {
+    let message = match &spec.git {
+        Some(git) => repository_lacks(git, name, has),
+        None => bucket_lacks(name, has),
+    };
+    message.map(|message| (reason::SECRET_INVALID, message))
+}
+
+fn bucket_lacks(name: &str, has: impl Fn(&str) -> bool) -> Option<String> {
+    let keys = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"];
+    let lacking: Vec<&str> = keys.into_iter().filter(|key| !has(key)).collect();
+    if lacking.is_empty() || (lacking.len() == keys.len() && has("ca.crt")) {
+        return None;
+    }
+    Some(format!("Secret {name} lacks {}, which the bucket needs", lacking.join(" and ")))
+}
+
+fn repository_lacks(git: &GitSource, name: &str, has: impl Fn(&str) -> bool) -> Option<String> {
+    if is_ssh(git) {
         if !has("ssh-privatekey") {
-            format!("Secret {name} lacks the key ssh-privatekey, which {} needs", git.url)
+            Some(format!("Secret {name} lacks the key ssh-privatekey, which {} needs", git.url))
         } else if !has("known_hosts") {
-            format!(
+            Some(format!(
                 "Secret {name} lacks the key known_hosts, without which no host can be trusted: add the output of ssh-keyscan HOST"
-            )
+            ))
         } else {
-            return None;
+            None
         }
     } else if !has("password") && !has("ca.crt") {
-        format!("Secret {name} lacks the key password (with username), which {} needs", git.url)
+        Some(format!("Secret {name} lacks the key password (with username), which {} needs", git.url))
     } else {
-        return None;
-    };
-    Some((reason::SECRET_INVALID, message))
+        None
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use aether_api::source::{ClaimSource, EmptySource};
+    use aether_api::source::{ClaimSource, EmptySource, SecretReference};
     use k8s_openapi::ByteString;
 
     fn git(url: &str) -> AetherSourceSpec {
@@ -165,6 +223,46 @@ mod tests {
         }
     }
 
+    fn s3(s3: S3Source) -> AetherSourceSpec {
+        AetherSourceSpec { s3: Some(s3), revisions_to_keep: 1, ..Default::default() }
+    }
+
+    #[test]
+    fn a_bucket_is_a_name_a_folder_and_a_service() {
+        let good = S3Source {
+            bucket: "my-bucket.1".into(),
+            prefix: Some("/team/a b/".into()),
+            endpoint: Some("http://10.0.0.1:9000".into()),
+            region: Some("eu-central-1".into()),
+            secret_ref: Some(SecretReference { name: "key".into() }),
+        };
+        assert_eq!(violation(&s3(good.clone())), None);
+        let bare = S3Source { bucket: "b".into(), prefix: Some(String::new()), ..Default::default() };
+        assert_eq!(violation(&s3(bare)), None);
+        type Change = fn(&mut S3Source);
+        let cases: [(&str, Change); 11] = [
+            ("spec.s3.bucket", |s3| s3.bucket = String::new()),
+            ("spec.s3.bucket", |s3| s3.bucket = "a/b".into()),
+            ("spec.s3.bucket", |s3| s3.bucket = "..".into()),
+            ("spec.s3.prefix", |s3| s3.prefix = Some("a//b".into())),
+            ("spec.s3.prefix", |s3| s3.prefix = Some("a/../b".into())),
+            ("spec.s3.endpoint", |s3| s3.endpoint = Some("s3.example.org".into())),
+            ("spec.s3.endpoint", |s3| s3.endpoint = Some("https://".into())),
+            ("spec.s3.endpoint", |s3| s3.endpoint = Some("https://h/?x".into())),
+            ("spec.s3.secretRef", |s3| s3.endpoint = Some("https://key:hunter22@h".into())),
+            ("spec.s3.region", |s3| s3.region = Some("a b".into())),
+            ("spec.s3.secretRef.name", |s3| s3.secret_ref = Some(SecretReference::default())),
+        ];
+        for (field, change) in cases {
+            let mut bad = good.clone();
+            change(&mut bad);
+            let message = violation(&s3(bad)).expect(field);
+            assert!(message.contains(field) && !message.contains("hunter22"), "{message}");
+        }
+        let two = AetherSourceSpec { empty: Some(EmptySource {}), ..s3(good) };
+        assert!(violation(&two).unwrap().contains("exactly one"));
+    }
+
     #[test]
     fn each_rule_names_its_field() {
         let mut two = git("file:///a");
@@ -193,12 +291,18 @@ mod tests {
             data: Some(keys.iter().map(|key| ((*key).into(), ByteString(b"x".to_vec()))).collect()),
             ..Default::default()
         };
-        let ssh = git("git@example.org:a").git.unwrap();
-        let https = git("https://example.org/a").git.unwrap();
+        let ssh = git("git@example.org:a");
+        let https = git("https://example.org/a");
         assert!(secret_violation(&ssh, "key", &secret(&["password"])).unwrap().1.contains("ssh-privatekey"));
         assert!(secret_violation(&ssh, "key", &secret(&["ssh-privatekey"])).unwrap().1.contains("ssh-keyscan"));
         assert_eq!(secret_violation(&ssh, "key", &secret(&["ssh-privatekey", "known_hosts"])), None);
         assert!(secret_violation(&https, "key", &secret(&["ssh-privatekey"])).unwrap().1.contains("password"));
         assert_eq!(secret_violation(&https, "key", &secret(&["username", "password"])), None);
+        let s3 = s3(S3Source { bucket: "b".into(), ..Default::default() });
+        let both = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"];
+        assert_eq!(secret_violation(&s3, "key", &secret(&both)), None);
+        assert_eq!(secret_violation(&s3, "key", &secret(&["ca.crt"])), None, "a public bucket of a private service");
+        let (_, message) = secret_violation(&s3, "key", &secret(&[both[0], "ca.crt"])).unwrap();
+        assert!(message.contains("key lacks AWS_SECRET_ACCESS_KEY,"), "{message}");
     }
 }

@@ -71,6 +71,7 @@ impl Operator {
             files: 1,
             bytes: 1,
             commit: None,
+            listing: None,
             time: now(),
             milliseconds: 1,
         };

@@ -3,7 +3,6 @@
 //!
 //! `AETHER_SEED` repeats the sequence of one run (not its timing); `AETHER_ROUNDS` sets its length.
 
-mod bucket;
 mod node;
 
 use std::{
@@ -26,9 +25,9 @@ use aether_cas::{
 use aether_proto::store::v1::{
     ListRootsRequest, PinRootRequest, Root, UnpinRootsRequest, store_admin_client::StoreAdminClient,
 };
+use aether_testkit::bucket::Bucket;
 use tonic::transport::Endpoint;
 
-use bucket::Bucket;
 use node::Node;
 
 const NODES: usize = 3;

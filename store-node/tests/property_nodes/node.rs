@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::bucket::{BUCKET, Bucket, KEY, SECRET, free_ports};
+use aether_testkit::bucket::{BUCKET, Bucket, KEY, SECRET, free_ports};
 
 pub(crate) struct Node {
     folder: PathBuf,

@@ -1,4 +1,4 @@
-//! A real S3 service (SeaweedFS) in a process of its own, on loopback, with one bucket.
+//! A real S3 service (SeaweedFS) in a process of its own, on loopback, with one bucket. It ends with its [`Bucket`].
 
 use std::{
     io::{Read, Write},
@@ -8,17 +8,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub(crate) const BUCKET: &str = "aether";
-pub(crate) const KEY: &str = "test";
-pub(crate) const SECRET: &str = "of no use elsewhere";
+/// The bucket that is there.
+pub const BUCKET: &str = "aether";
+/// The access key that may do everything.
+pub const KEY: &str = "test";
+/// Its secret.
+pub const SECRET: &str = "of no use elsewhere";
 
-pub(crate) struct Bucket {
+/// The service.
+pub struct Bucket {
     child: Child,
     s3: u16,
 }
 
 /// So many ports that were free a moment ago.
-pub(crate) fn free_ports<const N: usize>() -> [u16; N] {
+///
+/// # Panics
+/// When there are none.
+pub fn free_ports<const N: usize>() -> [u16; N] {
     let listeners: [TcpListener; N] = std::array::from_fn(|_| TcpListener::bind("127.0.0.1:0").unwrap());
     std::array::from_fn(|n| listeners[n].local_addr().unwrap().port())
 }
@@ -32,8 +39,12 @@ fn program() -> PathBuf {
 }
 
 impl Bucket {
-    /// Ports that were free may be taken when they are wanted: it is started again with others then.
-    pub(crate) fn start(folder: &Path) -> Self {
+    /// Starts the service with its files in `folder`. Ports that were free may be taken when they are wanted: it is started
+    /// again with others then.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start(folder: &Path) -> Self {
         let log = folder.join("seaweed.log");
         let started = (0..3).find_map(|_| Self::try_start(folder, &log));
         started.unwrap_or_else(|| panic!("the S3 service ended three times\n{}", end_of(&log)))
@@ -82,7 +93,8 @@ impl Bucket {
         Some(bucket)
     }
 
-    pub(crate) fn endpoint(&self) -> String {
+    /// Where it is.
+    pub fn endpoint(&self) -> String {
         format!("http://127.0.0.1:{}", self.s3)
     }
 }
