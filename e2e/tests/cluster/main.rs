@@ -3,6 +3,7 @@
 
 mod harness;
 mod store_access;
+mod store_nodes;
 mod story;
 
 use aether_e2e::testing::{self, Test};

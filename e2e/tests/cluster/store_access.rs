@@ -4,16 +4,17 @@ use aether_e2e::images::{REGISTRY, TAG};
 use aether_e2e::site::SYSTEM_NAMESPACE;
 use aether_e2e::testing::Test;
 use anyhow::{Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::with_namespace;
 
-/// Starts a pod under `account` that has the importer's programs, a token for the store, and the store's authority.
-async fn pod(test: &Test, name: &str, account: &str) -> Result<()> {
+/// Starts a pod under `account` that has the importer's programs, a token for the store, and the store's authority, and
+/// knows these `hosts`.
+pub(crate) async fn pod(test: &Test, name: &str, account: &str, hosts: &Value) -> Result<()> {
     let pod = json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
         "spec": {
-            "serviceAccountName": account, "terminationGracePeriodSeconds": 1,
+            "serviceAccountName": account, "terminationGracePeriodSeconds": 1, "hostAliases": hosts,
             "securityContext": {"runAsUser": 1000, "runAsGroup": 1000},
             "containers": [{
                 "name": "main", "image": format!("{REGISTRY}/importer:{TAG}"), "imagePullPolicy": "Never",
@@ -56,7 +57,7 @@ async fn an_agents_pod_is_refused_by_the_store_whatever_token_it_shows() -> Resu
         let tls = format!("https://{address} --store-ca /store/ca.crt");
         let own = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 
-        pod(test, "agent", "default").await?;
+        pod(test, "agent", "default", &json!([])).await?;
         refused("agent", &tls, &["Unauthenticated", "shows no token"]).await?;
         // For the API server: with its audience where tokens have any, without an end before Kubernetes 1.21.
         refused("agent", &format!("{tls} --store-token {own}"), &["Unauthenticated", "aether-store"]).await?;
@@ -67,7 +68,7 @@ async fn an_agents_pod_is_refused_by_the_store_whatever_token_it_shows() -> Resu
 
         // Under the account of imports, contents may be brought; that is all.
         test.tools.kubectl(&["create", "serviceaccount", "aether-importer"]).await?;
-        pod(test, "import", "aether-importer").await?;
+        pod(test, "import", "aether-importer", &json!([])).await?;
         let output = import("import", &format!("{tls} --store-token /store/token")).await?;
         ensure!(output.code == 0, "an import is refused: {}", output.stdout);
         Ok(())
