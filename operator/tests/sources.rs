@@ -348,6 +348,22 @@ async fn a_job_that_took_the_place_of_the_operators_fails_the_import() {
 }
 
 #[tokio::test]
+async fn a_job_that_is_the_same_but_not_the_operators_fails_the_import() {
+    let operator = Operator::new();
+    put(&operator, None);
+    let first = reconcile(&operator).await.import.unwrap();
+    let mut again: Job = operator.api.get(NAMESPACE, &first.job).unwrap();
+    assert_eq!(first.job_uid, again.metadata.uid);
+    operator.api.remove::<Job>(NAMESPACE, &first.job);
+    again.metadata.uid = None;
+    again.metadata.resource_version = None;
+    operator.api.put(&again);
+    ends(&operator, json!({"ok": true, "root": "old/1", "files": 1, "bytes": 1}));
+    let status = reconcile(&operator).await;
+    assert_eq!((status.revisions.len(), importing(&status)), (0, reason::IMPORT_FAILED));
+}
+
+#[tokio::test]
 async fn an_import_with_a_token_for_the_store_is_believed() {
     let authority = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(authority.path(), "authority").unwrap();

@@ -212,6 +212,9 @@ pub struct Revision {
 pub struct Import {
     /// The Job's name, in the source's namespace.
     pub job: String,
+    /// Its uid: a later Job of that name is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job_uid: Option<String>,
     /// The generation of the spec that is imported.
     pub generation: i64,
     /// The value of annotation `aether.dev/refresh` when it was started.

@@ -149,7 +149,11 @@ async fn start(
         admission::provide_account(&context.client, &namespace).await?;
     }
     let job = admitted_job(source, name.clone(), known.as_deref(), authority.as_deref(), &context.config);
-    objects::create(&jobs, &job).await?;
+    let made = match objects::create(&jobs, &job).await? {
+        Some(made) => Some(made),
+        // Of a start that was not written down, or made by somebody who guessed the name: it is believed as far as it is the same.
+        None => objects::get(&jobs, &name).await?,
+    };
     if !previous.is_empty()
         && let Some(old) = objects::get(&jobs, &previous).await?
     {
@@ -157,6 +161,7 @@ async fn start(
     }
     status.import = Some(Import {
         job: name.clone(),
+        job_uid: made.and_then(|made| made.uid()),
         generation: source.meta().generation.unwrap_or_default(),
         requested: source.annotations().get(REFRESH_ANNOTATION).cloned(),
         origin,
@@ -269,11 +274,14 @@ fn hear(
 
 /// Reads how far the import is.
 async fn follow(source: &AetherSource, status: &mut AetherSourceStatus, context: &Context) -> Result<Again> {
-    let Some(name) = status.import.as_ref().map(|import| import.job.clone()) else { return Ok(None) };
+    let Some((name, uid)) = status.import.as_ref().map(|import| (import.job.clone(), import.job_uid.clone())) else {
+        return Ok(None);
+    };
     let namespace = source.namespace().unwrap_or_default();
     let jobs: Api<Job> = objects::namespaced(&context.client, &namespace);
     let pods: Api<Pod> = objects::namespaced(&context.client, &namespace);
-    let job = objects::get(&jobs, &name).await?;
+    // Whoever deletes the operator's Job can make another of its name, of which nobody knows what it had seen before.
+    let job = objects::get(&jobs, &name).await?.filter(|job| uid.is_none() || job.uid() == uid);
     let labelled = objects::list(&pods, &format!("job-name={name}")).await?;
     let (outcome, pod) = hear(job.as_ref(), labelled, source, status, &context.config)?;
     let Some(import) = &mut status.import else { return Ok(None) };
@@ -486,6 +494,7 @@ mod tests {
         let source = AetherSource::new("s", Default::default());
         let import = |phase: &str| Import {
             job: "j".into(),
+            job_uid: None,
             generation: 1,
             requested: None,
             origin: "o".into(),

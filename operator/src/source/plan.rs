@@ -86,6 +86,7 @@ mod tests {
         );
         let import = Import {
             job: "j".into(),
+            job_uid: None,
             generation: 1,
             requested: None,
             origin: origin(&source),
