@@ -11,7 +11,7 @@ use aether_cas::tree::Mtime;
 use bytes::Bytes;
 use futures::{StreamExt, stream::BoxStream};
 use object_store::aws::{AmazonS3, AmazonS3Builder, AwsAuthorizer, AwsCredential};
-use object_store::client::{HttpClient, HttpConnector, HttpErrorKind, HttpRequestBody, ReqwestConnector};
+use object_store::client::{HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequestBody, ReqwestConnector};
 use object_store::{BackoffConfig, Certificate, ClientOptions, GetOptions, ObjectStore, RetryConfig};
 use serde::Deserialize;
 use url::Url;
@@ -187,19 +187,7 @@ impl Bucket {
                 .try_authorize(&mut request, None)
                 .map_err(|error| lasting(self.failed(&error.to_string())))?;
         }
-        let lost = |error: object_store::client::HttpError| {
-            let reason = match error.kind() {
-                HttpErrorKind::Connect => Reason::BucketNotFound,
-                _ => Reason::ImportFailed,
-            };
-            let message = format!(
-                "bucket {} at {} cannot be reached: {:#} (check spec.s3.endpoint, and that the cluster can reach it)",
-                self.name,
-                self.endpoint,
-                anyhow::Error::from(error)
-            );
-            Trouble { failure: Failure::new(reason, message), passing: true }
-        };
+        let lost = |error| self.unreachable(error);
         let answer = self.client.execute(request).await.map_err(lost)?;
         let (head, body) = answer.into_parts();
         let text = body.bytes().await.map_err(lost)?;
@@ -210,6 +198,26 @@ impl Bucket {
         let refusal = quick_xml::de::from_reader(&text[..]).unwrap_or_default();
         let passing = head.status.is_server_error() || [408, 429].contains(&head.status.as_u16());
         Err(Trouble { failure: self.refused(head.status.as_u16(), &refusal), passing })
+    }
+
+    fn unreachable(&self, error: HttpError) -> Trouble {
+        let connected = error.kind() != HttpErrorKind::Connect;
+        let why = format!("{:#}", anyhow::Error::from(error));
+        let untrusted = why.contains("certificate");
+        let (reason, way_out) = match &self.secret_name {
+            Some(name) if untrusted => {
+                (Reason::SecretInvalid, format!("put the PEM certificate of the service's authority into ca.crt of Secret {name}, named by spec.s3.secretRef"))
+            }
+            None if untrusted => {
+                (Reason::SecretInvalid, "put the PEM certificate of the service's authority into ca.crt of a Secret and name that in spec.s3.secretRef".into())
+            }
+            _ => {
+                let reason = if connected { Reason::ImportFailed } else { Reason::BucketNotFound };
+                (reason, "check spec.s3.endpoint, and that the cluster can reach it".into())
+            }
+        };
+        let message = format!("bucket {} at {} cannot be reached: {why} ({way_out})", self.name, self.endpoint);
+        Trouble { failure: Failure::new(reason, message), passing: !untrusted }
     }
 
     /// Opens an object, if it is still the one that was listed.
@@ -313,7 +321,9 @@ impl Secret {
         }
         let authorities = match read("ca.crt")? {
             Some(text) => Certificate::from_pem_bundle(text.as_bytes())
-                .map_err(|_| invalid("has a ca.crt that is no PEM certificate".into()))?,
+                .ok()
+                .filter(|authorities| !authorities.is_empty())
+                .ok_or_else(|| invalid("has a ca.crt that is no PEM certificate".into()))?,
             None => Vec::new(),
         };
         let credential = match (read("AWS_ACCESS_KEY_ID")?, read("AWS_SECRET_ACCESS_KEY")?) {

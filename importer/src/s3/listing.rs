@@ -84,8 +84,8 @@ impl Listing {
         for (path, object) in entries.files.iter().chain(&entries.folders) {
             let mut above = path.match_indices('/').map(|(end, _)| &path[..end]);
             let folder = above.find(|above| files.contains(above));
-            let marker = entries_is_folder(path, object).then_some(*path).filter(|path| files.contains(path));
-            if let Some(both) = folder.or(marker) {
+            let itself = Some(*path).filter(|path| object.key.ends_with('/') && files.contains(path));
+            if let Some(both) = folder.or(itself) {
                 let key = format!("{}{both}", self.prefix);
                 return Err(refused(&key, &format!("key {:?} makes it a folder too", object.key)));
             }
@@ -97,11 +97,6 @@ impl Listing {
     pub(super) fn is_empty(&self) -> bool {
         self.objects.is_empty()
     }
-}
-
-/// Whether the object stands for the folder itself.
-fn entries_is_folder(path: &str, object: &Listed) -> bool {
-    object.key.len() > path.len() && object.key.ends_with('/')
 }
 
 fn check_names(path: &str, object: &Listed) -> Result<(), Failure> {

@@ -1,50 +1,20 @@
 //! Imports over http and https, with passwords and authorities of one's own.
 
 use std::fs;
-use std::io::Write;
-use std::sync::{Arc, Mutex};
 
 use aether_importer::cli::Git;
 use aether_importer::failure::Reason;
-use tracing_subscriber::fmt::MakeWriter;
 
+use crate::log;
 use crate::repository::{Repository, clone, of, run, secret, with_secret};
 use crate::server::{Server, authority};
 
 const PASSWORD: &str = "hunter22-correct";
 const WRONG_PASSWORD: &str = "swordfish-wrong";
 
-/// Everything that this program logs. A log of one thread alone would miss what others looked at first.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Log {
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
-    }
-}
-
-impl Write for Log {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(data);
-        Ok(data.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-impl MakeWriter<'_> for Log {
-    type Writer = Self;
-    fn make_writer(&self) -> Self {
-        self.clone()
-    }
-}
-
 #[tokio::test]
 async fn a_password_opens_what_is_closed_and_is_seen_nowhere() {
-    let log = Log::default();
-    tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(log.clone()).init();
+    let log = log::watched();
     let root = tempfile::tempdir().unwrap();
     let repository = Repository::at(&root.path().join("repository"));
     for server in

@@ -4,6 +4,7 @@
 mod counting;
 mod https;
 mod lfs;
+mod log;
 mod objects;
 mod repository;
 mod s3;

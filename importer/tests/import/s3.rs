@@ -13,12 +13,16 @@ use aether_importer::scan::Stored;
 use aether_testkit::bucket::{BUCKET, Bucket, KEY, SECRET};
 use object_store::aws::{AwsAuthorizer, AwsCredential};
 use object_store::client::{HttpClient, HttpConnector, ReqwestConnector};
+use rustls::ServerConfig;
 use tempfile::TempDir;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
 
 use super::counting::Counting;
+use super::log;
 use super::repository::{secret, silent};
+use super::server;
 
 /// A service, and what is between it and the import.
 struct World {
@@ -40,22 +44,34 @@ struct Between {
 }
 
 impl Between {
-    async fn start(service: String) -> Arc<Self> {
+    /// Speaks TLS with the import, if told how.
+    async fn start(service: String, tls: Option<Arc<ServerConfig>>) -> Arc<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let address = format!("{scheme}://{}", listener.local_addr().unwrap());
         let between = Arc::new(Self { address, asked: Mutex::default(), before: Mutex::default() });
         let passing = between.clone();
         tokio::spawn(async move {
             while let Ok((from, _)) = listener.accept().await {
                 let to = TcpStream::connect(service.strip_prefix("http://").unwrap()).await.unwrap();
-                tokio::spawn(passing.clone().pass(from, to));
+                let Some(tls) = tls.clone() else {
+                    tokio::spawn(passing.clone().pass(from, to));
+                    continue;
+                };
+                let passing = passing.clone();
+                tokio::spawn(async move {
+                    // Who does not believe our certificate goes away.
+                    if let Ok(from) = TlsAcceptor::from(tls).accept(from).await {
+                        passing.pass(from, to).await;
+                    }
+                });
             }
         });
         between
     }
 
-    async fn pass(self: Arc<Self>, from: TcpStream, to: TcpStream) {
-        let ((mut asks, mut hears), (mut answers, mut told)) = (from.into_split(), to.into_split());
+    async fn pass(self: Arc<Self>, from: impl AsyncRead + AsyncWrite + Send + 'static, to: TcpStream) {
+        let ((mut asks, mut hears), (mut answers, mut told)) = (tokio::io::split(from), to.into_split());
         let back = tokio::spawn(async move { tokio::io::copy(&mut answers, &mut hears).await });
         let mut buffer = vec![0; 64 * 1024];
         // A client that has no body to send writes each request at once.
@@ -90,7 +106,7 @@ impl World {
         let service = Bucket::start(folder.path());
         let _ = rustls::crypto::ring::default_provider().install_default();
         Self {
-            between: Between::start(service.endpoint()).await,
+            between: Between::start(service.endpoint(), None).await,
             client: ReqwestConnector::default()
                 .connect(&object_store::ClientOptions::new().with_allow_http(true))
                 .unwrap(),
@@ -248,6 +264,7 @@ async fn what_changes_while_it_is_read_is_never_mixed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_imported_is_told_with_a_way_out_and_without_secrets() {
+    let log = log::watched();
     let world = World::start().await;
     let store = MemoryStore::new();
     world.write("bad/a", "a file").await;
@@ -295,4 +312,40 @@ async fn what_cannot_be_imported_is_told_with_a_way_out_and_without_secrets() {
     let failure = import(&asked, &store).await.unwrap_err();
     assert_eq!(failure.reason, Reason::BucketNotFound, "{failure}");
     assert!(failure.message.contains("spec.s3.endpoint"), "{failure}");
+
+    world.write("good/a", "x").await;
+    tree(&world.asked("good"), &store).await;
+    let log = log.text();
+    assert!(log.contains("cannot be reached"), "the log was watched: {log}");
+    for leaked in [SECRET, wrong] {
+        assert!(!log.contains(leaked), "{log}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_right_authority_of_a_service_is_believed() {
+    let world = World::start().await;
+    world.write("t/a", "x").await;
+    let (authority, config) = server::tls();
+    let between = Between::start(world.service.endpoint(), Some(config)).await;
+    let keys = [("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET)];
+    let with = |authority: Option<&str>| {
+        let files: Vec<_> = keys.into_iter().chain(authority.map(|authority| ("ca.crt", authority))).collect();
+        secret(&files)
+    };
+    let asked = |secret: &TempDir| S3 {
+        endpoint: Some(between.address.clone()),
+        secret_dir: Some(secret.path().into()),
+        ..world.asked("t")
+    };
+    let store = MemoryStore::new();
+    let right = with(Some(&authority));
+    assert_eq!(shown(&tree(&asked(&right), &store).await.1, &store), [entry("a", "x")]);
+    let (stranger, _) = server::authority();
+    for wrong in [None, Some(stranger.as_str()), Some("not a certificate")] {
+        let secret = with(wrong);
+        let failure = import(&asked(&secret), &store).await.unwrap_err();
+        assert_eq!(failure.reason, Reason::SecretInvalid, "{failure}");
+        assert!(failure.message.contains("ca.crt") && failure.message.contains("Secret platform/key"), "{failure}");
+    }
 }

@@ -84,7 +84,8 @@ pub(crate) fn authority() -> (String, Issuer<'static, KeyPair>) {
     (certificate.pem(), Issuer::new(params, key))
 }
 
-fn tls() -> (String, Arc<ServerConfig>) {
+/// The PEM of an authority, and what a server with a certificate of it for 127.0.0.1 needs.
+pub(crate) fn tls() -> (String, Arc<ServerConfig>) {
     let (pem, issuer) = authority();
     let key = KeyPair::generate().expect("keys can be made");
     let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("an address is a name");
