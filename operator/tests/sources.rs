@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use aether_api::conditions::{self, IMPORTING, READY, reason};
+use aether_api::conditions::{self, IMPORTING, INTACT, READY, Wanted, reason};
 use aether_api::names::REFRESH_ANNOTATION;
 use aether_api::source::{GitSource, S3Source, SecretReference};
 use aether_api::{AetherSource, AetherSourceSpec, AetherSourceStatus};
@@ -151,6 +151,23 @@ async fn a_known_commit_is_not_imported_again() {
         job.spec.unwrap().template.spec.unwrap().containers[0].args.clone().unwrap().join(" ")
     };
     assert!(arguments(&operator).contains("--unless-commit c0ffee"));
+    ends(&operator, json!({"ok": true, "unchanged": true, "files": 0, "bytes": 0, "commit": "c0ffee"}));
+    reconcile(&operator).await;
+    for (status, known) in [("False", false), ("True", true)] {
+        operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| {
+            let wanted = Wanted { status: status == "True", ..Wanted::no(INTACT, reason::CONTENTS_LOST, "1 path") };
+            conditions::set(&mut source.status.as_mut().unwrap().conditions, wanted, None);
+            source.annotations_mut().insert(REFRESH_ANNOTATION.into(), status.into());
+        });
+        reconcile(&operator).await;
+        assert_eq!(arguments(&operator).contains("--unless-commit"), known, "Intact is {status}");
+        ends(&operator, json!({"ok": true, "root": "aa/1", "files": 1, "bytes": 1, "commit": "c0ffee"}));
+        reconcile(&operator).await;
+    }
+    operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| {
+        source.annotations_mut().insert(REFRESH_ANNOTATION.into(), "once more".into());
+    });
+    reconcile(&operator).await;
     ends(
         &operator,
         json!({"ok": true, "unchanged": true, "files": 0, "bytes": 0, "commit": "c0ffee", "milliseconds": 1}),

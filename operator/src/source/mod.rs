@@ -14,7 +14,7 @@ mod validate;
 use std::sync::Arc;
 use std::time::Duration;
 
-use aether_api::conditions::{self, IMPORTING, READY, Wanted, reason};
+use aether_api::conditions::{self, IMPORTING, INTACT, READY, Wanted, reason};
 use aether_api::names::REFRESH_ANNOTATION;
 use aether_api::source::{Import, Revision};
 use aether_api::{AetherSource, AetherSourceStatus};
@@ -193,11 +193,12 @@ fn admitted_job(
 }
 
 /// The state of the newest revision, if that was imported from the same origin: while the source is in it, there is nothing to
-/// import.
+/// import. Unless the store has lost contents, which an import brings back.
 fn known_state(status: &AetherSourceStatus, origin: &str) -> Option<String> {
     let last = status.import.as_ref()?;
     let same = last.origin == origin && last.phase == plan::DONE_PHASE;
-    state(status.revisions.first().filter(|_| same)?).map(str::to_owned)
+    let whole = conditions::get(&status.conditions, INTACT).is_none_or(|intact| intact.status == "True");
+    state(status.revisions.first().filter(|_| same && whole)?).map(str::to_owned)
 }
 
 /// What a source was like when a revision of it was made: the commit that its ref meant, or the listing of its bucket.
