@@ -15,7 +15,7 @@ use aether_e2e::site::SYSTEM_NAMESPACE;
 use aether_e2e::story::Story;
 use aether_e2e::testing::{LIMIT, Test};
 use aether_e2e::wait;
-use aether_testkit::bucket::{BUCKET, Bucket, KEY, SECRET};
+use aether_testkit::bucket::Bucket;
 use anyhow::{Result, ensure};
 use kube::ResourceExt;
 use serde_json::json;
@@ -25,8 +25,6 @@ use self::release::{NODES, Release};
 use crate::alone_with_namespace;
 use crate::store_access;
 
-/// The Secret of the bucket's account.
-const CREDENTIALS: &str = "aether-e2e-s3";
 /// Reads everything, and compares it with what was written.
 const COMPARE: &str = "cd /workspace && sha256sum --check --quiet SUMS && git fsck --no-progress 2>&1 && git status --porcelain | grep -v '^??' || true";
 
@@ -77,13 +75,8 @@ async fn play(test: &Test, release: &Release<'_>, gate: &Gate, git: &GitServer) 
     story.aether(&["checkpoint", "work", "--name", "one-volume", "--wait", "durable"]).await?;
 
     // From one volume to a bucket, and from one node to three, as docs/store-durable.md has it.
-    let [key, secret] = [("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET)]
-        .map(|(name, value)| format!("--from-literal={name}={value}"));
-    release.kubectl(&["create", "secret", "generic", CREDENTIALS, &key, &secret]).await?;
-    let durable = json!({"s3": {
-        "bucket": BUCKET, "endpoint": gate.endpoint(), "region": "us-east-1", "credentialsSecret": CREDENTIALS,
-    }});
-    release.upgrade(json!({"durable": durable})).await?;
+    let durable = release.bucket(&gate.endpoint()).await?;
+    release.upgrade_from_an_older_chart(json!({"durable": durable})).await?;
     wait::until("all of the volume is in the bucket", 2 * LIMIT, async || {
         let compared = release.metric("aether-store-0", "aether_store_compared").await?;
         let pending = release.metric("aether-store-0", "aether_store_pending_blobs").await?;
@@ -128,8 +121,7 @@ async fn play(test: &Test, release: &Release<'_>, gate: &Gate, git: &GitServer) 
     for pod in ["reader", "by-name"] {
         story.delete_pod(pod).await?;
     }
-    story.kubectl(&["delete", "aethersession,aethercheckpoint,aethersource", "--all", "--timeout=120s"]).await?;
-    release.kubectl(&["delete", "secret", CREDENTIALS]).await.map(drop)
+    story.kubectl(&["delete", "aethersession,aethercheckpoint,aethersource", "--all", "--timeout=120s"]).await.map(drop)
 }
 
 /// A git repository of files that nobody has seen before.

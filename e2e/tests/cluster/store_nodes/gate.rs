@@ -1,10 +1,11 @@
-//! A gate between the store and its bucket: while it is closed nothing gets into the bucket, though it can be read, so that an
+//! A gate between the store and its bucket: while it is closed no pack gets into the bucket, though all can be read, so that an
 //! upload is under way for as long as a test wants.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use aether_e2e::network::HOST;
+use aether_testkit::bucket::BUCKET;
 use anyhow::{Context, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -55,7 +56,7 @@ impl Gate {
         self.open.send_replace(true);
     }
 
-    /// How many requests to store something have come to the closed gate.
+    /// How many requests to store a pack have come to the closed gate.
     pub(crate) fn held(&self) -> usize {
         self.held.load(Ordering::SeqCst)
     }
@@ -77,8 +78,10 @@ async fn pass(client: TcpStream, service: &str, mut opened: watch::Receiver<bool
             if read == 0 {
                 break anyhow::Ok(());
             }
-            // An object, or the begin of one in parts.
-            let stores = [&b"PUT "[..], b"POST "].iter().any(|verb| buffer[..read].starts_with(verb));
+            // As a whole, or the begin of one in parts.
+            let stores = ["PUT", "POST"]
+                .iter()
+                .any(|verb| buffer[..read].starts_with(format!("{verb} /{BUCKET}/packs/").as_bytes()));
             if stores && !*opened.borrow() {
                 held.fetch_add(1, Ordering::SeqCst);
                 opened.wait_for(|open| *open).await?;

@@ -8,6 +8,7 @@ use aether_e2e::site::SYSTEM_NAMESPACE;
 use aether_e2e::testing::{LIMIT, Test, pod_ready};
 use aether_e2e::tools::Tools;
 use aether_e2e::wait;
+use aether_testkit::bucket::{BUCKET, KEY, SECRET};
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
@@ -18,6 +19,8 @@ use serde_json::{Value, json};
 const FOLDER: &str = "/var/lib/aether-e2e-store";
 /// Names the volumes' class; there need be no such object.
 const CLASS: &str = "aether-e2e-store";
+/// The Secret of the bucket's account.
+const CREDENTIALS: &str = "aether-e2e-s3";
 const PODS: &str = "app.kubernetes.io/name=aether,app.kubernetes.io/component=store";
 pub(crate) const NODES: usize = 3;
 
@@ -61,6 +64,26 @@ impl<'a> Release<'a> {
         self.helm(&values).await
     }
 
+    /// As [`Release::upgrade`], from a chart in which the StatefulSet had another Service: it is refused, and goes on with the pod
+    /// and the volume that are there once the StatefulSet alone is deleted, as CHANGELOG.md has it.
+    pub(crate) async fn upgrade_from_an_older_chart(&self, store: Value) -> Result<()> {
+        let set = self.kubectl(&["get", "statefulset", "aether-store", "--output=json"]).await?;
+        let mut set: Value = serde_json::from_str(&set)?;
+        let metadata = &set["metadata"];
+        set["metadata"] =
+            json!({"name": "aether-store", "labels": metadata["labels"], "annotations": metadata["annotations"]});
+        set["spec"]["serviceName"] = "aether-store".into();
+        let alone = ["delete", "statefulset", "aether-store", "--cascade=orphan"];
+        self.kubectl(&alone).await?;
+        self.system.apply(&set.to_string()).await?;
+        let refused = self.upgrade(store.clone()).await.err().map(|error| format!("{error:#}")).unwrap_or_default();
+        ensure!(refused.contains("--cascade=orphan"), "the upgrade is not refused with what to do: {refused}");
+        self.kubectl(&alone).await?;
+        let pods = self.pods().await?;
+        ensure!(pods.len() == 1 && pod_ready(&pods[0]), "the pod did not stay: {} pods", pods.len());
+        self.upgrade(store).await
+    }
+
     /// Loses all volumes at once, and starts the nodes on new ones.
     pub(crate) async fn lose_all_volumes(&self) -> Result<()> {
         self.stop().await?;
@@ -70,8 +93,22 @@ impl<'a> Release<'a> {
         self.until_ready(NODES).await
     }
 
+    /// The bucket as values of the chart, with its account in a Secret.
+    pub(crate) async fn bucket(&self, endpoint: &str) -> Result<Value> {
+        let secret = json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": CREDENTIALS},
+            "stringData": {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET},
+        });
+        self.system.apply(&secret.to_string()).await?;
+        let s3 = json!({
+            "bucket": BUCKET, "endpoint": endpoint, "region": "us-east-1", "credentialsSecret": CREDENTIALS,
+        });
+        Ok(json!({"s3": s3}))
+    }
+
     /// The release as it was found, and nothing of this one left.
     pub(crate) async fn give_back(self) -> Result<()> {
+        self.kubectl(&["delete", "secret", CREDENTIALS, "--ignore-not-found"]).await?;
         self.kubectl(&["delete", "statefulset", "aether-store", "--ignore-not-found"]).await?;
         self.until_no_pods().await?;
         self.remove_volumes().await?;
