@@ -19,7 +19,8 @@ pub struct Config {
     /// Address of the store, such as https://aether-store.aether-system.svc:8980.
     #[arg(long, env = "AETHER_STORE")]
     pub store: String,
-    /// Addresses of all nodes of the store, which are asked what they have lost; --store when there are none.
+    /// Addresses of all nodes of the store: imports bring each content to the node for it, and all are asked what they have lost.
+    /// --store when there are none.
     #[arg(long, env = "AETHER_STORE_NODES", value_delimiter = ',', value_name = "URL")]
     pub store_nodes: Vec<String>,
     /// How often they are asked, such as 5m; `off` for never.
@@ -56,6 +57,16 @@ pub struct Config {
     /// How many objects of one kind are reconciled at the same time.
     #[arg(long, env = "AETHER_CONCURRENCY", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
     pub concurrency: u16,
+}
+
+impl Config {
+    /// The addresses of the store's nodes, or the one of the store.
+    pub fn nodes(&self) -> &[String] {
+        match &self.store_nodes[..] {
+            [] => std::slice::from_ref(&self.store),
+            nodes => nodes,
+        }
+    }
 }
 
 const EXAMPLES: &str = "\

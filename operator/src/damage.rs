@@ -62,11 +62,7 @@ impl Damage {
     /// # Errors
     /// An address that is not one, or credentials that do not fit it.
     pub fn connect(config: &Config) -> anyhow::Result<Self> {
-        let nodes = match &config.store_nodes[..] {
-            [] => std::slice::from_ref(&config.store),
-            nodes => nodes,
-        };
-        let nodes = nodes.iter().map(|address| {
+        let nodes = config.nodes().iter().map(|address| {
             let client = pins::client(address, &config.credentials, DEADLINE)?;
             Ok(client.max_decoding_message_size(ANSWER))
         });

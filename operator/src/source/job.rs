@@ -97,7 +97,8 @@ pub(super) fn job(source: &AetherSource, name: String, known: Option<&str>, conf
             ..VolumeMount::default()
         });
     }
-    arguments.extend(["--store".into(), config.store.clone()]);
+    // All its nodes, so that a content lies where who reads it looks first.
+    arguments.extend(["--store".into(), config.nodes().join(",")]);
     let container = Container {
         name: CONTAINER.into(),
         image: Some(config.importer_image.clone()),
@@ -235,6 +236,13 @@ mod tests {
         assert_eq!(container(&job).args.clone().unwrap().join(" "), "s3 --bucket models --store http://s");
         let pod = job.spec.unwrap().template.spec.unwrap();
         assert!(pod.volumes.unwrap().iter().all(|volume| volume.secret.is_none()));
+    }
+
+    #[test]
+    fn an_import_knows_all_nodes_of_the_store() {
+        let config = Config { store_nodes: vec!["http://n0".into(), "http://n1".into()], ..config() };
+        let job = job(&source(AetherSourceSpec::default()), "n".into(), None, &config);
+        assert_eq!(container(&job).args.clone().unwrap().join(" "), "empty --store http://n0,http://n1");
     }
 
     #[test]
