@@ -147,9 +147,12 @@ impl Bucket {
         loop {
             let page = self.page(token.as_deref()).await?;
             for content in page.contents {
-                let etag = content.etag.filter(|etag| !etag.is_empty()).ok_or_else(|| {
-                    self.failed(&format!("the service lists {:?} without an ETag, which an import needs", content.key))
-                })?;
+                // Some services list it without its quotes.
+                let etag = content.etag.unwrap_or_default().trim_matches('"').to_owned();
+                if etag.is_empty() {
+                    let why = format!("the service lists {:?} without an ETag, which an import needs", content.key);
+                    return Err(self.failed(&why));
+                }
                 let modified = Mtime { seconds: content.last_modified.as_second(), nanos: 0 };
                 objects.push(Listed { key: content.key, etag, size: content.size, modified });
             }
@@ -235,10 +238,11 @@ impl Bucket {
             Failure::new(reason, format!("cannot read {:?} of bucket {}: {error}", object.key, self.name))
         };
         let path = object_store::path::Path::parse(&object.key).map_err(|error| unreadable(error.into()))?;
-        let options = GetOptions { if_match: Some(object.etag.clone()), ..GetOptions::default() };
+        let etag = format!("\"{}\"", object.etag);
+        let options = GetOptions { if_match: Some(etag.clone()), ..GetOptions::default() };
         match self.objects.get_opts(&path, options).await {
             // A service may know no conditions.
-            Ok(answer) if answer.meta.size == object.size && answer.meta.e_tag.as_ref() == Some(&object.etag) => {
+            Ok(answer) if answer.meta.size == object.size && answer.meta.e_tag == Some(etag) => {
                 Ok(Some(answer.into_stream().boxed()))
             }
             Ok(_) | Err(object_store::Error::Precondition { .. } | object_store::Error::NotFound { .. }) => Ok(None),

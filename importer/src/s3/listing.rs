@@ -16,7 +16,7 @@ const VERSION: &[u8] = b"aether listing 1\0";
 pub(super) struct Listed {
     /// The whole key.
     pub(super) key: String,
-    /// Another for each content that the key ever has.
+    /// Another for each content that the key ever has; without quotes.
     pub(super) etag: String,
     /// Bytes.
     pub(super) size: u64,
@@ -43,6 +43,16 @@ impl Listing {
         // Services list so, but not every one promises it.
         objects.sort_by(|one, other| one.key.cmp(&other.key));
         Self { prefix: prefix.to_owned(), objects }
+    }
+
+    /// The first key that is not the same in the other; nothing as long as the digests are the same.
+    pub(super) fn difference<'a>(&'a self, other: &'a Self) -> Option<&'a str> {
+        let same = |(one, other): &(&Listed, &Listed)| {
+            (&one.key, &one.etag, one.size) == (&other.key, &other.etag, other.size)
+        };
+        let begin = self.objects.iter().zip(&other.objects).take_while(same).count();
+        let ends = [self.objects.get(begin), other.objects.get(begin)];
+        ends.into_iter().flatten().map(|object| object.key.as_str()).min()
     }
 
     /// The same as long as keys, ETags and sizes are.
@@ -130,7 +140,7 @@ mod tests {
     use super::*;
 
     fn object(key: &str, size: u64) -> Listed {
-        Listed { key: key.into(), etag: format!("\"{size}\""), size, modified: Mtime::default() }
+        Listed { key: key.into(), etag: format!("e{size}"), size, modified: Mtime::default() }
     }
 
     fn listing(prefix: &str, keys: &[(&str, u64)]) -> Listing {
@@ -176,10 +186,18 @@ mod tests {
         let mut later = known.clone();
         later.objects[0].modified.seconds += 1;
         assert_eq!(known.digest(), later.digest());
+        assert_eq!(known.difference(&later), None);
         let mut other = known.clone();
-        other.objects[0].etag = "\"x\"".into();
-        for other in [other, listing("a/", &[("a/b", 1)]), listing("a/", &[("a/b", 1), ("a/d", 2)])] {
+        other.objects[0].etag = "x".into();
+        let cases = [
+            (other, "a/b"),
+            (listing("a/", &[("a/b", 1)]), "a/c"),
+            (listing("a/", &[("a/b", 1), ("a/d", 2)]), "a/c"),
+            (listing("a/", &[("a/a", 1), ("a/b", 1), ("a/c", 2)]), "a/a"),
+        ];
+        for (other, key) in cases {
             assert_ne!(known.digest(), other.digest());
+            assert_eq!((known.difference(&other), other.difference(&known)), (Some(key), Some(key)));
         }
     }
 }

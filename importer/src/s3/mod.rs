@@ -67,7 +67,7 @@ pub async fn import(asked: &S3, scratch: &Path, to: &dyn Store, reporter: Arc<Re
     let bucket = Bucket::open(asked)?;
     let work = Work { bucket: &bucket, scratch, to, reporter: &reporter, large: Semaphore::new(LARGE) };
     let mut known = Known::new();
-    let mut pause = PAUSE;
+    let (mut pause, mut changed) = (PAUSE, String::new());
     let mut listing = bucket.list().await?;
     for _ in 0..ROUNDS {
         let digest = listing.digest();
@@ -80,19 +80,20 @@ pub async fn import(asked: &S3, scratch: &Path, to: &dyn Store, reporter: Arc<Re
             return Err(Failure::new(Reason::Invalid, message));
         }
         let entries = listing.entries()?;
-        let changed = work.read(&entries, &mut known).await?;
+        let read = work.read(&entries, &mut known).await?;
         let again = bucket.list().await?;
-        if changed.is_none() && again.digest() == digest {
+        let Some(key) = read.or_else(|| listing.difference(&again).map(str::to_owned)) else {
             let built = build(&entries, &known)?;
             return Ok(Imported::Tree(digest, scan::finish(built, to, &reporter).await?));
-        }
-        tracing::warn!(changed, "{} changed while it was read; what changed is read again", bucket.place());
+        };
+        tracing::warn!(key, "{} changed while it was read; what changed is read again", bucket.place());
+        changed = key;
         listing = again;
         tokio::time::sleep(pause).await;
         pause *= 2;
     }
     let message = format!(
-        "{} changed each of the {ROUNDS} times that it was read: import it when nobody writes to it",
+        "{} changed each of the {ROUNDS} times that it was read, at last {changed:?}: import it when nobody writes to it",
         bucket.place()
     );
     Err(Failure::new(Reason::ImportFailed, message))

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use aether_cas::tree::{Node, walk};
 use aether_cas::{MemoryStore, Store};
@@ -260,6 +261,20 @@ async fn what_changes_while_it_is_read_is_never_mixed() {
     let (listing, stored) = tree(&asked, &store).await;
     assert_eq!(shown(&stored, &store), [entry("a", "newer"), entry("b", "new!")]);
     assert_eq!(tree(&asked, &store).await.0, listing);
+
+    // Somebody writes without a pause.
+    let writing = async {
+        for number in 0.. {
+            world.write("t/b", &format!("state {number}")).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let failure = tokio::select! {
+        outcome = import(&asked, &store) => outcome.unwrap_err(),
+        () = writing => unreachable!("it goes on"),
+    };
+    assert!(failure.reason == Reason::ImportFailed && failure.message.contains("\"t/b\""), "{failure}");
+    assert!(failure.message.contains("when nobody writes to it"), "{failure}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
