@@ -90,32 +90,36 @@ fn change(random: &mut StdRng, root: &Path) {
     }
 }
 
+/// Random commits, each imported in both ways.
+async fn compare_ways(seed: u64) {
+    let mut random = StdRng::seed_from_u64(seed);
+    let repository = Repository::new();
+    let root = repository.path();
+    // Two imports compare packs too, which are made by as many threads as there are.
+    run(root, &["config", "pack.threads", "1"]);
+    for number in 0..random.random_range(1..4) {
+        change(&mut random, root);
+        if seed % 4 == 1 {
+            // A submodule that nobody asks for.
+            run(root, &["update-index", "--add", "--cacheinfo", &format!("160000,{},sub/module", repository.first)]);
+        }
+        run(root, &["add", "--all", "--", ":!sub"]);
+        run(root, &["commit", "--quiet", "--allow-empty", &format!("--message={number}")]);
+    }
+    let head = run(root, &["rev-parse", "HEAD"]);
+    for reference in [None, Some("v1"), Some("refs/pull/7/head"), Some(head.as_str())] {
+        let depth = if random.random() { Some(1) } else { None };
+        let asked = Git { depth, ..of(repository.url(), reference) };
+        same_as_a_checkout(&asked, &format!("seed {seed}, {reference:?}, {depth:?}")).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn random_commits_are_the_same_tree_either_way() {
-    for seed in 0..SEEDS {
-        let mut random = StdRng::seed_from_u64(seed);
-        let repository = Repository::new();
-        let root = repository.path();
-        // Two imports compare packs too, which are made by as many threads as there are.
-        run(root, &["config", "pack.threads", "1"]);
-        for number in 0..random.random_range(1..4) {
-            change(&mut random, root);
-            if seed % 4 == 1 {
-                // A submodule that nobody asks for.
-                run(
-                    root,
-                    &["update-index", "--add", "--cacheinfo", &format!("160000,{},sub/module", repository.first)],
-                );
-            }
-            run(root, &["add", "--all", "--", ":!sub"]);
-            run(root, &["commit", "--quiet", "--allow-empty", &format!("--message={number}")]);
-        }
-        let head = run(root, &["rev-parse", "HEAD"]);
-        for reference in [None, Some("v1"), Some("refs/pull/7/head"), Some(head.as_str())] {
-            let depth = if random.random() { Some(1) } else { None };
-            let asked = Git { depth, ..of(repository.url(), reference) };
-            same_as_a_checkout(&asked, &format!("seed {seed}, {reference:?}, {depth:?}")).await;
-        }
+    // At the same time, because most of it is to wait for git.
+    let seeds: Vec<_> = (0..SEEDS).map(|seed| tokio::spawn(compare_ways(seed))).collect();
+    for seed in seeds {
+        seed.await.unwrap();
     }
 }
 
