@@ -19,6 +19,8 @@ pub const SECRET: &str = "of no use elsewhere";
 pub struct Bucket {
     child: Child,
     s3: u16,
+    /// What it leaves behind otherwise: one of a fixed name for each port.
+    sockets: Vec<PathBuf>,
 }
 
 /// So many ports that were free a moment ago.
@@ -64,6 +66,7 @@ impl Bucket {
         command.args(["server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", "-master.telemetry=false"]);
         // Small volumes, so that none of them takes the disk for itself; no services beside S3 on ports of their own.
         command.args(["-master.volumeSizeLimitMB=64", "-volume.max=100", "-s3.port.iceberg=0", "-s3.port.lance=0"]);
+        let mut sockets = Vec::new();
         for (option, port) in [
             ("master.port", master),
             ("master.port.grpc", master_grpc),
@@ -75,11 +78,14 @@ impl Bucket {
             ("s3.port.grpc", s3_grpc),
         ] {
             command.arg(format!("-{option}={port}"));
+            sockets.push(
+                format!("/tmp/seaweedfs-{}-{port}.sock", option.replacen(".port", "", 1).replace('.', "-")).into(),
+            );
         }
         command.arg(format!("-dir={}", data.display())).arg(format!("-s3.config={}", identities_file.display()));
         let out = std::fs::File::create(log).unwrap();
         let child = command.stdout(out.try_clone().unwrap()).stderr(out).stdin(Stdio::null()).spawn().unwrap();
-        let mut bucket = Self { child, s3 };
+        let mut bucket = Self { child, s3, sockets };
         let begin = Instant::now();
         // S3 refuses who does not sign: then it is there. A bucket is a folder of the filer.
         let ready = || http("GET", s3, "/").contains("403") && http("POST", filer, "/buckets/aether/").contains("201");
@@ -104,6 +110,9 @@ impl Drop for Bucket {
         // It takes its time to end by itself, and its data goes anyway.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        for socket in &self.sockets {
+            let _ = std::fs::remove_file(socket);
+        }
     }
 }
 
