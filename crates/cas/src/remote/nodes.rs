@@ -5,11 +5,13 @@
 //! out for a time that grows with its failures, and then tried again.
 
 use std::{
+    io,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, RwLock},
     time::{Duration, Instant},
 };
 
+use tokio::task::JoinHandle;
 use tonic::transport::Uri;
 
 use super::{RemoteConfig, node::NodeClient};
@@ -93,7 +95,27 @@ pub(super) struct Nodes {
     now: RwLock<Arc<Vec<Arc<Node>>>>,
     /// The name to look up, when one address was given and it is a name.
     name: Option<(String, u16)>,
-    looked_up: tokio::sync::Mutex<Option<Instant>>,
+    look: tokio::sync::Mutex<Option<Look>>,
+}
+
+/// A question about a name.
+struct Look {
+    begun: Instant,
+    /// Until it is taken.
+    answer: Option<JoinHandle<io::Result<Vec<SocketAddr>>>>,
+    /// Whether somebody has waited for it in vain.
+    late: bool,
+}
+
+impl Look {
+    fn begin(host: String, port: u16) -> Self {
+        let ask = async move { Ok(tokio::net::lookup_host((host, port)).await?.collect()) };
+        Self { begun: Instant::now(), answer: Some(tokio::spawn(ask)), late: false }
+    }
+
+    fn is_over(&self) -> bool {
+        self.answer.is_none() && self.begun.elapsed() > LOOK_UP
+    }
 }
 
 impl Nodes {
@@ -115,23 +137,36 @@ impl Nodes {
             config: config.clone(),
             now: RwLock::new(Arc::new(nodes)),
             name,
-            looked_up: tokio::sync::Mutex::new(None),
+            look: tokio::sync::Mutex::new(None),
         })
     }
 
     /// The nodes there are now.
     pub(super) async fn now(&self) -> Arc<Vec<Arc<Node>>> {
         if let Some((host, port)) = &self.name
-            && let Ok(mut looked_up) = self.looked_up.try_lock()
-            && looked_up.is_none_or(|last| last.elapsed() > LOOK_UP)
+            && let Ok(mut look) = self.look.try_lock()
         {
-            // Failing that, what is known goes on serving.
-            if let Ok(Ok(found)) =
-                tokio::time::timeout(LOOK_UP_TIMEOUT, tokio::net::lookup_host((host.as_str(), *port))).await
-            {
-                self.found(found.collect());
+            let due = look.as_ref().is_none_or(Look::is_over);
+            // A name server that kept one call waiting keeps no other, until it has answered.
+            let waits = due && look.as_ref().is_none_or(|last| !last.late);
+            if due {
+                *look = Some(Look::begin(host.clone(), *port));
             }
-            *looked_up = Some(Instant::now());
+            // Without an answer, what is known goes on serving.
+            if let Some(look) = look.as_mut()
+                && let Some(answer) = &mut look.answer
+                && (waits || answer.is_finished())
+            {
+                match tokio::time::timeout(LOOK_UP_TIMEOUT, answer).await {
+                    Ok(answered) => {
+                        look.answer = None;
+                        if let Ok(Ok(found)) = answered {
+                            self.found(found);
+                        }
+                    }
+                    Err(_) => look.late = true,
+                }
+            }
         }
         self.now.read().unwrap_or_else(|e| e.into_inner()).clone()
     }
@@ -199,7 +234,11 @@ mod tests {
     }
 
     fn addresses(nodes: &Nodes) -> Vec<String> {
-        nodes.now.read().unwrap().iter().map(|node| node.address.clone()).collect()
+        addresses_of(&nodes.now.read().unwrap())
+    }
+
+    fn addresses_of(nodes: &[Arc<Node>]) -> Vec<String> {
+        nodes.iter().map(|node| node.address.clone()).collect()
     }
 
     #[tokio::test]
@@ -231,7 +270,10 @@ mod tests {
     #[tokio::test]
     async fn a_name_with_several_addresses_is_several_nodes() {
         let nodes = nodes("http://store.example:8980").unwrap();
-        assert_eq!(nodes.name, Some(("store.example".to_owned(), 8980)));
+        let mut tls = RemoteConfig::new("https://store.example:8980");
+        tls.credentials.authority = Some("ca.crt".into());
+        let tls = Nodes::new(&tls).unwrap();
+        assert!([&nodes, &tls].iter().all(|nodes| nodes.name == Some(("store.example".to_owned(), 8980))));
         let at = |text: &str| text.parse::<SocketAddr>().unwrap();
         nodes.found(vec![at("10.0.0.1:8980"), at("[fd00::1]:8980")]);
         assert_eq!(addresses(&nodes), ["http://store.example:8980"], "one node, as before");
@@ -246,6 +288,24 @@ mod tests {
         for fixed in ["http://10.0.0.1:8980", "http://a:1,http://b:1", "http://[::1]:8980"] {
             assert_eq!(super::tests::nodes(fixed).map(|nodes| nodes.name).ok().flatten(), None, "{fixed}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_name_server_that_does_not_answer_delays_one_call() {
+        let nodes = nodes("http://store.example:8980").unwrap();
+        let look = |answer| Look { begun: Instant::now(), answer: Some(answer), late: true };
+        *nodes.look.lock().await = Some(look(tokio::spawn(std::future::pending())));
+        let begun = Instant::now();
+        assert_eq!(addresses_of(&nodes.now().await), ["http://store.example:8980"]);
+        assert!(begun.elapsed() < LOOK_UP_TIMEOUT);
+        // An answer is taken when it is there.
+        let found = ["10.0.0.1:8980", "10.0.0.2:8980"].map(|at| at.parse().unwrap()).to_vec();
+        let answered = tokio::spawn(std::future::ready(Ok(found)));
+        while !answered.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        *nodes.look.lock().await = Some(look(answered));
+        assert_eq!(addresses_of(&nodes.now().await), ["10.0.0.1:8980", "10.0.0.2:8980"]);
     }
 
     #[tokio::test]
