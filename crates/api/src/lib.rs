@@ -9,18 +9,26 @@
 // Each printcolumn has a name and a type of its own, which the lint takes for repetitions.
 #![allow(clippy::duplicated_attributes)]
 
+pub mod approval;
 pub mod checkpoint;
 pub mod command;
+pub mod commit;
 pub mod conditions;
+pub mod identity;
 pub mod liveness;
 pub mod names;
+pub mod note;
 pub mod quantity;
 pub mod restore;
+pub mod review;
 pub mod session;
 pub mod source;
 
+pub use approval::{AetherApproval, AetherApprovalSpec, AetherApprovalStatus};
 pub use checkpoint::{AetherCheckpoint, AetherCheckpointSpec, AetherCheckpointStatus};
 pub use command::{AetherCommand, AetherCommandSpec, AetherCommandStatus};
+pub use commit::{AetherCommit, AetherCommitSpec, AetherCommitStatus};
+pub use note::{AetherNote, AetherNoteSpec};
 pub use restore::{AetherRestore, AetherRestoreSpec, AetherRestoreStatus};
 pub use session::{AetherSession, AetherSessionSpec, AetherSessionStatus};
 pub use source::{AetherSource, AetherSourceSpec, AetherSourceStatus};
@@ -30,5 +38,14 @@ use kube::CustomResourceExt;
 
 /// Every custom resource definition, in the order in which a reader meets them.
 pub fn definitions() -> Vec<CustomResourceDefinition> {
-    vec![AetherSource::crd(), AetherSession::crd(), AetherCheckpoint::crd(), AetherRestore::crd(), AetherCommand::crd()]
+    vec![
+        AetherSource::crd(),
+        AetherSession::crd(),
+        AetherCheckpoint::crd(),
+        AetherRestore::crd(),
+        AetherCommand::crd(),
+        AetherCommit::crd(),
+        AetherApproval::crd(),
+        AetherNote::crd(),
+    ]
 }

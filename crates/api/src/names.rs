@@ -1,5 +1,7 @@
 //! Every name that two parts must spell alike: groups, labels, annotations, volume attributes.
 
+use sha2::{Digest, Sha256};
+
 /// The API group of all kinds.
 pub const GROUP: &str = "aether.dev";
 /// The version of all kinds.
@@ -22,6 +24,10 @@ pub const SESSION_LABEL: &str = "aether.dev/session";
 pub const SOURCE_LABEL: &str = "aether.dev/source";
 /// Label on pods of an AetherCommand: its name.
 pub const COMMAND_LABEL: &str = "aether.dev/command";
+/// Label on an AetherCommand: the check of a review rule that it is meant for, when its own name is another.
+pub const CHECK_LABEL: &str = "aether.dev/check";
+/// Label on the Jobs of commits and on checkpoints taken for one: the AetherCommit's uid.
+pub const COMMIT_UID_LABEL: &str = "aether.dev/commit-uid";
 /// Label on checkpoints that were not asked for by a person: see the `ORIGIN_*` values.
 pub const ORIGIN_LABEL: &str = "aether.dev/origin";
 /// Made by the session's `checkpoints.interval`; pruned to `checkpoints.keep`.
@@ -32,6 +38,8 @@ pub const ORIGIN_SAFETY: &str = "safety";
 pub const ORIGIN_RECOVERED: &str = "recovered";
 /// Taken by a command with `checkpointAfter`.
 pub const ORIGIN_COMMAND: &str = "command";
+/// Taken for an AetherCommit that names a session.
+pub const ORIGIN_COMMIT: &str = "commit";
 /// Taken by `kubectl aether diff` for the time of the diff.
 pub const ORIGIN_DIFF: &str = "diff";
 
@@ -43,6 +51,9 @@ pub const CLAIM_OWNER_ANNOTATION: &str = "aether.dev/owner";
 pub const RESTORE_UID_ANNOTATION: &str = "aether.dev/restore-uid";
 /// Annotation on a checkpoint: the uid of the command after which it was taken.
 pub const COMMAND_UID_ANNOTATION: &str = "aether.dev/command-uid";
+/// Annotation on sessions and checkpoints: who made them, with the operator's proof, as JSON. Written by the operator when the
+/// object is made.
+pub const CREATOR_ANNOTATION: &str = "aether.dev/created-by";
 /// Annotation on a source: any new value asks for a new import.
 pub const REFRESH_ANNOTATION: &str = "aether.dev/refresh";
 
@@ -77,4 +88,22 @@ pub fn volume_name(session_uid: &str) -> String {
 /// The name of the checkpoint that keeps what a lost node had unsaved under lease epoch `epoch`.
 pub fn recovered_checkpoint_name(session: &str, epoch: i64) -> String {
     format!("{session}-recovered-{epoch}")
+}
+
+/// The name of the one AetherApproval that this user can make of this commit.
+pub fn approval_name(commit: &str, username: &str) -> String {
+    let hash = hex::encode(&Sha256::digest(username)[..8]);
+    format!("{commit}.{hash}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everybody_has_one_voice() {
+        assert_eq!(approval_name("fix", "jane"), "fix.81f8f6dde88365f3");
+        assert_ne!(approval_name("fix", "jane"), approval_name("fix", "Jane"));
+        assert!(approval_name("fix", "").starts_with("fix."));
+    }
 }

@@ -6,6 +6,8 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::review::ReviewRule;
+
 /// Where the base of sessions comes from: exactly one of `git`, `s3`, `claim` and `empty`.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
 #[kube(
@@ -54,6 +56,9 @@ pub struct AetherSourceSpec {
     /// on a node on. `Eager`: as soon as the revision exists, on every node, and before a session is mounted.
     #[serde(default)]
     pub hydration: Hydration,
+    /// What must be so before an AetherCommit of a session of this source runs. One approval when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub review: Option<ReviewRule>,
 }
 
 fn default_revisions_to_keep() -> u32 {
@@ -92,6 +97,9 @@ pub struct GitSource {
     /// `kubernetes.io/ssh-auth` (`ssh-privatekey`, and `known_hosts`); `ca.crt` with either for a private authority.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretReference>,
+    /// The Secret by which commits are pushed, of the same types; `secretRef` when absent. No import sees it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub push_secret_ref: Option<SecretReference>,
 }
 
 /// The objects of an S3 bucket, as files: `/` in a key makes a folder.
@@ -200,6 +208,9 @@ pub struct Revision {
     /// Digest of the bucket's listing (keys, ETags, sizes), for an S3 source: while it is this, a refresh reads no object.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listing: Option<String>,
+    /// The AetherCommit that made it, for one that was promoted: `NAMESPACE/NAME (uid UID)`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promoted: Option<String>,
     /// When the import ended.
     pub time: Time,
     /// How long the import took, from clone to last upload, in milliseconds.

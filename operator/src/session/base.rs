@@ -289,6 +289,7 @@ mod tests {
             bytes: 1,
             commit: None,
             listing: None,
+            promoted: None,
             time: objects::now(),
             milliseconds: 1,
         }

@@ -363,6 +363,7 @@ fn add_revision(status: &mut AetherSourceStatus, imported: Imported) -> String {
         bytes: imported.bytes,
         commit: imported.commit,
         listing: imported.listing,
+        promoted: None,
         time: objects::now(),
         milliseconds: imported.milliseconds,
     };

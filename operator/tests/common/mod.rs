@@ -72,6 +72,7 @@ impl Operator {
             bytes: 1,
             commit: None,
             listing: None,
+            promoted: None,
             time: now(),
             milliseconds: 1,
         };
