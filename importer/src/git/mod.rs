@@ -5,9 +5,7 @@
 //!
 //! Nobody's configuration is read, nothing is asked on a terminal, and no hook or helper of the repository's runs.
 
-mod access;
 mod objects;
-mod program;
 mod reference;
 
 use std::path::Path;
@@ -15,22 +13,13 @@ use std::sync::Arc;
 
 use aether_cas::Store;
 use aether_cas::tree::Mtime;
+use aether_git::{Access, LFS_FILTER, Program, Remote};
 
 use crate::cli::Git;
 use crate::failure::{Failure, Reason};
 use crate::report::{Phase, Reporter};
 use crate::scan::{self, Stored};
-use access::Access;
-use program::Program;
 use reference::Target;
-
-/// How git stores and shows the files that Git LFS keeps, as `git lfs install` has it.
-const LFS_FILTER: [(&str, &str); 4] = [
-    ("filter.lfs.clean", "git-lfs clean -- %f"),
-    ("filter.lfs.smudge", "git-lfs smudge -- %f"),
-    ("filter.lfs.process", "git-lfs filter-process"),
-    ("filter.lfs.required", "true"),
-];
 
 /// What became of a clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,8 +51,9 @@ pub async fn import(
     to: &dyn Store,
     reporter: Arc<Reporter>,
 ) -> Result<Imported, Failure> {
-    let access = Access::prepare(asked, scratch)?;
-    let git = Program::new(&access, scratch, &reporter);
+    let access = Access::prepare(&remote(asked), scratch)?;
+    let progress = |done, all, bytes| reporter.progress(Phase::Cloning, done, Some(all), bytes);
+    let git = Program::new(&access, scratch, &progress);
     let target = match find(&git, asked, scratch, &reporter).await? {
         Found::Known(commit) => return Ok(Imported::Unchanged(commit)),
         Found::New(target) => target,
@@ -90,8 +80,9 @@ pub async fn import(
 /// # Errors
 /// With the reason for the source's conditions, and git's own words.
 pub async fn clone(asked: &Git, worktree: &Path, scratch: &Path, reporter: &Reporter) -> Result<Cloned, Failure> {
-    let access = Access::prepare(asked, scratch)?;
-    let git = Program::new(&access, scratch, reporter);
+    let access = Access::prepare(&remote(asked), scratch)?;
+    let progress = |done, all, bytes| reporter.progress(Phase::Cloning, done, Some(all), bytes);
+    let git = Program::new(&access, scratch, &progress);
     let target = match find(&git, asked, scratch, reporter).await? {
         Found::Known(commit) => return Ok(Cloned::Unchanged(commit)),
         Found::New(target) => target,
@@ -100,6 +91,10 @@ pub async fn clone(asked: &Git, worktree: &Path, scratch: &Path, reporter: &Repo
     let (commit, mtime) = head(&git, worktree).await?;
     check_out(&git, asked, mtime, worktree).await?;
     Ok(Cloned::Commit(commit))
+}
+
+fn remote(asked: &Git) -> Remote<'_> {
+    Remote { url: &asked.url, secret_dir: asked.secret_dir.as_deref(), secret_name: asked.secret_name.as_deref() }
 }
 
 /// What a ref means.
@@ -196,7 +191,7 @@ async fn fetch(git: &Program<'_>, asked: &Git, target: &Target, worktree: &Path)
     match target {
         Target::Branch { .. } => Ok(()),
         Target::Tag { commit, .. } | Target::Ref { commit, .. } | Target::Commit { id: commit } => {
-            git.run(worktree, &["update-ref", "--no-deref", "HEAD", &format!("{commit}^{{commit}}")]).await
+            Ok(git.run(worktree, &["update-ref", "--no-deref", "HEAD", &format!("{commit}^{{commit}}")]).await?)
         }
     }
 }
@@ -207,17 +202,17 @@ async fn fetch_one(git: &Program<'_>, depth: Option<&str>, wanted: &str, worktre
     arguments.extend(["origin", wanted]);
     git.run(worktree, &arguments).await.map_err(|failure| match failure.reason {
         // A server that does not know the commit says so in many ways.
-        Reason::ImportFailed => Failure::new(Reason::RefNotFound, failure.message),
-        _ => failure,
+        aether_git::Reason::Failed => Failure::new(Reason::RefNotFound, failure.message),
+        _ => failure.into(),
     })
 }
 
-fn without_lfs(failure: Failure) -> Failure {
+fn without_lfs(failure: aether_git::Failure) -> Failure {
     if failure.message.contains("'lfs' is not a git command") {
         return Failure::new(
             Reason::ImportFailed,
             "this importer's image has no git-lfs: use one that has it, or leave spec.git.lfs out",
         );
     }
-    failure
+    failure.into()
 }

@@ -14,13 +14,13 @@ use aether_cas::transfer::{BATCH_BYTES, Object, upload_found};
 use aether_cas::tree::{Attributes, Mtime, Node};
 use aether_cas::{Blob, Store};
 use aether_engine::git::index::{Id, Index};
+use aether_git::Program;
 use bytes::Bytes;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Child;
 use tokio::sync::mpsc::Sender;
 use tokio::task::JoinSet;
 
-use super::program::Program;
 use crate::failure::{Failure, Reason};
 use crate::folder::Folder;
 use crate::report::{Phase, Reporter};

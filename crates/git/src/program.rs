@@ -1,67 +1,129 @@
 //! Running git: its environment, its progress, and what it says when it fails.
 
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 
-use super::access::Access;
+use crate::access::Access;
 use crate::failure::{Failure, classify, way_out};
-use crate::report::{Phase, Reporter};
 
 /// How much of git's words is kept: its last ones.
 const LAST_WORDS: usize = 16 * 1024;
 
-/// Git, as this import runs it.
-pub(super) struct Program<'a> {
+/// Hears how many things are done, of how many, and how many bytes were received.
+type OnProgress<'a> = &'a (dyn Fn(u64, u64, u64) + Send + Sync);
+
+/// Git, as it is run for one repository.
+#[derive(Clone, Copy)]
+pub struct Program<'a> {
     access: &'a Access,
     home: &'a Path,
-    reporter: &'a Reporter,
+    progress: OnProgress<'a>,
+}
+
+/// What git is asked beside its arguments.
+#[derive(Clone, Copy, Default)]
+pub struct Call<'a> {
+    /// What it reads.
+    pub input: &'a [u8],
+    /// Environment, in which no secret has a place either.
+    pub environment: &'a [(&'a str, &'a str)],
+}
+
+/// How git ended.
+pub struct Output {
+    /// Its exit status.
+    pub status: ExitStatus,
+    /// What it printed.
+    pub printed: Vec<u8>,
+    /// What it complained of.
+    pub words: String,
 }
 
 impl<'a> Program<'a> {
-    pub(super) fn new(access: &'a Access, home: &'a Path, reporter: &'a Reporter) -> Self {
-        Self { access, home, reporter }
+    /// Git with this access. `home` is where programs that it runs may leave things.
+    pub fn new(access: &'a Access, home: &'a Path, progress: OnProgress<'a>) -> Self {
+        Self { access, home, progress }
     }
 
     /// Runs git in `directory`.
-    pub(super) async fn run(&self, directory: &Path, arguments: &[&str]) -> Result<(), Failure> {
+    ///
+    /// # Errors
+    /// Git's own words, and what they mean.
+    pub async fn run(&self, directory: &Path, arguments: &[&str]) -> Result<(), Failure> {
         self.output(directory, arguments).await.map(drop)
     }
 
     /// Runs git in `directory` and returns what it printed.
-    pub(super) async fn output(&self, directory: &Path, arguments: &[&str]) -> Result<String, Failure> {
-        let what = format!("git {}", arguments.first().unwrap_or(&""));
+    ///
+    /// # Errors
+    /// Git's own words, and what they mean.
+    pub async fn output(&self, directory: &Path, arguments: &[&str]) -> Result<String, Failure> {
+        let printed = self.ask(directory, arguments, Call::default()).await?;
+        String::from_utf8(printed).map_err(|error| Failure::other("read what git printed", error))
+    }
+
+    /// Runs git in `directory` with input or environment, and returns what it printed.
+    ///
+    /// # Errors
+    /// Git's own words, and what they mean.
+    pub async fn ask(&self, directory: &Path, arguments: &[&str], call: Call<'_>) -> Result<Vec<u8>, Failure> {
+        let output = self.call(directory, arguments, call).await?;
+        if output.status.success() { Ok(output.printed) } else { Err(self.failure(arguments, &output)) }
+    }
+
+    /// Runs git in `directory`; it may end as it likes.
+    ///
+    /// # Errors
+    /// Git cannot be run.
+    pub async fn call(&self, directory: &Path, arguments: &[&str], call: Call<'_>) -> Result<Output, Failure> {
         tracing::info!(command = self.access.redact(&arguments.join(" ")), "git");
-        let mut child = self
-            .command(directory)
+        let mut command = self.command(directory);
+        if !call.input.is_empty() {
+            command.stdin(Stdio::piped());
+        }
+        let mut child = command
             .args(arguments)
+            .envs(call.environment.iter().copied())
             .spawn()
             .map_err(|error| Failure::other("run git, which must be installed", error))?;
-        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (Some(mut stdout), Some(stderr)) = (stdout, stderr) else {
             return Err(Failure::other("run git", "it has no output"));
         };
+        let tell = async {
+            if let Some(mut stdin) = stdin {
+                // What git says tells more than that it no longer listens.
+                let _ = stdin.write_all(call.input).await;
+            }
+        };
         let mut printed = Vec::new();
-        let (read, words) = tokio::join!(stdout.read_to_end(&mut printed), self.listen(stderr));
+        let ((), read, words) = tokio::join!(tell, stdout.read_to_end(&mut printed), self.listen(stderr));
         read.map_err(|error| Failure::other("read what git printed", error))?;
         let status = child.wait().await.map_err(|error| Failure::other("wait for git", error))?;
-        if status.success() {
-            return String::from_utf8(printed).map_err(|error| Failure::other("read what git printed", error));
-        }
-        let reason = classify(&words);
-        let way_out = way_out(reason, &words, self.access.secret_name.as_deref());
-        let words = self.access.redact(&telling(&words));
+        Ok(Output { status, printed, words })
+    }
+
+    /// Why git failed, when it ended so.
+    pub fn failure(&self, arguments: &[&str], output: &Output) -> Failure {
+        let what = format!("git {}", arguments.first().unwrap_or(&""));
+        let reason = classify(&output.words);
+        let way_out = way_out(reason, &output.words, self.access.secret_name.as_deref());
+        let words = self.access.redact(&telling(&output.words));
         let message = match way_out {
             Some(way_out) => format!("{what} failed: {words} ({way_out})"),
-            None => format!("{what} failed ({status}): {words}"),
+            None => format!("{what} failed ({}): {words}", output.status),
         };
-        Err(Failure::new(reason, message))
+        Failure::new(reason, message)
     }
 
     /// Starts git in `directory`, to be asked and read by the caller; what it complains of goes to our own stderr.
-    pub(super) fn start(&self, directory: &Path, arguments: &[&str]) -> Result<Child, Failure> {
+    ///
+    /// # Errors
+    /// Git cannot be run.
+    pub fn start(&self, directory: &Path, arguments: &[&str]) -> Result<Child, Failure> {
         let mut command = self.command(directory);
         command.args(arguments).stdin(Stdio::piped()).stderr(Stdio::inherit());
         command.spawn().map_err(|error| Failure::other("run git, which must be installed", error))
@@ -142,7 +204,7 @@ impl<'a> Program<'a> {
                 let text = String::from_utf8_lossy(&line);
                 let progress = progress(&text);
                 if let Some((done, all)) = progress {
-                    self.reporter.progress(Phase::Cloning, done, Some(all), received(&text));
+                    (self.progress)(done, all, received(&text));
                 }
                 if *byte == b'\r' {
                     returned = true;
@@ -218,8 +280,8 @@ mod tests {
 
     #[tokio::test]
     async fn lines_of_ssh_are_kept_and_what_is_written_over_is_not() {
-        let (access, reporter) = (Access::default(), Reporter::to(Box::new(std::io::sink())));
-        let program = Program::new(&access, Path::new("/"), &reporter);
+        let access = Access::default();
+        let program = Program::new(&access, Path::new("/"), &|_, _, _| {});
         let said =
             b"x:  1% (1/9)\rx: 99% (9/9)\rx: 100% (9/9), done.\nwritten over\rh: Permission denied.\r\nfatal: no\r";
         assert_eq!(program.listen(&said[..]).await, "h: Permission denied.\nfatal: no");

@@ -9,13 +9,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::cli::Git;
+use crate::Remote;
 use crate::failure::{Failure, Reason};
 
 /// Prints username and password from the Secret's files, when git asks for them. `sh` runs it; git says `get` or `store`.
 const HELPER: &str = r#"!f() { test "$1" = get || exit 0; printf 'username=%s\n' "$(cat "$AETHER_SECRET/username" 2>/dev/null || echo git)"; printf 'password=%s\n' "$(cat "$AETHER_SECRET/password")"; }; f"#;
 
-/// ssh as every import runs it: nobody is asked, and nothing of whoever runs the importer is used, neither configuration
+/// ssh as it is always run: nobody is asked, and nothing of whoever runs this program is used, neither configuration
 /// nor agent nor keys.
 const SSH: &str =
     "ssh -F /dev/null -o BatchMode=yes -o IdentitiesOnly=yes -o StrictHostKeyChecking=yes -o ConnectTimeout=20";
@@ -24,40 +24,46 @@ const SSH_WITHOUT_KEY: &str = " -o UserKnownHostsFile=/dev/null -o IdentityFile=
 
 /// Environment and configuration for git.
 #[derive(Debug, Default)]
-pub(super) struct Access {
+pub struct Access {
     /// Configuration, as `-c` would give it.
-    pub(super) settings: Vec<(String, String)>,
+    pub(crate) settings: Vec<(String, String)>,
     /// Environment.
-    pub(super) environment: Vec<(&'static str, String)>,
+    pub(crate) environment: Vec<(&'static str, String)>,
     /// The command that reaches a host by ssh.
-    pub(super) ssh: String,
+    pub(crate) ssh: String,
     /// What the Secret is called.
-    pub(super) secret_name: Option<String>,
+    pub(crate) secret_name: Option<String>,
     /// What must not be seen in any message.
     secrets: Vec<String>,
 }
 
 impl Access {
-    /// Reads the Secret's files.
-    pub(super) fn prepare(asked: &Git, scratch: &Path) -> Result<Self, Failure> {
-        if has_credentials(&asked.url) {
+    /// Reads the Secret's files. `scratch` keeps the key for ssh, and is nobody else's.
+    ///
+    /// # Errors
+    /// A URL that holds a secret, and a Secret that lacks something.
+    pub fn prepare(remote: &Remote<'_>, scratch: &Path) -> Result<Self, Failure> {
+        if has_credentials(remote.url) {
             let message = "the URL has credentials in it, which everybody can read: put them into a Secret and name that in spec.git.secretRef (here --secret-dir)";
             return Err(Failure::new(Reason::Invalid, message));
         }
-        let mut access =
-            Self { secret_name: asked.secret_name.clone(), ssh: format!("{SSH}{SSH_WITHOUT_KEY}"), ..Self::default() };
-        if asked.url.starts_with("file://") {
+        let mut access = Self {
+            secret_name: remote.secret_name.map(Into::into),
+            ssh: format!("{SSH}{SSH_WITHOUT_KEY}"),
+            ..Self::default()
+        };
+        if remote.url.starts_with("file://") {
             // Submodules with relative URLs lie beside it. Others may be reached by their own protocols as always.
             access.settings.push(("protocol.file.allow".into(), "always".into()));
         }
-        let Some(directory) = &asked.secret_dir else { return Ok(access) };
+        let Some(directory) = remote.secret_dir else { return Ok(access) };
         if !directory.is_dir() {
             return Err(Failure::new(
                 Reason::SecretInvalid,
                 format!("--secret-dir {} is not a directory", directory.display()),
             ));
         }
-        if let Some(origin) = origin(&asked.url) {
+        if let Some(origin) = origin(remote.url) {
             access.http(&origin, directory)?;
         } else {
             access.ssh(directory, scratch)?;
@@ -134,7 +140,7 @@ impl Access {
     }
 
     /// The text without secrets.
-    pub(super) fn redact(&self, text: &str) -> String {
+    pub fn redact(&self, text: &str) -> String {
         let hidden = self.secrets.iter().fold(text.to_owned(), |text, secret| text.replace(secret.as_str(), "***"));
         without_passwords(&hidden)
     }
@@ -214,14 +220,14 @@ mod tests {
         directory
     }
 
-    fn asked(url: &str, secret: &tempfile::TempDir) -> Git {
-        Git { url: url.into(), secret_dir: Some(secret.path().into()), ..Default::default() }
+    fn remote<'a>(url: &'a str, secret: &'a tempfile::TempDir) -> Remote<'a> {
+        Remote { url, secret_dir: Some(secret.path()), secret_name: None }
     }
 
     #[test]
     fn a_password_is_for_its_own_host_and_in_no_setting() {
         let secret = secret(&[("username", "me"), ("password", "hunter22\n"), ("ca.crt", "c")]);
-        let access = Access::prepare(&asked("https://example.org:8443/a/b.git", &secret), secret.path()).unwrap();
+        let access = Access::prepare(&remote("https://example.org:8443/a/b.git", &secret), secret.path()).unwrap();
         let keys: Vec<&str> = access.settings.iter().map(|(key, _)| key.as_str()).collect();
         assert_eq!(keys, ["http.https://example.org:8443.sslCAInfo", "credential.https://example.org:8443.helper"]);
         let shown = format!("{:?} {:?}", access.settings, access.environment);
@@ -235,7 +241,7 @@ mod tests {
     #[test]
     fn a_url_with_credentials_is_refused() {
         for told in ["https://token@h/x", "http://u:p@h/x", "ssh://git:p@h/y"] {
-            let failure = Access::prepare(&Git { url: told.into(), ..Default::default() }, Path::new("/")).unwrap_err();
+            let failure = Access::prepare(&Remote { url: told, ..Default::default() }, Path::new("/")).unwrap_err();
             assert!(
                 failure.reason == Reason::Invalid
                     && failure.message.contains("secretRef")
@@ -267,13 +273,13 @@ mod tests {
         assert!(status.unwrap().success());
         let pasted = fs::read_to_string(&key).unwrap().trim_end().to_owned();
         let lonely = secret(&[("ssh-privatekey", &pasted)]);
-        let named = Git { secret_name: Some("platform/key".into()), ..asked("git@example.org:a", &lonely) };
+        let named = Remote { secret_name: Some("platform/key"), ..remote("git@example.org:a", &lonely) };
         let failure = Access::prepare(&named, lonely.path()).unwrap_err();
         assert_eq!(failure.reason, Reason::SecretInvalid);
         assert!(failure.message.starts_with("Secret platform/key lacks known_hosts"), "{failure}");
         let secret = secret(&[("ssh-privatekey", &pasted), ("known_hosts", "h")]);
         let scratch = tempfile::tempdir().unwrap();
-        let access = Access::prepare(&asked("git@example.org:a", &secret), scratch.path()).unwrap();
+        let access = Access::prepare(&remote("git@example.org:a", &secret), scratch.path()).unwrap();
         assert!(
             access.ssh.contains("StrictHostKeyChecking=yes") && access.ssh.contains("known_hosts"),
             "{}",

@@ -1,0 +1,128 @@
+//! Arguments.
+
+use std::path::PathBuf;
+
+use aether_cas::Blob;
+use aether_credentials::Credentials;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Carries a reviewed tree out of the store, and reports what became of it.
+#[derive(Parser, Debug)]
+#[command(name = "aether-committer", version, after_help = EXAMPLES)]
+pub struct Cli {
+    /// Where to.
+    #[command(subcommand)]
+    pub target: Target,
+    /// Address of the store, such as https://aether-store.aether-system.svc:8980.
+    #[arg(long, env = "AETHER_STORE", global = true)]
+    pub store: Option<String>,
+    /// How to know the store, and what to show to it.
+    #[command(flatten)]
+    pub credentials: Credentials,
+    /// File that receives the result as JSON. When not given: /dev/termination-log, if there is one. It also goes to stdout.
+    #[arg(long, global = true)]
+    pub result: Option<PathBuf>,
+}
+
+const EXAMPLES: &str = "\
+The last line on stdout is the result; the exit code is 0 when there is a commit, 1 when there is none, 2 for arguments that make no sense:
+  {\"ok\":true,\"commit\":\"<id>\",\"tree\":\"<id>\",\"branch\":\"main\",\"parent\":\"<id>\",\"files\":N,\"warnings\":[\"...\"],\"milliseconds\":N}
+  {\"ok\":false,\"reason\":\"Conflict\",\"kind\":\"Permanent\",\"message\":\"...\",\"tip\":\"<id>\",\"conflicts\":[\"src/main.rs\"]}
+\"found\":true says that an earlier run had pushed it, \"rebased\":true that the branch had moved. Of kind \"Temporary\" is what may succeed when it is tried again.
+
+Examples:
+  aether-committer git --url https://example.org/team/app.git --branch main --secret-dir /var/run/aether/secret \\
+    --base-commit 3f5d…  --base-root 9c1e…/212 --root 77ab…/212 --commit-uid 5d3c2b1a-… \\
+    --message 'Mend the parser' --author-name Ada --author-email ada@example.org \\
+    --trailer Aether-Session=demo/fix-parser --trailer Approved-by=grace --rebase --store http://127.0.0.1:8980
+  aether-committer git --url git@example.org:team/app.git --branch agent/fix --message-file /etc/message …";
+
+/// Where to.
+#[derive(Subcommand, Debug)]
+pub enum Target {
+    /// A branch of a git repository: one commit of what changed, pushed.
+    Git(Box<Git>),
+}
+
+/// A commit, and where it goes.
+#[derive(Args, Clone, Debug)]
+pub struct Git {
+    /// https://, http://, ssh://, git://, file:// or user@host:path.
+    #[arg(long)]
+    pub url: String,
+    /// Directory with the keys of a Secret as files: username and password, or ssh-privatekey and known_hosts; ca.crt with either.
+    #[arg(long)]
+    pub secret_dir: Option<PathBuf>,
+    /// What the Secret is called, as NAMESPACE/NAME: for messages.
+    #[arg(long)]
+    pub secret_name: Option<String>,
+    /// The branch, by its short name. Made when it is not there.
+    #[arg(long)]
+    pub branch: String,
+    /// The commit that the session started from, by its full id.
+    #[arg(long)]
+    pub base_commit: String,
+    /// The tree that was imported of that commit.
+    #[arg(long)]
+    pub base_root: Blob,
+    /// The tree that was reviewed.
+    #[arg(long)]
+    pub root: Blob,
+    /// The UID of the request. A commit of the branch that has it in its trailer is this one, and is not made again.
+    #[arg(long)]
+    pub commit_uid: String,
+    /// What the commit says.
+    #[arg(long, required_unless_present = "message_file", conflicts_with = "message_file")]
+    pub message: Option<String>,
+    /// File of what the commit says.
+    #[arg(long)]
+    pub message_file: Option<PathBuf>,
+    /// Who wrote it. The committer when not given.
+    #[arg(long, requires = "author_email")]
+    pub author_name: Option<String>,
+    /// Their address.
+    #[arg(long, requires = "author_name")]
+    pub author_email: Option<String>,
+    /// Who commits it.
+    #[arg(long, default_value = "Aether")]
+    pub committer_name: String,
+    /// Their address.
+    #[arg(long, default_value = "aether@aether.dev")]
+    pub committer_email: String,
+    /// When it was asked for, as 2026-01-31T12:00:00Z: the commit's date. Now when not given.
+    #[arg(long)]
+    pub date: Option<jiff::Timestamp>,
+    /// A line at the end of the message, beside Aether-Root and Aether-Commit, which are always there. May be given many times.
+    #[arg(long = "trailer", value_name = "KEY=VALUE", value_parser = trailer)]
+    pub trailers: Vec<(String, String)>,
+    /// If the branch has moved, put the change on top of it where nothing conflicts.
+    #[arg(long)]
+    pub rebase: bool,
+    /// What becomes of commits that were made in the session.
+    #[arg(long, value_enum, default_value = "squash")]
+    pub history: History,
+    /// Files that .gitattributes gives to Git LFS are kept there; for sources that were imported with their contents.
+    #[arg(long)]
+    pub lfs: bool,
+}
+
+/// What becomes of commits that were made in the session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum History {
+    /// One commit says it all.
+    Squash,
+    /// They are kept.
+    Keep,
+}
+
+fn trailer(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("it is not KEY=VALUE")?;
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    if key.is_empty() || !key.bytes().all(plain) {
+        return Err(format!("{key:?} is not a key: letters, digits and dashes only"));
+    }
+    if value.trim().is_empty() || value.contains(char::is_control) {
+        return Err(format!("the value of {key} is empty, or more than a line"));
+    }
+    Ok((key.to_owned(), value.trim().to_owned()))
+}

@@ -1,0 +1,16 @@
+//! Named points at which a test can end the process, to prove that the next one finds out what was done.
+//!
+//! How a point is armed is said in [`aether_cas::crash`].
+
+/// Every crash point, in the order in which a commit passes them. The kill test goes through this list, and a name that is
+/// not in it does not compile.
+pub const POINTS: &[&str] = &["git.based", "git.looked", "git.written", "git.committed", "git.pushed", "git.verified"];
+
+/// A point named in [`POINTS`].
+macro_rules! crash_point {
+    ($name:literal) => {{
+        const { assert!(aether_cas::crash::is_listed($crate::crash::POINTS, $name), "crash point is not in crash::POINTS") };
+        aether_cas::crash::pass($name);
+    }};
+}
+pub(crate) use crash_point;

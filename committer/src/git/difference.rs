@@ -1,0 +1,204 @@
+//! What changed between two trees, as git can hold it, and what git cannot hold of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::ffi::OsStringExt;
+use std::sync::Arc;
+
+use aether_cas::tree::{self, Attributes, Change, Directories, Directory, Node};
+use aether_cas::{Blob, StoreError};
+
+use crate::trees::Trees;
+
+/// Paths that a warning names.
+const NAMED: usize = 3;
+/// Bytes of a path that a warning names.
+const NAMED_BYTES: usize = 80;
+
+/// From the root, without a leading slash; any bytes but NUL.
+pub(super) type Path = Vec<u8>;
+
+/// What git records of a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Object {
+    /// A regular file, and whether its owner may execute it.
+    File { content: Blob, executable: bool },
+    /// A symlink and where it points.
+    Symlink(Vec<u8>),
+}
+
+/// What changed.
+#[derive(Debug, Default)]
+pub(super) struct Difference {
+    /// What is there no more.
+    pub(super) removed: BTreeSet<Path>,
+    /// What is new or other than before.
+    pub(super) written: BTreeMap<Path, Object>,
+    /// What git cannot hold.
+    pub(super) losses: Losses,
+}
+
+/// A kind of thing that a commit does not say as the tree did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Loss {
+    Fifo,
+    Mode,
+    Owner,
+    Xattrs,
+    EmptyDirectory,
+    Repository,
+    Submodule,
+    Converted,
+}
+
+impl Loss {
+    fn sentence(self) -> &'static str {
+        match self {
+            Self::Fifo => "named pipes are left out, because git does not keep them",
+            Self::Mode => "of these modes git keeps only whether the owner may execute",
+            Self::Owner => "owners are left out, because git does not keep them",
+            Self::Xattrs => "extended attributes are left out, because git does not keep them",
+            Self::EmptyDirectory => "empty directories are left out, because git does not keep them",
+            Self::Repository => {
+                "repositories within the repository: their files are committed, their histories are not"
+            }
+            Self::Submodule => "changes in submodules are left out: they are to be committed there",
+            Self::Converted => "these are committed as .gitattributes says, which is not byte for byte",
+        }
+    }
+}
+
+/// What git cannot hold, and where.
+#[derive(Debug, Default)]
+pub(super) struct Losses(BTreeMap<Loss, (u64, Vec<String>)>);
+
+impl Losses {
+    pub(super) fn add(&mut self, loss: Loss, path: &[u8]) {
+        let (count, named) = self.0.entry(loss).or_default();
+        *count += 1;
+        if named.len() < NAMED {
+            let text = String::from_utf8_lossy(path);
+            let cut = text.char_indices().nth(NAMED_BYTES).map(|(at, _)| format!("{}…", &text[..at]));
+            named.push(cut.unwrap_or_else(|| text.into_owned()));
+        }
+    }
+
+    /// One sentence for each kind.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        let sentence = |(loss, (count, named)): (&Loss, &(u64, Vec<String>))| {
+            let more = if *count > named.len() as u64 { ", …" } else { "" };
+            format!("{}: {count} ({}{more})", loss.sentence(), named.join(", "))
+        };
+        self.0.iter().map(sentence).collect()
+    }
+}
+
+impl Difference {
+    /// What changed from `old` to `new`. `submodules` are paths at which git has commits of other repositories.
+    pub(super) fn between(
+        trees: &Trees,
+        old: &Blob,
+        new: &Blob,
+        submodules: &BTreeSet<Path>,
+    ) -> Result<Self, StoreError> {
+        let mut difference = Self::default();
+        for change in tree::diff(old, new, trees)? {
+            let Change { path, old, new, .. } = change;
+            let path = path.into_os_string().into_vec();
+            if let Some(module) = above(&path, submodules) {
+                if !difference.removed.contains(module) {
+                    difference.losses.add(Loss::Submodule, &path);
+                }
+                continue;
+            }
+            // As it is for git, a directory at a submodule's path is one object.
+            if submodules.contains(&path) && old.is_some() && !matches!(new, Some(Node::Directory(_))) {
+                difference.removed.insert(path.clone());
+            }
+            let (before, after) = (old.as_ref().and_then(object), new.as_ref().and_then(object));
+            if !submodules.contains(&path) {
+                difference.lose(trees, &path, old.as_ref(), new.as_ref())?;
+            }
+            match after {
+                Some(after) if before.as_ref() != Some(&after) => {
+                    difference.written.insert(path, after);
+                }
+                None if before.is_some() => {
+                    difference.removed.insert(path);
+                }
+                _ => {}
+            }
+        }
+        Ok(difference)
+    }
+
+    /// How many paths differ.
+    pub(super) fn paths(&self) -> u64 {
+        self.removed.iter().chain(self.written.keys()).collect::<BTreeSet<_>>().len() as u64
+    }
+
+    /// Notes what git does not keep of a new state.
+    fn lose(&mut self, trees: &Trees, path: &[u8], old: Option<&Node>, new: Option<&Node>) -> Result<(), StoreError> {
+        let Some(new) = new else { return Ok(()) };
+        let before = old.map(|node| attributes(trees, node)).transpose()?.unwrap_or_default();
+        let now = attributes(trees, new)?;
+        match new {
+            Node::Fifo { .. } => self.losses.add(Loss::Fifo, path),
+            Node::Directory(blob) => {
+                let empty = |blob: &Blob| trees.directory(blob).map(|directory| is_empty(&directory));
+                let was_empty = matches!(old, Some(Node::Directory(old)) if empty(old)?);
+                if empty(blob)? && !was_empty && !path.is_empty() {
+                    self.losses.add(Loss::EmptyDirectory, path);
+                }
+                let was_repository = matches!(old, Some(Node::Directory(old)) if trees.is_repository(old));
+                if trees.is_repository(blob) && !was_repository && !path.is_empty() {
+                    self.losses.add(Loss::Repository, path);
+                }
+            }
+            Node::File { .. } | Node::Symlink { .. } => {}
+        }
+        // A group that may write is a matter of the umask of whoever works there.
+        let mode = now.mode & !0o020;
+        let usual = matches!(new, Node::Symlink { .. }) || mode == 0o755 || (mode == 0o644 && object(new).is_some());
+        if !usual && now.mode != before.mode {
+            self.losses.add(Loss::Mode, path);
+        }
+        if now.owner.is_some() && now.owner != before.owner {
+            self.losses.add(Loss::Owner, path);
+        }
+        if !now.xattrs.is_empty() && now.xattrs != before.xattrs {
+            self.losses.add(Loss::Xattrs, path);
+        }
+        Ok(())
+    }
+}
+
+/// The submodule in which a path lies.
+fn above<'a>(path: &[u8], submodules: &'a BTreeSet<Path>) -> Option<&'a Path> {
+    let slashes = path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| at);
+    slashes.into_iter().find_map(|at| submodules.get(&path[..at]))
+}
+
+fn object(node: &Node) -> Option<Object> {
+    match node {
+        Node::File { content, attributes, .. } => {
+            Some(Object::File { content: *content, executable: attributes.mode & 0o100 != 0 })
+        }
+        Node::Symlink { target, .. } => Some(Object::Symlink(target.clone())),
+        Node::Directory(_) | Node::Fifo { .. } => None,
+    }
+}
+
+fn attributes(trees: &Trees, node: &Node) -> Result<Attributes, StoreError> {
+    match (node, node.attributes()) {
+        (_, Some(attributes)) => Ok(attributes.clone()),
+        (Node::Directory(blob), None) => {
+            trees.directory(blob).map(|directory: Arc<Directory>| directory.attributes.clone())
+        }
+        (_, None) => Ok(Attributes::default()),
+    }
+}
+
+/// Whether git has nothing to keep of what is right in it.
+fn is_empty(directory: &Directory) -> bool {
+    directory.entries.values().all(|node| matches!(node, Node::Fifo { .. }))
+}
