@@ -166,7 +166,13 @@ fn check_pack(input: &[u8]) {
     let stored = Bytes::copy_from_slice(input);
     for compression in [format::Compression::None, format::Compression::Zstd] {
         let blob = Blob { size: (input.len() as u64 * 4).min(format::MAX_SHARED_BLOB), ..Blob::of(input) };
-        let entry = format::Entry { blob, offset: format::HEADER_BYTES, stored: input.len() as u64, compression };
+        let entry = format::Entry {
+            blob,
+            offset: format::HEADER_BYTES,
+            stored: input.len() as u64,
+            compression,
+            directory: false,
+        };
         if let Ok(data) = format::decode_blob(&entry, &stored) {
             assert!(blob.matches(&data));
         }
@@ -175,7 +181,7 @@ fn check_pack(input: &[u8]) {
 
 fn packs() -> Vec<Vec<u8>> {
     let blobs: Vec<_> = [&b"one"[..], &[7; 5000]].map(|data| (Blob::of(data), Bytes::copy_from_slice(data))).into();
-    let (pieces, entries) = format::encode_pack(&blobs);
+    let (pieces, entries) = format::encode_pack(&blobs, false);
     vec![pieces.concat(), format::encode_footer(&entries).to_vec()]
 }
 

@@ -70,18 +70,23 @@ async fn run(args: ServeArgs) -> anyhow::Result<()> {
     .await
     .with_context(|| format!("cannot open the store in {folder} (--data-dir)"))?;
     if lease.is_some() {
-        if let Some(schedule) = args.upkeep.collections() {
-            let (disk, counts) = (store.clone(), store_metrics.upkeep.clone());
-            tasks.essential(Stage::Work, "collection", |token| upkeep::collections(disk, schedule, counts, token));
-        }
         if let Some(schedule) = args.upkeep.scrubs() {
             let (disk, counts) = (store.clone(), store_metrics.upkeep.clone());
             tasks.essential(Stage::Work, "scrub", |token| upkeep::scrubs(disk, schedule, counts, token));
         }
     }
-    let store =
-        args.tier.over(store, &args.data.data_dir).await.context("cannot open the durable tier (--s3-bucket)")?;
+    let store = args
+        .tier
+        .over(store, &args.data.data_dir, args.upkeep.gc_lease)
+        .await
+        .context("cannot open the durable tier (--s3-bucket)")?;
     store.learn().await.context("cannot learn what the bucket holds (--s3-bucket)")?;
+    if lease.is_some() || store.durable().is_some() {
+        if let Some(schedule) = args.upkeep.collections() {
+            let (collected, counts) = (store.clone(), store_metrics.upkeep.clone());
+            tasks.essential(Stage::Work, "collection", |token| upkeep::collections(collected, schedule, counts, token));
+        }
+    }
     let worker = store.clone();
     tasks.essential(Stage::Work, "durable tier", |token| worker.work(token));
     let (held, shown) = (store.clone(), store_metrics.clone());

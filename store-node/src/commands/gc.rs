@@ -75,7 +75,7 @@ pub async fn run(args: GcArgs) -> anyhow::Result<ExitCode> {
         let store = LocalStore::open_collected(config, LEASE).with_context(|| {
             format!("cannot open the store in {folder}; if a store node is running on it, ask that one (--address)")
         })?;
-        print(collect::answer(store, request, UpkeepMetrics::new(&Metrics::new()))?).await?
+        print(collect::answer(store.into(), request, UpkeepMetrics::new(&Metrics::new()))?).await?
     };
     Ok(summary(&done, args.dry_run))
 }

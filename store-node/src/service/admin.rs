@@ -130,7 +130,7 @@ impl StoreAdmin for AdminService {
     type CollectStream = collect::Answers;
 
     async fn collect(&self, request: Request<CollectRequest>) -> Result<Response<Self::CollectStream>, Status> {
-        let (store, metrics) = (self.store.disk().clone(), self.metrics.upkeep.clone());
+        let (store, metrics) = (self.store.clone(), self.metrics.upkeep.clone());
         collect::answer(store, request.into_inner(), metrics).map(Response::new)
     }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use aether_cas::{
-    Blob, LocalStore, StoreError,
+    Blob, StoreError,
     collect::{Pace, Phase, Progress, Verdict},
 };
 use aether_proto::store::v1::{
@@ -18,7 +18,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::{admin::incomplete, status};
-use crate::upkeep::{self, UpkeepMetrics};
+use crate::{
+    tiered::TieredStore,
+    upkeep::{self, UpkeepMetrics},
+};
 
 /// Answers that wait to be sent.
 const ANSWERS: usize = 4;
@@ -31,7 +34,7 @@ const VERDICTS: usize = 1000;
 pub(crate) type Answers = ReceiverStream<Result<CollectResponse, Status>>;
 
 /// Begins a collection, or a dry run, which ends when nobody listens any more.
-pub(crate) fn answer(store: LocalStore, request: CollectRequest, metrics: UpkeepMetrics) -> Result<Answers, Status> {
+pub(crate) fn answer(store: TieredStore, request: CollectRequest, metrics: UpkeepMetrics) -> Result<Answers, Status> {
     if request.explain && !request.dry_run {
         return Err(Status::invalid_argument("explain needs dry_run"));
     }
@@ -45,7 +48,7 @@ pub(crate) fn answer(store: LocalStore, request: CollectRequest, metrics: Upkeep
 }
 
 fn run(
-    store: &LocalStore,
+    store: &TieredStore,
     request: &CollectRequest,
     metrics: &UpkeepMetrics,
     answers: &mpsc::Sender<Result<CollectResponse, Status>>,
@@ -103,6 +106,7 @@ fn progress(progress: &Progress) -> CollectProgress {
     let phase = match progress.phase {
         Phase::Mark => Said::Mark,
         Phase::Condemn => Said::Condemn,
+        Phase::Adopt => Said::Adopt,
         Phase::Rescue => Said::Rescue,
         Phase::Sweep => Said::Sweep,
         Phase::Reclaim => Said::Reclaim,

@@ -1,10 +1,10 @@
 //! From the disk to the bucket: what was acknowledged at the disk, and what a disk held before.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque, hash_map::Entry},
     panic::AssertUnwindSafe,
     sync::{
-        Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -13,9 +13,9 @@ use aether_cas::{Blob, Store, StoreError, durable::format::MAX_SHARED_BLOB, stor
 use futures::FutureExt;
 use tokio::{runtime::Handle, sync::Notify, task::JoinSet};
 
-use super::{FIRST_PAUSE, LONGEST_PAUSE, Tier, TieredStore};
+use super::{Durability, FIRST_PAUSE, LONGEST_PAUSE, Tier, TieredStore};
 
-/// Blobs that may wait: some 10 MiB of names. Writers wait when there are more.
+/// Blobs that may wait: some 25 MiB of names. Writers wait when there are more.
 const WAITING: usize = 200_000;
 /// Groups on their way at one time.
 const AT_ONCE: usize = 6;
@@ -41,7 +41,8 @@ pub(super) struct Drain {
 #[derive(Debug, Default)]
 struct Queue {
     waiting: VecDeque<Blob>,
-    /// Waiting and on their way.
+    /// Waiting and on their way, and how often.
+    pending: HashMap<Blob, u32>,
     blobs: u64,
     bytes: u64,
 }
@@ -52,10 +53,19 @@ impl Drain {
         for blob in blobs {
             queue.blobs += 1;
             queue.bytes += blob.size;
+            *queue.pending.entry(blob).or_default() += 1;
             queue.waiting.push_back(blob);
         }
         drop(queue);
         self.wake.notify_one();
+    }
+
+    /// Leaves those of `blobs` that neither wait nor are on their way.
+    pub(super) fn retain_idle(&self, blobs: &mut Vec<Blob>) {
+        let queue = self.lock();
+        if !queue.pending.is_empty() {
+            blobs.retain(|blob| !queue.pending.contains_key(blob));
+        }
     }
 
     /// Waits until there is room for more.
@@ -103,6 +113,14 @@ impl Drain {
         let mut queue = self.lock();
         queue.blobs -= group.len() as u64;
         queue.bytes -= group.iter().map(|blob| blob.size).sum::<u64>();
+        for blob in group {
+            if let Entry::Occupied(mut often) = queue.pending.entry(*blob) {
+                *often.get_mut() -= 1;
+                if *often.get() == 0 {
+                    often.remove();
+                }
+            }
+        }
     }
 
     fn put_back(&self, group: Vec<Blob>) {
@@ -118,12 +136,17 @@ impl Drain {
 }
 
 impl TieredStore {
-    /// Brings what waits, for ever. First, and when packs are gone, it looks what the disk has that the bucket has not.
-    pub(super) async fn drain(&self, tier: &std::sync::Arc<Tier>) {
+    /// Brings what waits, for ever. When packs are lost, and first unless nothing can wait, it looks what the disk has that the
+    /// bucket has not.
+    pub(super) async fn drain(&self, tier: &Arc<Tier>) {
         let compare = async {
-            loop {
+            if !self.knows_complete(tier).await {
                 self.compare(tier).await;
+            }
+            loop {
+                self.note_complete(tier).await;
                 tier.drain.again.notified().await;
+                self.compare(tier).await;
             }
         };
         tokio::select! {
@@ -132,7 +155,45 @@ impl TieredStore {
         }
     }
 
-    async fn compare(&self, tier: &std::sync::Arc<Tier>) {
+    /// Whether what the disk has and the bucket has not was acknowledged to nobody.
+    async fn knows_complete(&self, tier: &Arc<Tier>) -> bool {
+        let (durable, through) = (tier.durable.clone(), tier.config.durability == Durability::Through);
+        let known = self
+            .blocking(move |_| {
+                if !through {
+                    durable.set_complete(false)?;
+                }
+                durable.is_complete()
+            })
+            .await;
+        if matches!(known, Ok(true)) {
+            tier.drain.compared.store(1, Ordering::Release);
+        }
+        matches!(known, Ok(true))
+    }
+
+    /// Notes that nothing waits any more, when that is so and stays so: only with [`Durability::Through`].
+    async fn note_complete(&self, tier: &Arc<Tier>) {
+        if tier.config.durability == Durability::Behind {
+            return;
+        }
+        loop {
+            let (blobs, _, compared) = tier.drain.pending();
+            if !compared {
+                return;
+            }
+            if blobs == 0 {
+                break;
+            }
+            tokio::time::sleep(FIRST_PAUSE).await;
+        }
+        let durable = tier.durable.clone();
+        if let Err(error) = self.blocking(move |_| durable.set_complete(true)).await {
+            tracing::warn!(%error, "the disk is compared with the bucket again after a restart");
+        }
+    }
+
+    async fn compare(&self, tier: &Arc<Tier>) {
         let asked = tier.drain.asked.load(Ordering::Acquire);
         let comparing = tier.clone();
         let compared = self
@@ -158,7 +219,7 @@ impl TieredStore {
         }
     }
 
-    async fn bring_out(&self, tier: &std::sync::Arc<Tier>) {
+    async fn bring_out(&self, tier: &Arc<Tier>) {
         let mut pause = FIRST_PAUSE;
         let mut underway = JoinSet::new();
         // After a failure nothing new begins until all that is under way has ended, and a pause.
@@ -212,11 +273,12 @@ impl TieredStore {
                 result => result,
             };
         }
-        let (durable, names) = (tier.durable.clone(), group.to_vec());
+        // What is there already is leased by that, as if it were stored now.
+        let missing = tier.durable.find_missing(group).await?;
         let blobs = self
             .blocking(move |store| {
                 let mut blobs = Vec::new();
-                for blob in durable.missing(&names)? {
+                for blob in missing {
                     match store.disk.read_blob(&blob) {
                         Ok(data) => blobs.push((blob, data)),
                         Err(error) if error.is_missing() => lost(&error),
@@ -232,8 +294,7 @@ impl TieredStore {
     /// Brings one blob of any size from the disk to the bucket, unless it is there.
     pub(super) async fn store(&self, tier: &Tier, blob: Blob) -> Result<()> {
         let _storing = tier.stripes.lock(blob).await;
-        let durable = tier.durable.clone();
-        if self.blocking(move |_| durable.missing(&[blob])).await?.is_empty() {
+        if tier.durable.find_missing(&[blob]).await?.is_empty() {
             return Ok(());
         }
         if blob.size > MAX_SHARED_BLOB {

@@ -21,7 +21,7 @@ const AT_ONCE: usize = 1000;
 impl TieredStore {
     /// Notes that blobs were wanted, where that decides what stays on the disk.
     pub(super) async fn touch(&self, tier: &Tier, blobs: Vec<Blob>) -> Result<()> {
-        if tier.cache_limit.is_none() {
+        if tier.config.cache_limit.is_none() {
             return Ok(());
         }
         let durable = tier.durable.clone();
@@ -30,7 +30,7 @@ impl TieredStore {
     }
 
     pub(super) async fn evict(&self, tier: &Tier) {
-        let Some(limit) = tier.cache_limit else { return std::future::pending().await };
+        let Some(limit) = tier.config.cache_limit else { return std::future::pending().await };
         loop {
             tokio::time::sleep(PAUSE).await;
             if self.held() <= limit {

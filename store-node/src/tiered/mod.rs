@@ -4,11 +4,13 @@
 //! [`Durability::Through`] a blob is acknowledged, and counts as present, when it is in the bucket; by
 //! [`Durability::Behind`] when it is on the disk, and it is on its way to the bucket then: [`Statistics::durable`] says
 //! how much still is. What the disk has lost, or holds damaged, is read from the bucket and kept again.
-//! Pins are in the bucket only.
+//! Pins and leases are in the bucket only. What a collection has deleted there goes from the disk too: what only a disk has
+//! and nobody waits for is never brought to the bucket, because what is below it may be gone.
 //!
 //! As in [`LocalStore`], methods that are not `async` block the thread; they must be called on a thread of a
 //! runtime that may block.
 
+mod collect;
 mod drain;
 mod evict;
 mod fetch;
@@ -23,14 +25,14 @@ use std::{
 
 use aether_cas::{
     Blob, ContentName, LocalStore, Sha256Blob, Store, StoreError,
-    durable::{self, Durable, format::MAX_SHARED_BLOB},
+    durable::{self, Durable, Why, format::MAX_SHARED_BLOB},
     local::{self, FsckReport, IncompleteRoot, Ingest, Root},
     store::Result,
     tree::{Directories, Directory, walk::bottom_up},
 };
 use aether_runtime::CancellationToken;
 use bytes::Bytes;
-use tokio::{runtime::Handle, task::JoinHandle};
+use tokio::{runtime::Handle, sync::RwLock, task::JoinHandle};
 
 use drain::Drain;
 use fetch::Stripes;
@@ -50,6 +52,17 @@ pub enum Durability {
     Through,
     /// When it is on the node's disk; the bucket follows.
     Behind,
+}
+
+/// How a disk and a bucket work together.
+#[derive(Clone, Copy, Debug)]
+pub struct TierConfig {
+    /// When a blob is acknowledged.
+    pub durability: Durability,
+    /// Bytes that the disk may keep of what the bucket has.
+    pub cache_limit: Option<u64>,
+    /// How much of a pack may be waste, in percent: see [`durable::collect`].
+    pub waste: u64,
 }
 
 /// What a node holds.
@@ -85,11 +98,14 @@ pub struct TieredStore {
 #[derive(Debug)]
 struct Tier {
     durable: Durable,
-    durability: Durability,
-    /// Bytes that the disk may keep of what the bucket has.
-    cache_limit: Option<u64>,
+    config: TierConfig,
     drain: Drain,
     stripes: Stripes,
+    /// Held for reading from the look whether the bucket has a blob until it is known that the disk is to bring it there; for
+    /// writing while what was collected is removed from the disk. Only with [`Durability::Behind`].
+    arriving: Arc<RwLock<()>>,
+    /// Held by the one collection of this node.
+    collecting: std::sync::Mutex<()>,
 }
 
 impl From<LocalStore> for TieredStore {
@@ -101,8 +117,15 @@ impl From<LocalStore> for TieredStore {
 impl TieredStore {
     /// A disk over a bucket. [`TieredStore::learn`] comes before the first call of a service, and
     /// [`TieredStore::work`] runs beside them.
-    pub fn over(durable: Durable, disk: LocalStore, durability: Durability, cache_limit: Option<u64>) -> Self {
-        let tier = Tier { durable, durability, cache_limit, drain: Drain::default(), stripes: Stripes::default() };
+    pub fn over(durable: Durable, disk: LocalStore, config: TierConfig) -> Self {
+        let tier = Tier {
+            durable,
+            config,
+            drain: Drain::default(),
+            stripes: Stripes::default(),
+            arriving: Arc::default(),
+            collecting: std::sync::Mutex::default(),
+        };
         Self { disk, tier: Some(Arc::new(tier)) }
     }
 
@@ -125,7 +148,7 @@ impl TieredStore {
         let mut pause = FIRST_PAUSE;
         loop {
             let learned = async {
-                tier.durable.rebuild().await?;
+                self.rebuild().await?;
                 self.move_pins(&tier.durable).await
             };
             match learned.await {
@@ -178,7 +201,11 @@ impl TieredStore {
         let rebuild = async {
             loop {
                 tokio::time::sleep(REBUILD).await;
-                if let Err(error) = self.rebuild().await {
+                let done = async {
+                    self.rebuild().await?;
+                    self.prune_names().await
+                };
+                if let Err(error) = done.await {
                     tracing::warn!(%error, "the bucket was not listed; trying again later");
                 }
             }
@@ -192,55 +219,90 @@ impl TieredStore {
         Ok(())
     }
 
-    /// Lists the whole bucket. What the disk has of packs that are gone is brought there again.
+    /// Lists the whole bucket. Of packs that are gone, what a collection has deleted goes from the disk; what was lost is brought
+    /// there again, if the disk has it.
     ///
     /// # Errors
     /// Those of the bucket and of its index.
     pub async fn rebuild(&self) -> Result<()> {
-        if let Some(tier) = &self.tier
-            && tier.durable.rebuild().await?
-        {
+        let Some(tier) = &self.tier else { return Ok(()) };
+        let mut lost = false;
+        for gone in tier.durable.rebuild().await? {
+            tracing::info!(pack = %gone.pack, why = ?gone.why, bucket = %tier.durable.name(), "a pack is gone");
+            match gone.why {
+                Why::Collected => self.remove_collected(tier, gone.pack).await?,
+                Why::Lost => lost = true,
+                // Can still be read here, and is not brought anywhere.
+                Why::Unknown => {}
+            }
+            let durable = tier.durable.clone();
+            self.blocking(move |_| {
+                if gone.why == Why::Lost {
+                    durable.set_complete(false)?;
+                }
+                durable.forget(gone.pack)
+            })
+            .await?;
+        }
+        if lost {
             tier.drain.compare_again();
         }
         Ok(())
     }
 
-    /// Which of `blobs` are not as durable as this store promises, each once, in the order asked.
+    /// Forgets the SHA-256 names of what is gone.
+    async fn prune_names(&self) -> Result<()> {
+        let Some(tier) = self.tier.clone() else { return Ok(()) };
+        self.blocking(move |store| {
+            store.disk.prune_sha256(|blobs| tier.durable.missing(&tier.not_waiting(blobs)))?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Removes from the disk what only a pack had that a collection has deleted.
+    async fn remove_collected(&self, tier: &Arc<Tier>, pack: durable::PackName) -> Result<()> {
+        let _nothing_arrives = match tier.config.durability {
+            Durability::Through => None,
+            Durability::Behind => Some(tier.arriving.write().await),
+        };
+        let tier = tier.clone();
+        self.blocking(move |store| {
+            let mut blobs = tier.durable.lost_with(pack)?;
+            tier.drain.retain_idle(&mut blobs);
+            store.disk.remove(&blobs)?;
+            tier.durable.forget_used(&blobs)
+        })
+        .await
+    }
+
+    /// Which of `blobs` are not as durable as this store promises, each once, in the order asked. On the others, and all below
+    /// them, the asker can count for the time of a lease.
     ///
     /// # Errors
     /// Those of the store.
     pub async fn find_missing(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
         let fresh = Instant::now().checked_sub(FRESH).unwrap_or_else(Instant::now);
-        match (self.find_missing_since(blobs, fresh).await, &self.tier) {
-            // Uploads need no bucket here: at worst another node has it, and it is stored twice.
-            (Err(error), Some(tier)) if tier.durability == Durability::Behind && error.is_transient() => {
-                tracing::warn!(%error, "what other nodes have stored is not known, and counts as missing");
-                self.known_missing(tier, blobs).await
+        let Some(tier) = &self.tier else { return self.disk.find_missing(blobs).await };
+        let asked = tier.not_waiting(blobs);
+        let mut missing = asked.clone();
+        match tier.find_missing(&asked, fresh, &mut missing).await {
+            // Uploads need no bucket here: at worst it has the blob, and it is stored twice.
+            Err(error) if tier.config.durability == Durability::Behind && error.is_transient() => {
+                tracing::warn!(%error, blobs = missing.len(), "what the bucket has is not known, and counts as missing");
             }
-            (result, _) => result,
+            result => result?,
         }
+        Ok(missing)
     }
 
     /// As [`TieredStore::find_missing`]; what any node had stored at `since` does not count as missing.
     async fn find_missing_since(&self, blobs: &[Blob], since: Instant) -> Result<Vec<Blob>> {
         let Some(tier) = &self.tier else { return self.disk.find_missing(blobs).await };
-        let missing = self.known_missing(tier, blobs).await?;
-        if missing.is_empty() {
-            return Ok(missing);
-        }
-        tier.durable.refresh(since).await?;
-        let durable = tier.durable.clone();
-        self.blocking(move |_| durable.missing(&missing)).await
-    }
-
-    /// As [`TieredStore::find_missing`], by what is known without asking the bucket.
-    async fn known_missing(&self, tier: &Tier, blobs: &[Blob]) -> Result<Vec<Blob>> {
-        let missing = match tier.durability {
-            Durability::Through => blobs.to_vec(),
-            Durability::Behind => self.disk.find_missing(blobs).await?,
-        };
-        let durable = tier.durable.clone();
-        self.blocking(move |_| durable.missing(&missing)).await
+        let asked = tier.not_waiting(blobs);
+        let mut missing = Vec::new();
+        tier.find_missing(&asked, since, &mut missing).await?;
+        Ok(missing)
     }
 
     /// Whether the blob is as durable as this store promises.
@@ -340,11 +402,9 @@ impl TieredStore {
     pub async fn write_batch(&self, blobs: Vec<(Blob, Bytes)>) -> Result<()> {
         let Some(tier) = &self.tier else { return self.disk.write_batch(blobs).await };
         let names: Vec<Blob> = blobs.iter().map(|(blob, _)| *blob).collect();
-        let durable = tier.durable.clone();
-        let wanted = names.clone();
-        let absent: HashSet<Blob> = self.blocking(move |_| durable.missing(&wanted)).await?.into_iter().collect();
-        match tier.durability {
+        match tier.config.durability {
             Durability::Through => {
+                let absent: HashSet<Blob> = tier.durable.find_missing(&names).await?.into_iter().collect();
                 let small: Vec<_> = blobs
                     .iter()
                     .filter(|(blob, _)| blob.size <= MAX_SHARED_BLOB && absent.contains(blob))
@@ -358,10 +418,15 @@ impl TieredStore {
             Durability::Behind => {
                 // Waits when too much is on its way already.
                 tier.drain.room().await;
-                let (store, tier) = (self.clone(), tier.clone());
+                let (store, tier, names) = (self.clone(), tier.clone(), names.clone());
                 self.to_its_end(async move {
+                    let _arriving = tier.arriving.clone().read_owned().await;
+                    let absent = match tier.durable.find_missing(&tier.not_waiting(&names)).await {
+                        Err(error) if error.is_transient() => tier.not_waiting(&names),
+                        result => result?,
+                    };
                     let written = store.disk.write_batch(blobs).await;
-                    store.written(&tier, absent.into_iter().collect(), written).await
+                    store.written(&tier, absent, written).await
                 })
                 .await?;
             }
@@ -402,13 +467,14 @@ impl TieredStore {
     pub async fn finish(&self, ingest: Ingest) -> Result<()> {
         let blob = ingest.blob();
         let Some(tier) = &self.tier else { return ingest.finish().await };
-        if tier.durability == Durability::Behind {
+        if tier.config.durability == Durability::Behind {
             tier.drain.room().await;
         }
         let (store, storing) = (self.clone(), tier.clone());
         self.to_its_end(async move {
+            let _arriving = storing.arriving.clone().read_owned().await;
             let written = ingest.finish().await;
-            match storing.durability {
+            match storing.config.durability {
                 Durability::Through => {
                     written?;
                     store.store(&storing, blob).await
@@ -522,6 +588,25 @@ impl TieredStore {
             Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
             Err(_) => Err(StoreError::Closed(self.disk.objects().display().to_string())),
         }
+    }
+}
+
+impl Tier {
+    /// Those of `blobs` that are not on their way from the disk to the bucket: what is, is as durable as was promised.
+    fn not_waiting(&self, blobs: &[Blob]) -> Vec<Blob> {
+        let mut blobs = blobs.to_vec();
+        self.drain.retain_idle(&mut blobs);
+        blobs
+    }
+
+    /// What of `blobs` is not in the bucket, as far as it is known when this fails. What any node had stored at `since` is.
+    async fn find_missing(&self, blobs: &[Blob], since: Instant, missing: &mut Vec<Blob>) -> Result<()> {
+        *missing = self.durable.find_missing(blobs).await?;
+        if !missing.is_empty() {
+            self.durable.refresh(since).await?;
+            *missing = self.durable.find_missing(missing).await?;
+        }
+        Ok(())
     }
 }
 

@@ -1,15 +1,18 @@
 //! The options of the durable tier, and the store they ask for.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use aether_cas::{
     LocalStore,
-    durable::{Durable, S3Config},
+    durable::{Durable, S3Config, Terms, collect::WASTE},
     store::Result,
 };
 use clap::{Args, ValueEnum};
 
-use super::{Durability, TieredStore};
+use super::{Durability, TierConfig, TieredStore};
 
 /// Folder of the index of a bucket, in the data folder.
 const PACKS: &str = "packs";
@@ -36,6 +39,16 @@ pub struct TierArgs {
     /// With `behind`, losing a node's disk loses what it had acknowledged and not brought to the bucket yet.
     #[arg(long, env = "AETHER_DURABILITY", default_value = "through", requires = "s3_bucket")]
     pub durability: When,
+    /// How much of a pack in the bucket may be waste before what is needed of it is written anew, in percent.
+    #[arg(long, env = "AETHER_GC_WASTE", default_value_t = WASTE, value_name = "PERCENT", requires = "s3_bucket",
+          value_parser = clap::value_parser!(u64).range(0..=100))]
+    pub gc_waste: u64,
+    /// By how old a list of what is condemned a node answers, in milliseconds. For tests: all nodes of a bucket must agree.
+    #[arg(long, hide = true, value_name = "MS", requires = "s3_bucket")]
+    pub s3_view: Option<u64>,
+    /// How much clocks may differ, in milliseconds. For tests.
+    #[arg(long, hide = true, value_name = "MS", requires = "s3_bucket")]
+    pub s3_skew: Option<u64>,
     /// What the disk may keep of the bucket, in bytes or as 100Gi; what was wanted longest ago goes first. No limit without it.
     #[arg(long, env = "AETHER_CACHE_LIMIT", value_name = "BYTES", requires = "s3_bucket", value_parser = bytes)]
     pub cache_limit: Option<u64>,
@@ -55,7 +68,7 @@ impl TierArgs {
     ///
     /// # Errors
     /// Those of opening the durable tier.
-    pub async fn over(&self, disk: LocalStore, data_dir: &Path) -> Result<TieredStore> {
+    pub async fn over(&self, disk: LocalStore, data_dir: &Path, lease: Duration) -> Result<TieredStore> {
         let Some(bucket) = &self.s3_bucket else {
             return Ok(disk.into());
         };
@@ -65,12 +78,19 @@ impl TierArgs {
             endpoint: self.s3_endpoint.clone(),
             region: self.s3_region.clone(),
         };
-        let durable = Durable::open_s3(&config, &data_dir.join(PACKS)).await?;
+        let mut terms = Terms::new(lease);
+        terms.view = self.s3_view.map_or(terms.view, Duration::from_millis);
+        terms.skew = self.s3_skew.map_or(terms.skew, Duration::from_millis);
+        let durable = Durable::open_s3(&config, &data_dir.join(PACKS), terms).await?;
         let durability = match self.durability {
             When::Through => Durability::Through,
             When::Behind => Durability::Behind,
         };
-        Ok(TieredStore::over(durable, disk, durability, self.cache_limit))
+        Ok(TieredStore::over(
+            durable,
+            disk,
+            TierConfig { durability, cache_limit: self.cache_limit, waste: self.gc_waste },
+        ))
     }
 }
 

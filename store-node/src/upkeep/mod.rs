@@ -15,6 +15,8 @@ use aether_cas::{
 };
 use aether_runtime::{CancellationToken, tasks};
 
+use crate::tiered::TieredStore;
+
 pub use metrics::UpkeepMetrics;
 pub use options::UpkeepArgs;
 
@@ -23,6 +25,8 @@ pub const LEASE: Duration = Duration::from_secs(24 * 3600);
 
 /// The first collection after a start does not wait for longer, so that restarts do not put it off for ever.
 const FIRST: Duration = Duration::from_secs(5 * 60);
+/// Between two looks whose turn it is.
+const LEAST_REST: Duration = Duration::from_secs(1);
 /// How long after the disk failed to try again.
 const RETRY: Duration = Duration::from_secs(60);
 /// Lost blobs that are counted.
@@ -37,18 +41,32 @@ pub struct Schedule {
     pub pace: Pace,
 }
 
-/// Collects `store` over and over until the token is cancelled.
+/// Collects `store` over and over until the token is cancelled; a bucket whenever it is this node's turn.
 ///
 /// # Errors
 /// None: a collection that fails is tried again.
 pub async fn collections(
-    store: LocalStore,
+    store: TieredStore,
     schedule: Schedule,
     metrics: UpkeepMetrics,
     token: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut pause = schedule.interval.min(FIRST);
     while passed(pause, &token).await {
+        if let Some(durable) = store.durable() {
+            match durable.take_turn("collection", schedule.interval).await {
+                Ok(None) => {}
+                Ok(Some(rest)) => {
+                    pause = rest.clamp(LEAST_REST, schedule.interval);
+                    continue;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "whether it is time to collect is not known; trying again");
+                    pause = schedule.interval.min(RETRY);
+                    continue;
+                }
+            }
+        }
         let (store, metrics, stop) = (store.clone(), metrics.clone(), token.clone());
         let collected = tasks::blocking("collection", move || {
             let mut watch = |_: &Progress| until(&stop);
@@ -76,7 +94,7 @@ pub async fn collections(
 }
 
 /// Collects once, and counts what it did.
-pub(crate) fn collect(store: &LocalStore, pace: Pace, metrics: &UpkeepMetrics, watch: Watch<'_>) -> Result<Progress> {
+pub(crate) fn collect(store: &TieredStore, pace: Pace, metrics: &UpkeepMetrics, watch: Watch<'_>) -> Result<Progress> {
     let mut before = Progress::default();
     let result = store.collect(pace, &mut |progress| {
         metrics.collected(&before, progress);
@@ -178,12 +196,12 @@ mod tests {
         };
         let pace = Pace::new(None);
         let go_on = &mut |_: &Progress| ControlFlow::Continue(());
-        let store = LocalStore::open(config.clone()).unwrap();
+        let store = LocalStore::open(config.clone()).unwrap().into();
         assert!(matches!(collect(&store, pace, &metrics, go_on), Err(StoreError::Invalid(_))));
         assert!(failed("1"), "{}", table.render());
         drop(store);
 
-        let store = LocalStore::open_collected(config, LEASE).unwrap();
+        let store = LocalStore::open_collected(config, LEASE).unwrap().into();
         collect(&store, pace, &metrics, &mut |_| {
             let another = collect(&store, pace, &metrics, &mut |_| ControlFlow::Continue(()));
             assert!(matches!(another, Err(StoreError::Busy(_))));

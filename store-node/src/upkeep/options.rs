@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::Schedule;
 
-/// When and how fast the node looks after its disk. With a bucket behind it, the disk is a cache and is not collected.
+/// When and how fast the node looks after its disk, or the bucket behind it; of several nodes, one collects at a time.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct UpkeepArgs {
     /// How often what neither a pin nor a lease keeps is deleted, such as 30m, 6h or 1d; `off` for only when asked.

@@ -1,5 +1,6 @@
 //! Three store nodes over a real S3 service: nodes are killed and lose their disks at random moments while clients upload,
-//! pin and read. Nothing that was acknowledged is lost, not even when in the end all disks are.
+//! pin, unpin and read, and while the bucket is collected over and over. Nothing that was acknowledged and is pinned is lost, not even
+//! when in the end all disks are; and nothing else is left then.
 //!
 //! `AETHER_SEED` repeats the sequence of one run (not its timing); `AETHER_ROUNDS` sets its length.
 
@@ -23,10 +24,14 @@ use aether_cas::{
     tree,
 };
 use aether_proto::store::v1::{
-    ListRootsRequest, PinRootRequest, Root, UnpinRootsRequest, store_admin_client::StoreAdminClient,
+    CollectProgress, CollectRequest, ListRootsRequest, PinRootRequest, Root, UnpinRootsRequest,
+    store_admin_client::StoreAdminClient,
 };
 use aether_testkit::bucket::Bucket;
-use tonic::transport::Endpoint;
+use tonic::{
+    Code,
+    transport::{Channel, Endpoint},
+};
 
 use node::Node;
 
@@ -44,28 +49,37 @@ impl Dice {
     }
 }
 
-/// What the store has acknowledged.
-#[derive(Default)]
-struct Acknowledged {
+/// For how long an answer is good, and by how old a list of the condemned it is given. Clocks are one clock here.
+const TERMS: [&str; 3] = ["--gc-lease=12s", "--s3-view=1000", "--s3-skew=0"];
+const LEASE: Duration = Duration::from_secs(12);
+/// A client that takes longer from its first question to its pin was promised nothing.
+const PROMISED: Duration = Duration::from_secs(5);
+const OWNER: &str = "property";
+const KIND: &str = "Checkpoint";
+
+/// A tree that was uploaded.
+struct Tree {
+    root: Blob,
     /// Contents, from which seed and how long.
     contents: Vec<(Blob, u64, usize)>,
-    /// Directories, and what they are.
     directories: HashMap<Blob, tree::Directory>,
-    roots: Vec<Blob>,
-    /// Pins by name; of those whose last change was not acknowledged nothing is known.
-    pins: BTreeMap<String, Option<Blob>>,
 }
+
+/// Pins by name; of those whose last change was not acknowledged nothing is known.
+type Pins = BTreeMap<String, Option<Arc<Tree>>>;
 
 struct World {
     remote: RemoteStore,
     uris: Vec<String>,
-    done: Mutex<Acknowledged>,
+    done: Mutex<Pins>,
     stop: AtomicBool,
     uploads: AtomicU64,
     failed_uploads: AtomicU64,
     reads: AtomicU64,
     failed_reads: AtomicU64,
     pins: AtomicU64,
+    collections: AtomicU64,
+    deleted: AtomicU64,
 }
 
 impl World {
@@ -104,46 +118,65 @@ impl World {
             let top = directory(folders.iter().map(|(name, node)| (name.as_str(), node.clone())));
             let root = source.put_directory(&top);
             directories.insert(root, top);
+            let begin = Instant::now();
             match upload_tree(root, Arc::new(source), &self.remote, &|_| {}).await {
                 Ok(_) => {
                     self.uploads.fetch_add(1, Ordering::Relaxed);
-                    let mut done = self.done.lock().unwrap();
-                    done.contents.extend(contents);
-                    done.directories.extend(directories);
-                    done.roots.push(root);
+                    let tree = Arc::new(Tree { root, contents, directories });
+                    // What is not pinned is soon nobody's.
+                    if dice.roll(3) > 0 {
+                        self.pin(&mut dice, uploader, tree, begin).await;
+                    }
                 }
                 Err(error) => {
                     assert!(error.is_transient(), "an upload failed for good: {error}");
                     self.failed_uploads.fetch_add(1, Ordering::Relaxed);
                 }
             }
-            if dice.roll(2) == 0 {
-                self.pin(&mut dice, uploader, root).await;
-            }
         }
     }
 
     /// Pins a tree at some node, or unpins; each uploader has its own names, so that it knows what the last word was.
-    async fn pin(&self, dice: &mut Dice, uploader: u64, root: Blob) {
+    async fn pin(&self, dice: &mut Dice, uploader: u64, tree: Arc<Tree>, begin: Instant) {
         let name = format!("{uploader}-{}", dice.roll(20));
         let uri = self.uris[dice.roll(NODES as u64) as usize].clone();
-        let Ok(channel) = Endpoint::from_shared(uri).unwrap().timeout(Duration::from_secs(20)).connect().await else {
+        let Ok(mut admin) = connect(uri).await else { return };
+        if begin.elapsed() > PROMISED {
             return;
-        };
-        let mut admin = StoreAdminClient::new(channel);
+        }
         // While it is under way, and when it fails, nobody knows.
-        self.done.lock().unwrap().pins.remove(&name);
-        let (owner_uid, kind) = ("property".to_owned(), "Checkpoint".to_owned());
+        self.done.lock().unwrap().remove(&name);
+        let (owner_uid, kind) = (OWNER.to_owned(), KIND.to_owned());
         let pinned = if dice.roll(5) == 0 {
             let request = UnpinRootsRequest { owner_uid, kind, name: Some(name.clone()) };
             admin.unpin_roots(request).await.map(|_| None)
         } else {
-            let pin = Root { owner_uid, kind, name: name.clone(), tree: root.to_string(), pinned_at: 0 };
-            admin.pin_root(PinRootRequest { root: Some(pin) }).await.map(|_| Some(root))
+            let pin = Root { owner_uid, kind, name: name.clone(), tree: tree.root.to_string(), pinned_at: 0 };
+            admin.pin_root(PinRootRequest { root: Some(pin) }).await.map(|_| Some(tree))
         };
-        if let Ok(pinned) = pinned {
-            self.pins.fetch_add(1, Ordering::Relaxed);
-            self.done.lock().unwrap().pins.insert(name, pinned);
+        match pinned {
+            Ok(pinned) => {
+                self.pins.fetch_add(1, Ordering::Relaxed);
+                self.done.lock().unwrap().insert(name, pinned);
+            }
+            Err(status) => {
+                let refused = status.code() == Code::NotFound && begin.elapsed() < PROMISED;
+                assert!(!refused, "a tree was stored and is not there: {status}");
+            }
+        }
+    }
+
+    /// Collects the bucket by one node after the other.
+    async fn collect(self: Arc<Self>, seed: u64) {
+        let mut dice = Dice(seed ^ 99 << 40);
+        while !self.is_over() {
+            let uri = self.uris[dice.roll(NODES as u64) as usize].clone();
+            if let Ok(done) = collect(uri, false).await {
+                assert!(done.incomplete_roots.is_empty(), "{:?}", done.incomplete_roots);
+                self.collections.fetch_add(1, Ordering::Relaxed);
+                self.deleted.fetch_add(done.deleted_blobs, Ordering::Relaxed);
+            }
+            tokio::time::sleep(Duration::from_millis(dice.roll(500))).await;
         }
     }
 
@@ -151,15 +184,16 @@ impl World {
     async fn read(self: Arc<Self>, seed: u64) {
         let mut dice = Dice(seed ^ 77 << 40);
         while !self.is_over() {
-            let picked: Vec<_> = {
+            let pinned: Vec<(String, Arc<Tree>)> = {
                 let done = self.done.lock().unwrap();
-                let count = done.contents.len() as u64;
-                (0..count.min(20)).map(|_| done.contents[dice.roll(count) as usize]).collect()
+                done.iter().filter_map(|(name, tree)| Some((name.clone(), tree.clone()?))).collect()
             };
-            if picked.is_empty() {
+            let Some((name, tree)) = pinned.get(dice.roll(pinned.len().max(1) as u64) as usize) else {
                 tokio::time::sleep(Duration::from_millis(10)).await;
                 continue;
-            }
+            };
+            let count = tree.contents.len() as u64;
+            let picked: Vec<_> = (0..20).map(|_| tree.contents[dice.roll(count) as usize]).collect();
             let names: Vec<Blob> = picked.iter().map(|(blob, ..)| *blob).collect();
             match self.remote.read_batch(&names).await {
                 Ok(read) => {
@@ -169,7 +203,11 @@ impl World {
                     self.reads.fetch_add(names.len() as u64, Ordering::Relaxed);
                 }
                 Err(error) => {
-                    assert!(error.is_transient(), "what was acknowledged is lost: {error}");
+                    let is_pinned = || {
+                        let done = self.done.lock().unwrap();
+                        done.get(name).is_some_and(|now| now.as_ref().is_some_and(|now| Arc::ptr_eq(now, tree)))
+                    };
+                    assert!(error.is_transient() || !is_pinned(), "what was acknowledged is lost: {error}");
                     self.failed_reads.fetch_add(1, Ordering::Relaxed);
                 }
             }
@@ -178,11 +216,9 @@ impl World {
 
     /// Compares everything that was acknowledged with what the store has.
     async fn compare(&self) {
-        let (contents, directories, pins, roots) = {
-            let done = self.done.lock().unwrap();
-            (done.contents.clone(), done.directories.clone(), done.pins.clone(), done.roots.len())
-        };
-        let count = contents.len();
+        let pins = self.done.lock().unwrap().clone();
+        let trees: Vec<&Arc<Tree>> = pins.values().flatten().collect();
+        let contents: Vec<_> = trees.iter().flat_map(|tree| &tree.contents).collect();
         for some in contents.chunks(500) {
             let names: Vec<Blob> = some.iter().map(|(blob, ..)| *blob).collect();
             let read = self.remote.read_batch(&names).await.unwrap();
@@ -190,24 +226,41 @@ impl World {
                 assert_eq!(data, bytes(*seed, *length), "{blob}");
             }
         }
-        let names: Vec<Blob> = directories.keys().copied().collect();
-        for (data, name) in self.remote.read_batch(&names).await.unwrap().iter().zip(&names) {
-            assert_eq!(tree::Directory::decode(data).unwrap(), directories[name]);
+        let directories: Vec<_> = trees.iter().flat_map(|tree| &tree.directories).collect();
+        let names: Vec<Blob> = directories.iter().map(|(blob, _)| **blob).collect();
+        for (data, (_, directory)) in self.remote.read_batch(&names).await.unwrap().iter().zip(&directories) {
+            assert_eq!(tree::Directory::decode(data).unwrap(), **directory);
         }
         for uri in &self.uris {
-            let channel = Endpoint::from_shared(uri.clone()).unwrap().connect().await.unwrap();
-            let listed = StoreAdminClient::new(channel)
-                .list_roots(ListRootsRequest { owner_uid: "property".to_owned(), kind: String::new() })
-                .await
-                .unwrap();
+            let request = ListRootsRequest { owner_uid: OWNER.to_owned(), kind: String::new() };
+            let listed = connect(uri.clone()).await.unwrap().list_roots(request).await.unwrap();
             let listed: HashMap<String, String> =
                 listed.into_inner().roots.into_iter().map(|root| (root.name, root.tree)).collect();
             for (name, pinned) in &pins {
-                assert_eq!(listed.get(name).cloned(), pinned.map(|blob| blob.to_string()), "pin {name} at {uri}");
+                let pinned = pinned.as_ref().map(|tree| tree.root.to_string());
+                assert_eq!(listed.get(name).cloned(), pinned, "pin {name} at {uri}");
             }
         }
-        println!("{roots} trees with {count} contents and {} directories are there, {} pins", names.len(), pins.len());
+        let (trees, contents) = (trees.len(), contents.len());
+        println!("{trees} pinned trees with {contents} contents and {} directories are there", directories.len());
     }
+}
+
+async fn connect(uri: String) -> Result<StoreAdminClient<Channel>, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(uri)?.timeout(Duration::from_secs(20));
+    Ok(StoreAdminClient::new(endpoint.connect().await?))
+}
+
+/// One collection by one node, to its end, or a dry run.
+async fn collect(uri: String, dry_run: bool) -> Result<CollectProgress, tonic::Status> {
+    let unavailable = |error: tonic::transport::Error| tonic::Status::unavailable(error.to_string());
+    let mut admin = StoreAdminClient::new(Endpoint::from_shared(uri).unwrap().connect().await.map_err(unavailable)?);
+    let mut answers = admin.collect(CollectRequest { dry_run, ..Default::default() }).await?.into_inner();
+    let mut last = None;
+    while let Some(answer) = answers.message().await? {
+        last = answer.progress;
+    }
+    last.ok_or_else(|| tonic::Status::internal("no progress"))
 }
 
 fn number(variable: &str) -> Option<u64> {
@@ -238,15 +291,18 @@ async fn nodes_die_at_random_and_nothing_acknowledged_is_lost() {
         reads: AtomicU64::new(0),
         failed_reads: AtomicU64::new(0),
         pins: AtomicU64::new(0),
+        collections: AtomicU64::new(0),
+        deleted: AtomicU64::new(0),
     });
     let mut clients: Vec<_> = (0..UPLOADERS).map(|n| tokio::spawn(world.clone().upload(n, seed))).collect();
     clients.push(tokio::spawn(world.clone().read(seed)));
+    clients.push(tokio::spawn(world.clone().collect(seed)));
 
     let begin = Instant::now();
     let (mut kills, mut lost_disks) = (0, 0);
     for _ in 0..rounds {
         tokio::time::sleep(Duration::from_millis(50 + dice.roll(700))).await;
-        // Mostly one node, sometimes all of them. Collections at random nodes belong here, once buckets are collected.
+        // Mostly one node, sometimes all of them.
         let victims: Vec<usize> = match dice.roll(10) {
             0 => (0..NODES).collect(),
             1..3 => (0..2).map(|n| (n + dice.roll(3) as usize) % NODES).collect(),
@@ -279,15 +335,18 @@ async fn nodes_die_at_random_and_nothing_acknowledged_is_lost() {
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     println!(
         "{rounds} rounds in {:.0?}: {kills} kills, {lost_disks} disks lost; {} trees uploaded, {} uploads gave up; \
-         {} reads, {} gave up; {} pins changed",
+         {} reads, {} gave up; {} pins changed; {} collections ended, {} blobs deleted",
         begin.elapsed(),
         count(&world.uploads),
         count(&world.failed_uploads),
         count(&world.reads),
         count(&world.failed_reads),
         count(&world.pins),
+        count(&world.collections),
+        count(&world.deleted),
     );
     assert!(count(&world.uploads) >= rounds, "clients got on");
+    assert!(rounds < 50 || count(&world.deleted) > 0, "collections got on");
     world.compare().await;
 
     // The bucket alone.
@@ -300,4 +359,13 @@ async fn nodes_die_at_random_and_nothing_acknowledged_is_lost() {
     world.compare().await;
     let error = world.remote.read(blob(1, 10).0).await.unwrap_err();
     assert!(matches!(error, StoreError::NotFound { .. }), "and nothing else: {error}");
+
+    // What is left is what is pinned, once the leases have ended: those of what is stored anew too.
+    let uri = world.uris[0].clone();
+    tokio::time::sleep(LEASE).await;
+    collect(uri.clone(), false).await.unwrap();
+    tokio::time::sleep(LEASE).await;
+    let left = collect(uri, true).await.unwrap();
+    assert_eq!(left.condemned_blobs, 0, "of {}", left.examined_blobs);
+    world.compare().await;
 }

@@ -9,6 +9,8 @@ use std::{
 
 use aether_testkit::bucket::{BUCKET, Bucket, KEY, SECRET, free_ports};
 
+use crate::TERMS;
+
 pub(crate) struct Node {
     folder: PathBuf,
     endpoint: String,
@@ -36,7 +38,8 @@ impl Node {
         let child = Command::new(env!("CARGO_BIN_EXE_aether-store-node"))
             .args(["--listen", &self.listen.to_string(), "--http", &self.http.to_string()])
             .args(["--s3-bucket", BUCKET, "--s3-prefix", "cluster/one", "--s3-endpoint", &self.endpoint])
-            .args(["--cache-limit", "64Mi", "--data-dir"])
+            .args(TERMS)
+            .args(["--gc-interval", "off", "--gc-waste", "0", "--cache-limit", "64Mi", "--data-dir"])
             .arg(&self.folder)
             .envs([("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET), ("AETHER_LOG", "info")])
             .stdin(Stdio::null())

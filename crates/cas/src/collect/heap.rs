@@ -13,13 +13,6 @@ pub struct Freed {
     pub bytes: u64,
 }
 
-impl Freed {
-    pub(crate) fn add(&mut self, blob: &Blob) {
-        self.blobs += 1;
-        self.bytes += blob.size;
-    }
-}
-
 /// The pins of a heap at one moment.
 #[derive(Debug)]
 pub struct Roots {
@@ -29,29 +22,22 @@ pub struct Roots {
     pub appeals: u64,
 }
 
-/// A place of blobs that can be collected: [`Collector`](super::Collector) decides, a heap acts.
+/// What can be marked: blobs, and what keeps them. All functions may block.
 ///
 /// Pages are in order of digest, begin after a given one, have a bounded length, and the empty page is the last. What
 /// comes or goes between two pages may or may not be in them.
-///
-/// A heap promises, beside what its functions say:
-/// - what it answers to be present, or acknowledges as stored, has a lease that is as durable as its blobs before the answer
-///   is given; what is condemned is never answered to be present; storing a condemned blob ends its being condemned;
-/// - condemning, sentencing and deleting never happen between the look and the answer.
-///
-/// All functions may block.
-pub trait Heap: Send + Sync {
+pub trait Graph: Send + Sync {
     /// Milliseconds since 1970, by the clock of the leases.
     fn now(&self) -> u64;
 
-    /// Before this time nothing is to be condemned: the heap cannot know all leases yet.
+    /// Before this time nothing is to be condemned: not all leases can be known yet.
     fn protected_until(&self) -> Result<Option<u64>>;
 
     /// The pins.
     fn roots(&self) -> Result<Roots>;
 
-    /// A page of leases with their ends, also of those that have ended.
-    fn leases(&self, after: Option<&Digest>) -> Result<Vec<(Blob, u64)>>;
+    /// Shows leases with their ends, some at a time; also of those that have ended.
+    fn leases(&self, visit: &mut dyn FnMut(&[(Blob, u64)]) -> Result<()>) -> Result<()>;
 
     /// A page of the blobs that are there.
     fn blobs(&self, after: Option<&Digest>) -> Result<Vec<Blob>>;
@@ -62,17 +48,22 @@ pub trait Heap: Send + Sync {
     /// Whether it is worth reading a blob to see whether it is a directory.
     fn may_be_directory(&self, blob: &Blob) -> Result<bool>;
 
+    /// Since when each of `digests` has been condemned, in milliseconds since 1970.
+    fn condemned_since(&self, digests: &[Digest]) -> Result<Vec<Option<u64>>>;
+}
+
+/// A place of blobs that can be collected blob by blob: [`Collector`](super::Collector) decides, a heap acts.
+///
+/// A heap promises, beside what its functions say:
+/// - what it answers to be present, or acknowledges as stored, has a lease that is as durable as its blobs before the answer
+///   is given; what is condemned is never answered to be present; storing a condemned blob ends its being condemned;
+/// - condemning, sentencing and deleting never happen between the look and the answer.
+pub trait Heap: Graph {
     /// Condemns those of `blobs` that have no lease until after `begin`, durably; returns which are condemned now.
     fn condemn(&self, blobs: &[Blob], begin: u64) -> Result<Vec<Blob>>;
 
-    /// Returns when everybody who answers for the heap knows all that is condemned.
-    fn adopt(&self) -> Result<()>;
-
     /// A page of the condemned.
     fn condemned(&self, after: Option<&Digest>) -> Result<Vec<Digest>>;
-
-    /// Since when each of `digests` has been condemned, in milliseconds since 1970.
-    fn condemned_since(&self, digests: &[Digest]) -> Result<Vec<Option<u64>>>;
 
     /// Ends the being condemned of these.
     fn rescue(&self, digests: &[Digest]) -> Result<()>;

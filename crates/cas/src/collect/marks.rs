@@ -48,7 +48,7 @@ impl Mark {
 }
 
 pub(super) struct Marks {
-    /// `None` only while being dropped.
+    /// `None` only while being dropped or made anew.
     db: Option<DB>,
     folder: PathBuf,
 }
@@ -56,28 +56,15 @@ pub(super) struct Marks {
 impl Marks {
     /// Begins without any mark, whatever an earlier collection has left.
     pub(super) fn create(folder: &Path) -> Result<Self> {
-        match fs::remove_dir_all(folder) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(StoreError::io("remove", folder)(e)),
-            _ => {}
-        }
-        fs::create_dir_all(folder).map_err(StoreError::io("create", folder))?;
-        let mut blocks = BlockBasedOptions::default();
-        blocks.set_block_cache(&Cache::new_lru_cache(BLOCK_CACHE));
-        blocks.set_cache_index_and_filter_blocks(true);
-        blocks.set_bloom_filter(10.0, false);
-        let mut options = Options::default();
-        options.create_if_missing(true);
-        options.set_block_based_table_factory(&blocks);
-        options.set_write_buffer_size(WRITE_BUFFER);
-        options.set_max_write_buffer_number(2);
-        options.set_max_open_files(OPEN_FILES);
-        options.set_keep_log_file_num(1);
-        let db = DB::open(&options, folder).map_err(|source| StoreError::Index {
-            action: "open",
-            path: folder.to_owned(),
-            source,
-        })?;
-        Ok(Self { db: Some(db), folder: folder.to_owned() })
+        Ok(Self { db: Some(create(folder)?), folder: folder.to_owned() })
+    }
+
+    /// Forgets all marks.
+    pub(super) fn clear(&mut self) -> Result<()> {
+        // Its files are removed.
+        self.db = None;
+        self.db = Some(create(&self.folder)?);
+        Ok(())
     }
 
     /// The mark of each digest.
@@ -98,9 +85,10 @@ impl Marks {
     }
 
     /// Marks blobs, unless they are marked already: a directory stays followed, and the first reason stays.
-    pub(super) fn keep(&self, digests: &[Digest], mark: Mark) -> Result<()> {
+    pub(super) fn keep(&self, marks: &[(Digest, Mark)]) -> Result<()> {
+        let digests: Vec<Digest> = marks.iter().map(|(digest, _)| *digest).collect();
         let mut batch = WriteBatch::default();
-        for (digest, known) in digests.iter().zip(self.get(digests)?) {
+        for ((digest, mark), known) in marks.iter().zip(self.get(&digests)?) {
             if known.is_none() {
                 batch.put(digest.0, mark.encode(false));
             }
@@ -110,7 +98,8 @@ impl Marks {
 
     /// Marks a directory and its contents. The subdirectories are marked when they are followed.
     pub(super) fn follow(&self, directory: &Digest, contents: &[Digest], mark: Mark) -> Result<()> {
-        self.keep(contents, mark)?;
+        let contents: Vec<_> = contents.iter().map(|digest| (*digest, mark)).collect();
+        self.keep(&contents)?;
         let mut batch = WriteBatch::default();
         batch.put(directory.0, mark.encode(true));
         self.write(batch)
@@ -135,6 +124,27 @@ impl Marks {
         let path = self.folder.clone();
         move |source| StoreError::Index { action, path: path.clone(), source }
     }
+}
+
+/// An empty database.
+fn create(folder: &Path) -> Result<DB> {
+    match fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(StoreError::io("remove", folder)(e)),
+        _ => {}
+    }
+    fs::create_dir_all(folder).map_err(StoreError::io("create", folder))?;
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_cache(&Cache::new_lru_cache(BLOCK_CACHE));
+    blocks.set_cache_index_and_filter_blocks(true);
+    blocks.set_bloom_filter(10.0, false);
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.set_block_based_table_factory(&blocks);
+    options.set_write_buffer_size(WRITE_BUFFER);
+    options.set_max_write_buffer_number(2);
+    options.set_max_open_files(OPEN_FILES);
+    options.set_keep_log_file_num(1);
+    DB::open(&options, folder).map_err(|source| StoreError::Index { action: "open", path: folder.to_owned(), source })
 }
 
 impl Drop for Marks {

@@ -3,9 +3,12 @@
 //! ```text
 //! header    magic "aethpack", version (u32)
 //! blobs     one behind the other, each as it is or as one zstd frame
-//! footer    number of blobs (u32), then for each: digest, size, offset, stored length (u64 each), compression (u8)
+//! footer    number of blobs (u32), then for each: digest, size, offset, stored length (u64 each), kind (u8)
 //! trailer   length of the footer (u32), BLAKE3 of the footer, version (u32), magic "aethpack"
 //! ```
+//!
+//! Bit 0 of a kind says that the blob is compressed, bit 1 that it may be a directory. Directories have packs of their own, so
+//! that those which nothing needs any more can go without the contents of files being written anew.
 //!
 //! Numbers are little-endian. There is one encoding: blobs follow each other without gaps in the order of the
 //! footer, none is empty, none comes twice. A decoder refuses everything else, never panics, and takes no
@@ -15,7 +18,10 @@ use std::collections::HashSet;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use crate::{Blob, Digest};
+use crate::{
+    Blob, Digest,
+    tree::{DIRECTORY_TAGS, Directory, MAX_DIRECTORY_BYTES},
+};
 
 /// Begins and ends every pack.
 pub const MAGIC: [u8; 8] = *b"aethpack";
@@ -46,15 +52,6 @@ pub enum Compression {
     Zstd,
 }
 
-impl Compression {
-    fn code(self) -> u8 {
-        match self {
-            Self::None => 0,
-            Self::Zstd => 1,
-        }
-    }
-}
-
 /// Where a blob is in its pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -66,9 +63,22 @@ pub struct Entry {
     pub stored: u64,
     /// How.
     pub compression: Compression,
+    /// Whether the blob may be a directory. What is not, is none.
+    pub directory: bool,
 }
 
 impl Entry {
+    /// The compression and what else there is to say, as one byte.
+    pub(super) fn kind(&self) -> u8 {
+        u8::from(self.compression == Compression::Zstd) | u8::from(self.directory) << 1
+    }
+
+    /// What [`Entry::kind`] says.
+    pub(super) fn of_kind(kind: u8) -> Option<(Compression, bool)> {
+        let compression = if kind & 1 == 0 { Compression::None } else { Compression::Zstd };
+        (kind <= 3).then_some((compression, kind & 2 != 0))
+    }
+
     /// The range of the stored bytes.
     pub fn range(&self) -> std::ops::Range<u64> {
         self.offset..self.offset + self.stored
@@ -137,7 +147,7 @@ pub fn encode_footer(entries: &[Entry]) -> Bytes {
         bytes.put_u64_le(entry.blob.size);
         bytes.put_u64_le(entry.offset);
         bytes.put_u64_le(entry.stored);
-        bytes.put_u8(entry.compression.code());
+        bytes.put_u8(entry.kind());
     }
     bytes.freeze()
 }
@@ -165,9 +175,9 @@ pub fn decode_footer(mut bytes: &[u8]) -> Result<Vec<Entry>, FormatError> {
         bytes.copy_to_slice(&mut digest);
         let blob = Blob { digest: Digest(digest), size: bytes.get_u64_le() };
         let (offset, stored) = (bytes.get_u64_le(), bytes.get_u64_le());
-        let compression = match bytes.get_u8() {
-            0 if stored == blob.size => Compression::None,
-            1 if stored < blob.size && blob.size <= MAX_SHARED_BLOB => Compression::Zstd,
+        let (compression, directory) = match Entry::of_kind(bytes.get_u8()) {
+            Some(kind @ (Compression::None, _)) if stored == blob.size => kind,
+            Some(kind @ (Compression::Zstd, _)) if stored < blob.size && blob.size <= MAX_SHARED_BLOB => kind,
             _ => return Err(Malformed("a blob is stored in a way that is not known, or with an impossible length")),
         };
         if stored == 0 || offset != end {
@@ -180,7 +190,7 @@ pub fn decode_footer(mut bytes: &[u8]) -> Result<Vec<Entry>, FormatError> {
         if !seen.insert(digest) {
             return Err(Malformed("a blob comes twice"));
         }
-        entries.push(Entry { blob, offset, stored, compression });
+        entries.push(Entry { blob, offset, stored, compression, directory });
     }
     Ok(entries)
 }
@@ -240,8 +250,18 @@ pub fn decode_tail(tail: &[u8], length: u64) -> Result<Tail, FormatError> {
     Ok(Tail::Entries(entries))
 }
 
-/// Lays out a pack: its pieces in order, and its index. Blobs that come twice are stored once.
-pub fn encode_pack(blobs: &[(Blob, Bytes)]) -> (Vec<Bytes>, Vec<Entry>) {
+/// Whether a blob of a shared pack may be a directory.
+pub fn may_be_directory(data: &[u8]) -> bool {
+    Directory::decode(data).is_ok()
+}
+
+/// Whether a blob that begins so may be a directory.
+pub fn may_begin_directory(size: u64, first: Option<&u8>) -> bool {
+    size <= MAX_DIRECTORY_BYTES as u64 && first.is_some_and(|first| DIRECTORY_TAGS.contains(first))
+}
+
+/// Lays out a pack of directories, or of what is none: its pieces in order, and its index. Blobs that come twice are stored once.
+pub fn encode_pack(blobs: &[(Blob, Bytes)], directory: bool) -> (Vec<Bytes>, Vec<Entry>) {
     let mut pieces = vec![encode_header()];
     let mut entries: Vec<Entry> = Vec::with_capacity(blobs.len());
     let mut seen = HashSet::with_capacity(blobs.len());
@@ -251,7 +271,7 @@ pub fn encode_pack(blobs: &[(Blob, Bytes)]) -> (Vec<Bytes>, Vec<Entry>) {
             continue;
         }
         let (stored, compression) = encode_blob(data);
-        entries.push(Entry { blob: *blob, offset, stored: stored.len() as u64, compression });
+        entries.push(Entry { blob: *blob, offset, stored: stored.len() as u64, compression, directory });
         offset += stored.len() as u64;
         pieces.push(stored);
     }
@@ -267,7 +287,7 @@ mod tests {
 
     fn pack(blobs: &[&[u8]]) -> (Bytes, Vec<Entry>) {
         let blobs: Vec<_> = blobs.iter().map(|data| (Blob::of(data), Bytes::copy_from_slice(data))).collect();
-        let (pieces, entries) = encode_pack(&blobs);
+        let (pieces, entries) = encode_pack(&blobs, false);
         (pieces.concat().into(), entries)
     }
 
@@ -328,7 +348,7 @@ mod tests {
     #[test]
     fn only_one_encoding_is_accepted() {
         let blob = Blob::of(b"12345");
-        let good = Entry { blob, offset: HEADER_BYTES, stored: 5, compression: Compression::None };
+        let good = Entry { blob, offset: HEADER_BYTES, stored: 5, compression: Compression::None, directory: true };
         assert_eq!(decode_footer(&encode_footer(&[good])), Ok(vec![good]));
         let large = Blob { size: MAX_SHARED_BLOB + 1, ..blob };
         for bad in [

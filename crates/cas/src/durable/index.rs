@@ -1,19 +1,20 @@
 //! Which blob lies in which packs: a RocksDB that is made from the bucket alone, and may be thrown away at any time.
 //!
 //! Column families: `packs` maps the name of a pack to its footer; `places` maps a digest and the name of a
-//! pack to where in it the blob is; `roots` the name of a record of a pin to its text; `used` a digest to when
-//! its copy on the disk was last wanted; `default` says for which bucket and in which format all this is.
+//! pack to where in it the blob is; `roots` the name of a record of a pin to its text; `leases` a digest to the end of its lease
+//! as this node has written it; `used` a digest to when its copy on the disk was last wanted; `default` says for which
+//! bucket and in which format all this is, and what else there is to remember.
 //! Nothing is synced: what a power cut takes is read from the bucket again.
 //!
 //! Memory: 16 MiB of write buffers, 32 MiB of block cache that also holds indexes and filters, 128 open files; some 100 bytes
-//! for each copy that was found damaged since the bucket was last listed.
+//! for each copy that was found damaged, and for each pack that was found gone, since the bucket was last listed.
 
 use std::{
     collections::HashSet,
     path::{Path, PathBuf},
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
 };
 
@@ -23,16 +24,17 @@ use rocksdb::{
 };
 
 use super::{
-    format::{Compression, Entry, decode_footer, encode_footer},
+    format::{Entry, decode_footer, encode_footer},
     name::{NAME_BYTES, PackName},
 };
 use crate::{Blob, Digest, StoreError, store::Result};
 
-const FORMAT: &str = "1";
+const FORMAT: &str = "2";
 const FORMAT_KEY: &[u8] = b"format";
 const PACKS: &str = "packs";
 const PLACES: &str = "places";
 const ROOTS: &str = "roots";
+const LEASES: &str = "leases";
 const USED: &str = "used";
 
 const WRITE_BUFFERS: usize = 16 << 20;
@@ -55,10 +57,16 @@ pub(super) struct Index {
     path: PathBuf,
     packs: AtomicU64,
     stored_bytes: AtomicU64,
-    /// Copies that turned out not to be their blobs. In memory only: they may be mended, or one answer was wrong.
-    damaged: Mutex<HashSet<(Digest, PackName)>>,
-    /// Whether packs were removed since somebody asked.
-    shrunk: AtomicBool,
+    doubts: Mutex<Doubts>,
+}
+
+/// Copies that do not count. In memory only: they may be mended, or one answer was wrong.
+#[derive(Default)]
+struct Doubts {
+    /// Those that turned out not to be their blobs.
+    damaged: HashSet<(Digest, PackName)>,
+    /// Those in packs that are gone.
+    gone: HashSet<PackName>,
 }
 
 impl Index {
@@ -97,6 +105,7 @@ impl Index {
             ColumnFamilyDescriptor::new(PACKS, family_options(&cache)),
             ColumnFamilyDescriptor::new(PLACES, places),
             ColumnFamilyDescriptor::new(ROOTS, family_options(&cache)),
+            ColumnFamilyDescriptor::new(LEASES, family_options(&cache)),
             ColumnFamilyDescriptor::new(USED, family_options(&cache)),
         ];
         let db = DB::open_cf_descriptors(&options, path, families).map_err(|source| StoreError::Index {
@@ -109,8 +118,7 @@ impl Index {
             path: path.to_owned(),
             packs: AtomicU64::new(0),
             stored_bytes: AtomicU64::new(0),
-            damaged: Mutex::default(),
-            shrunk: AtomicBool::new(false),
+            doubts: Mutex::default(),
         };
         match index.db.get(FORMAT_KEY).map_err(index.error("read"))? {
             Some(found) if found == identity.as_bytes() => {}
@@ -170,36 +178,46 @@ impl Index {
             batch.delete_cf(self.family(PLACES), place_key(&entry.blob.digest, pack));
         }
         self.write(batch)?;
-        self.shrunk.store(true, Ordering::Relaxed);
+        self.doubts().gone.remove(&pack);
         self.count(&entries, false);
         Ok(())
     }
 
-    /// Whether packs were removed since this was last called.
-    pub(super) fn has_shrunk(&self) -> bool {
-        self.shrunk.swap(false, Ordering::Relaxed)
-    }
-
     /// Leaves out one copy, which turned out not to be the blob, until [`Index::trust_all`].
     pub(super) fn distrust(&self, place: &Place) {
-        self.damaged().insert((place.entry.blob.digest, place.pack));
+        self.doubts().damaged.insert((place.entry.blob.digest, place.pack));
     }
 
-    pub(super) fn trust_all(&self) {
-        self.damaged().clear();
+    /// Leaves out what a pack holds, because it is gone, until [`Index::trust_all`].
+    pub(super) fn hide(&self, pack: PackName) {
+        self.doubts().gone.insert(pack);
     }
 
-    fn damaged(&self) -> MutexGuard<'_, HashSet<(Digest, PackName)>> {
-        self.damaged.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Gives everything another chance but what is in packs of `gone`.
+    pub(super) fn trust_all(&self, gone: HashSet<PackName>) {
+        *self.doubts() = Doubts { damaged: HashSet::new(), gone };
     }
 
-    /// All packs, in order of their names.
+    fn doubts(&self) -> MutexGuard<'_, Doubts> {
+        self.doubts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All packs, in order of their names; also those that are gone and not forgotten.
     pub(super) fn packs(&self) -> Result<Vec<PackName>> {
         let mut packs = Vec::new();
         for item in self.db.iterator_cf(self.family(PACKS), IteratorMode::Start) {
             let (key, _) = item.map_err(self.error("read"))?;
             packs.extend(PackName::from_bytes(&key));
         }
+        Ok(packs)
+    }
+
+    /// Those that are not known to be gone.
+    pub(super) fn packs_there(&self) -> Result<Vec<PackName>> {
+        let mut packs = self.packs()?;
+        let doubts = self.doubts();
+        packs.retain(|pack| !doubts.gone.contains(pack));
+        drop(doubts);
         Ok(packs)
     }
 
@@ -222,6 +240,21 @@ impl Index {
         }
     }
 
+    /// The packs that hold a digest, also those that are gone and not forgotten.
+    pub(super) fn packs_of(&self, digest: &Digest) -> Result<Vec<PackName>> {
+        let mut options = ReadOptions::default();
+        options.set_prefix_same_as_start(true);
+        let mut packs = Vec::new();
+        let mut rows = self.db.raw_iterator_cf_opt(self.family(PLACES), options);
+        rows.seek(digest.0);
+        while let Some(name) = rows.key().and_then(|key| key.strip_prefix(&digest.0[..])) {
+            packs.extend(PackName::from_bytes(name));
+            rows.next();
+        }
+        rows.status().map_err(self.error("read"))?;
+        Ok(packs)
+    }
+
     /// Where copies of a blob are that are not known to be damaged, in the order of their packs' names.
     pub(super) fn places(&self, blob: &Blob) -> Result<Vec<Place>> {
         let mut options = ReadOptions::default();
@@ -239,22 +272,103 @@ impl Index {
             rows.next();
         }
         rows.status().map_err(self.error("read"))?;
-        let damaged = self.damaged();
-        places.retain(|place| !damaged.contains(&(blob.digest, place.pack)));
-        drop(damaged);
+        let doubts = self.doubts();
+        places.retain(|p| !doubts.gone.contains(&p.pack) && !doubts.damaged.contains(&(blob.digest, p.pack)));
+        drop(doubts);
         Ok(places)
     }
 
-    /// Which of `blobs` have no copy, each once, in the order asked.
-    pub(super) fn missing(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
+    /// Which of `blobs` have no copy that is good for it, each once, in the order asked.
+    pub(super) fn missing(&self, blobs: &[Blob], is_good: impl Fn(&Place) -> bool) -> Result<Vec<Blob>> {
         let mut seen = HashSet::new();
         let mut missing = Vec::new();
         for blob in blobs {
-            if !blob.is_empty() && seen.insert(*blob) && self.places(blob)?.is_empty() {
+            if !blob.is_empty() && seen.insert(*blob) && !self.places(blob)?.iter().any(&is_good) {
                 missing.push(*blob);
             }
         }
         Ok(missing)
+    }
+
+    /// Up to `limit` blobs that have a copy, behind a digest, in the order of their digests.
+    pub(super) fn blobs_after(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Blob>> {
+        let mut options = ReadOptions::default();
+        options.set_total_order_seek(true);
+        let mut rows = self.db.raw_iterator_cf_opt(self.family(PLACES), options);
+        match after {
+            None => rows.seek_to_first(),
+            // Longer than any key that begins so.
+            Some(after) => rows.seek([&after.0[..], &[u8::MAX; NAME_BYTES + 1]].concat()),
+        }
+        let mut blobs: Vec<Blob> = Vec::new();
+        while let Some((key, value)) = rows.item() {
+            if let Some((digest, _)) = key.split_first_chunk()
+                && blobs.last().is_none_or(|last| last.digest.0 != *digest)
+                && let Some(entry) = decode_place(Digest(*digest), value)
+            {
+                if blobs.len() == limit {
+                    break;
+                }
+                blobs.push(entry.blob);
+            }
+            rows.next();
+        }
+        rows.status().map_err(self.error("read"))?;
+        Ok(blobs)
+    }
+
+    /// Until when leases were written, as [`Index::set_leases`] was told; 0 for never.
+    pub(super) fn leases(&self, blobs: &[Blob]) -> Result<Vec<u64>> {
+        let keys = blobs.iter().map(|blob| &blob.digest.0);
+        let rows = self.db.batched_multi_get_cf(self.family(LEASES), keys, false);
+        rows.into_iter()
+            .map(|row| {
+                let row = row.map_err(self.error("read"))?;
+                Ok(row.and_then(|row| row.as_ref().try_into().ok()).map_or(0, u64::from_be_bytes))
+            })
+            .collect()
+    }
+
+    pub(super) fn set_leases(&self, blobs: &[Blob], until: u64) -> Result<()> {
+        let mut batch = WriteBatch::default();
+        for blob in blobs {
+            batch.put_cf(self.family(LEASES), blob.digest.0, until.to_be_bytes());
+        }
+        self.write(batch)
+    }
+
+    /// Forgets leases that ended before.
+    pub(super) fn drop_leases(&self, before: u64) -> Result<()> {
+        for item in self.db.iterator_cf(self.family(LEASES), IteratorMode::Start) {
+            let (key, until) = item.map_err(self.error("read"))?;
+            if until.as_ref().try_into().map_or(0, u64::from_be_bytes) < before {
+                self.db.delete_cf(self.family(LEASES), key).map_err(self.error("write"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A text that was kept under a name.
+    pub(super) fn text(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        self.db.get(name).map_err(self.error("read"))
+    }
+
+    pub(super) fn set_text(&self, name: &str, text: &[u8]) -> Result<()> {
+        self.db.put(name, text).map_err(self.error("write"))
+    }
+
+    /// A number that was kept under a name.
+    pub(super) fn number(&self, name: &str) -> Result<Option<u64>> {
+        let row = self.db.get(name).map_err(self.error("read"))?;
+        Ok(row.and_then(|row| row.try_into().ok()).map(u64::from_be_bytes))
+    }
+
+    pub(super) fn set_number(&self, name: &str, number: Option<u64>) -> Result<()> {
+        match number {
+            Some(number) => self.db.put(name, number.to_be_bytes()),
+            None => self.db.delete(name),
+        }
+        .map_err(self.error("write"))
     }
 
     pub(super) fn root(&self, record: &str) -> Result<Option<Vec<u8>>> {
@@ -330,7 +444,7 @@ fn encode_place(entry: &Entry) -> [u8; PLACE_BYTES] {
     bytes[..8].copy_from_slice(&entry.blob.size.to_be_bytes());
     bytes[8..16].copy_from_slice(&entry.offset.to_be_bytes());
     bytes[16..24].copy_from_slice(&entry.stored.to_be_bytes());
-    bytes[24] = u8::from(entry.compression == Compression::Zstd);
+    bytes[24] = entry.kind();
     bytes
 }
 
@@ -338,14 +452,10 @@ fn encode_place(entry: &Entry) -> [u8; PLACE_BYTES] {
 fn decode_place(digest: Digest, bytes: &[u8]) -> Option<Entry> {
     let bytes: &[u8; PLACE_BYTES] = bytes.try_into().ok()?;
     let number = |at: usize| bytes[at..at + 8].try_into().ok().map(u64::from_be_bytes);
-    let compression = match bytes[24] {
-        0 => Compression::None,
-        1 => Compression::Zstd,
-        _ => return None,
-    };
+    let (compression, directory) = Entry::of_kind(bytes[24])?;
     let (offset, stored) = (number(8)?, number(16)?);
     offset.checked_add(stored)?;
-    Some(Entry { blob: Blob { digest, size: number(0)? }, offset, stored, compression })
+    Some(Entry { blob: Blob { digest, size: number(0)? }, offset, stored, compression, directory })
 }
 
 fn family_options(cache: &Cache) -> Options {

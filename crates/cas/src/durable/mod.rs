@@ -5,18 +5,23 @@
 //! another. Which blob is where is kept in an index on the node's disk, which is made from the bucket alone.
 //!
 //! It promises: [`Durable::put`] returns when the blobs are in the bucket; what is handed out is verified; what
-//! any node has stored is found after [`Durable::refresh`]. Methods that are not `async` block the thread.
+//! any node has stored is found after [`Durable::refresh`]; what [`Durable::find_missing`] does not call missing stays for the
+//! time of a lease ([`terms`]), however many nodes collect ([`collect`]). Methods that are not `async` block the thread.
 //!
 //! Names sort by time, so that what is new is listed in one request: from [`MARGIN`] before the newest known
 //! name on, which covers the clocks of nodes and the time that an upload may take. Memory is bounded: by
 //! what [`writer`] and [`reader`] say, some 200 MiB when both are busy with a slow bucket.
 
 mod bucket;
+pub mod collect;
 pub mod format;
 mod index;
 mod name;
 mod reader;
 pub mod roots;
+pub mod scrub;
+pub mod terms;
+mod turns;
 mod writer;
 
 use std::{
@@ -33,16 +38,22 @@ use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig, aws::
 pub use index::Place;
 pub use name::{PackName, ParseNameError};
 pub use reader::{Span, spans};
+pub use terms::Terms;
 
 use bucket::Bucket;
 use format::{Entry, Tail, decode_tail};
 use index::Index;
 use reader::Reader;
+use terms::{Agreed, Moment, REMEMBERED, now, whole_millis};
 use writer::{Writer, repeat};
 
 use crate::{Blob, StoreError, store::Result, transfer::blocking};
 
 const FOLDER: &str = "packs";
+/// When all packs were last listed, in milliseconds since 1970.
+const LISTED: &str = "listed";
+/// Whether everything that the disk has and the bucket has not is nothing that was acknowledged.
+const COMPLETE: &str = "complete";
 /// A pack may appear in the bucket so much later than its name says, or than a newer one did.
 const MARGIN: Duration = Duration::from_secs(writer::UPLOAD_DEADLINE.as_secs() + 300);
 /// Between the begins of two listings: what many readers miss at one time is looked for once.
@@ -92,7 +103,31 @@ struct Inner {
     reader: Reader,
     /// Held while a listing is under way.
     listed: tokio::sync::Mutex<Listed>,
+    /// When the last listing of all packs began that succeeded.
+    listed_all: Mutex<Option<Moment>>,
     unreadable: Mutex<HashSet<PackName>>,
+    terms: Terms,
+    agreed: Agreed,
+}
+
+/// A pack that is not in the bucket any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gone {
+    /// Which.
+    pub pack: PackName,
+    /// Why, as far as that is known.
+    pub why: Why,
+}
+
+/// Why a pack is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// A collection deleted it.
+    Collected,
+    /// No collection did.
+    Lost,
+    /// This node was away for too long to know.
+    Unknown,
 }
 
 /// What became of the last listings.
@@ -124,7 +159,7 @@ impl Durable {
     ///
     /// # Errors
     /// [`StoreError::Invalid`] for settings that cannot be used, and those of the index.
-    pub async fn open_s3(config: &S3Config, index: &Path) -> Result<Self> {
+    pub async fn open_s3(config: &S3Config, index: &Path, terms: Terms) -> Result<Self> {
         // What is installed already, if anything, serves as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let insecure = config.endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
@@ -153,14 +188,20 @@ impl Durable {
         }
         let name = format!("s3://{}", config.bucket);
         let store = builder.build().map_err(|e| StoreError::Invalid(format!("{name} cannot be used: {e}")))?;
-        Self::open(Arc::new(store), name, &config.prefix, index).await
+        Self::open(Arc::new(store), name, &config.prefix, index, terms).await
     }
 
     /// Opens the durable tier in any store of objects, which errors name `name`.
     ///
     /// # Errors
     /// Those of the index.
-    pub async fn open(store: Arc<dyn ObjectStore>, name: String, prefix: &str, index: &Path) -> Result<Self> {
+    pub async fn open(
+        store: Arc<dyn ObjectStore>,
+        name: String,
+        prefix: &str,
+        index: &Path,
+        terms: Terms,
+    ) -> Result<Self> {
         let bucket = Bucket::new(store, name, prefix);
         let (path, identity) = (index.to_owned(), bucket.name());
         let index = Arc::new(blocking(move || Index::open(&path, &identity)).await?);
@@ -170,7 +211,10 @@ impl Durable {
             bucket,
             index,
             listed: tokio::sync::Mutex::default(),
+            listed_all: Mutex::default(),
             unreadable: Mutex::default(),
+            terms,
+            agreed: Agreed::default(),
         })))
     }
 
@@ -179,20 +223,26 @@ impl Durable {
         self.0.bucket.name()
     }
 
-    /// Which of `blobs` are in no known pack, each once, in the order asked.
+    /// Which of `blobs` are in no known pack that counts, each once, in the order asked. Nobody can build on that: see
+    /// [`Durable::find_missing`].
     ///
     /// # Errors
     /// Those of the index.
     pub fn missing(&self, blobs: &[Blob]) -> Result<Vec<Blob>> {
-        self.0.index.missing(blobs)
+        let view = self.0.agreed.view();
+        self.0.index.missing(blobs, |place| view.as_ref().is_none_or(|view| !view.is_condemned(place.pack)))
     }
 
-    /// Where the copies of a blob are, the newest last.
+    /// Where the copies of a blob are: those that do not count any more first, then the others, the newest last.
     ///
     /// # Errors
     /// Those of the index.
     pub fn places(&self, blob: &Blob) -> Result<Vec<Place>> {
-        self.0.index.places(blob)
+        let mut places = self.0.index.places(blob)?;
+        if let Some(view) = self.0.agreed.view() {
+            places.sort_by_key(|place| !view.is_condemned(place.pack));
+        }
+        Ok(places)
     }
 
     /// The known packs, the oldest first.
@@ -200,7 +250,7 @@ impl Durable {
     /// # Errors
     /// Those of the index.
     pub fn packs(&self) -> Result<Vec<PackName>> {
-        self.0.index.packs()
+        self.0.index.packs_there()
     }
 
     /// What a known pack holds; nothing when it is not known.
@@ -227,14 +277,49 @@ impl Durable {
         self.0.writer.put_file(blob, path).await
     }
 
-    /// Deletes a pack. The caller knows that nobody needs what only it holds.
+    /// Deletes a pack that is condemned.
+    async fn delete_pack(&self, pack: PackName) -> Result<()> {
+        self.0.bucket.delete(&pack_key(pack)).await?;
+        self.0.index.hide(pack);
+        Ok(())
+    }
+
+    /// What a pack that is gone held and no other does.
     ///
     /// # Errors
-    /// Those of the bucket and of the index.
-    pub async fn delete_pack(&self, pack: PackName) -> Result<()> {
-        self.0.bucket.delete(&pack_key(pack)).await?;
-        let durable = self.clone();
-        blocking(move || durable.0.index.remove_pack(pack)).await
+    /// Those of the index.
+    pub fn lost_with(&self, pack: PackName) -> Result<Vec<Blob>> {
+        let mut blobs = Vec::new();
+        for entry in self.0.index.entries(pack)? {
+            if self.0.index.places(&entry.blob)?.is_empty() {
+                blobs.push(entry.blob);
+            }
+        }
+        Ok(blobs)
+    }
+
+    /// Forgets a pack that is gone: [`Durable::rebuild`] does not tell of it any more.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn forget(&self, pack: PackName) -> Result<()> {
+        self.0.index.remove_pack(pack)
+    }
+
+    /// Whether all that the disk has and the bucket has not was acknowledged to nobody, as far as somebody has said so.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn is_complete(&self) -> Result<bool> {
+        Ok(self.0.index.number(COMPLETE)?.is_some())
+    }
+
+    /// Says so, over restarts, or takes it back.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn set_complete(&self, complete: bool) -> Result<()> {
+        self.0.index.set_number(COMPLETE, complete.then_some(1))
     }
 
     /// Learns of the packs that any node had stored when this was called, unless a listing that began after
@@ -271,12 +356,12 @@ impl Durable {
         self.learn_all(listed).await
     }
 
-    /// Lists the whole bucket: learns of every pack, and forgets those that are gone. What was damaged gets another
-    /// chance. Returns whether packs were found to be gone, here or by readers, since this last succeeded.
+    /// Lists the whole bucket: learns of every pack, and says which are gone and not forgotten. What was damaged gets another
+    /// chance.
     ///
     /// # Errors
     /// As [`Durable::refresh`].
-    pub async fn rebuild(&self) -> Result<bool> {
+    pub async fn rebuild(&self) -> Result<Vec<Gone>> {
         let mut listed = self.0.listed.lock().await;
         let begin = Instant::now();
         let result = self.learn_anew().await;
@@ -284,24 +369,45 @@ impl Durable {
         result
     }
 
-    async fn learn_anew(&self) -> Result<bool> {
+    async fn learn_anew(&self) -> Result<Vec<Gone>> {
+        let (began, when) = (Moment::now(), now());
         let durable = self.clone();
         // Known before the listing: a pack that is stored while it is made may be missing there.
-        let known = blocking(move || durable.packs()).await?;
+        let (known, before) = blocking(move || Ok((durable.0.index.packs()?, durable.0.index.number(LISTED)?))).await?;
         let listed = self.list(None).await?;
-        self.0.index.trust_all();
-        self.unreadable().clear();
+        // After the listing: what was deleted before it was condemned before that.
+        let view = self.view_now().await?;
         let names: HashSet<PackName> = listed.iter().map(|(name, _)| *name).collect();
+        let away = before.is_none_or(|before| before.saturating_add(whole_millis(REMEMBERED) / 2) < when);
+        let gone: Vec<Gone> = known
+            .into_iter()
+            .filter(|pack| !names.contains(pack))
+            .map(|pack| {
+                let why = match view.is_condemned(pack) {
+                    true => Why::Collected,
+                    false if away => Why::Unknown,
+                    false => Why::Lost,
+                };
+                Gone { pack, why }
+            })
+            .collect();
+        self.0.index.trust_all(gone.iter().map(|gone| gone.pack).collect());
+        self.unreadable().clear();
         self.learn_all(listed).await?;
+        // Copies that are known to be damaged do not get another chance unless they are good.
+        self.damages().await?;
         let durable = self.clone();
         blocking(move || {
-            for pack in known.into_iter().filter(|pack| !names.contains(pack)) {
-                tracing::info!(%pack, bucket = %durable.name(), "a pack is gone");
-                durable.0.index.remove_pack(pack)?;
-            }
-            Ok(durable.0.index.has_shrunk())
+            durable.0.index.drop_leases(when)?;
+            durable.0.index.set_number(LISTED, Some(when))
         })
-        .await
+        .await?;
+        *self.0.listed_all.lock().unwrap_or_else(|e| e.into_inner()) = Some(began);
+        Ok(gone)
+    }
+
+    fn listed_all(&self) -> Option<Moment> {
+        *self.0.listed_all.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// The packs in the bucket, with their lengths.

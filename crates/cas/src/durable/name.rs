@@ -62,7 +62,7 @@ impl PackName {
     }
 }
 
-fn millis(time: SystemTime) -> u64 {
+pub(super) fn millis(time: SystemTime) -> u64 {
     let millis = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
     u64::try_from(millis).unwrap_or(MAX_MILLIS).min(MAX_MILLIS)
 }

@@ -88,7 +88,7 @@ impl Durable {
         blocking(move || {
             let Some(bytes) = read else {
                 tracing::warn!(pack = %span.pack, bucket = name, "a pack is gone");
-                index.remove_pack(span.pack)?;
+                index.hide(span.pack);
                 return Ok(Vec::new());
             };
             let mut good = Vec::with_capacity(span.entries.len());
@@ -114,8 +114,7 @@ impl Durable {
         debug_assert_eq!(place.entry.compression, Compression::None, "large blobs are stored as they are");
         let pieces = self.0.reader.bucket.stream(&pack_key(place.pack), place.entry.range()).await?;
         if pieces.is_none() {
-            let index = self.0.index.clone();
-            blocking(move || index.remove_pack(place.pack)).await?;
+            self.0.index.hide(place.pack);
         }
         Ok(pieces)
     }
@@ -142,7 +141,13 @@ mod tests {
         let (a, b) = (namer.name(), namer.name());
         let place = |pack, offset: u64, stored: u64| Place {
             pack,
-            entry: Entry { blob: Blob::of(&offset.to_le_bytes()), offset, stored, compression: Compression::None },
+            entry: Entry {
+                blob: Blob::of(&offset.to_le_bytes()),
+                offset,
+                stored,
+                compression: Compression::None,
+                directory: false,
+            },
         };
         let near = [place(a, 12, 100), place(a, 112, 50), place(a, 162 + GAP, 10)];
         let far = place(a, near[2].entry.range().end + GAP + 1, 10);

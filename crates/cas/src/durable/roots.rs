@@ -161,8 +161,11 @@ impl Durable {
         let listed = self.0.bucket.list(FOLDER, None).await?;
         let names: HashSet<&str> = listed.iter().map(|(name, _)| name.as_str()).collect();
         self.0.index.keep_roots(&names)?;
-        let records: Vec<Option<(String, Root)>> =
-            stream::iter(listed.iter().map(|(name, _)| self.record(name))).buffered(READS).try_collect().await?;
+        let records: Vec<Option<(String, Root)>> = stream::iter(listed)
+            .map(|(name, _)| async move { self.record(&name).await })
+            .buffered(READS)
+            .try_collect()
+            .await?;
         Ok(records.into_iter().flatten().collect())
     }
 

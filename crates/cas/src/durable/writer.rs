@@ -1,4 +1,5 @@
-//! Into the bucket: small blobs of many callers share packs, large ones are sent in parts.
+//! Into the bucket: small blobs of many callers share packs, large ones are sent in parts. Directories and what is none do
+//! not share packs.
 //!
 //! A pack is sent when it is [`PACK_BYTES`] long, or when its first blob has waited for [`LINGER`]. While
 //! [`UPLOADS`] packs are on their way, the next one goes on filling. Callers wait once [`MEMORY`] bytes are
@@ -7,6 +8,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
+use futures::future::try_join_all;
 use tokio::{
     io::AsyncReadExt,
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
@@ -16,7 +18,7 @@ use super::{
     bucket::Bucket,
     format::{
         Compression, Entry, HEADER_BYTES, MAX_ENTRIES, MAX_SHARED_BLOB, encode_footer, encode_header, encode_pack,
-        encode_trailer,
+        encode_trailer, may_be_directory, may_begin_directory,
     },
     index::Index,
     name::{Namer, PackName},
@@ -187,16 +189,17 @@ async fn run(shared: Arc<Shared>, mut requests: mpsc::UnboundedReceiver<Request>
 }
 
 impl Shared {
-    /// Stores a group as one pack and tells each caller.
+    /// Stores a group as one pack, or two if there are directories in it, and tells each caller.
     async fn store(self: Arc<Self>, group: Vec<Request>) {
-        let name = self.namer.name();
         let encoded = tokio::task::spawn_blocking(move || {
-            let (mut blobs, mut waiting) = (Vec::new(), Vec::new());
+            let (mut directories, mut others, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
             for request in group {
                 // Nothing gets into the bucket that is not what it is said to be.
                 match request.blobs.iter().try_for_each(|(blob, data)| verify(*blob, data)) {
                     Ok(()) => {
-                        blobs.extend(request.blobs);
+                        for (blob, data) in request.blobs {
+                            if may_be_directory(&data) { &mut directories } else { &mut others }.push((blob, data));
+                        }
                         waiting.push((request.done, request._memory));
                     }
                     Err(error) => {
@@ -204,15 +207,17 @@ impl Shared {
                     }
                 }
             }
-            (encode_pack(&blobs), waiting)
+            ([encode_pack(&directories, true), encode_pack(&others, false)], waiting)
         })
         .await;
         // A panic in there drops the requests: their callers hear that.
-        let Ok(((pieces, entries), waiting)) = encoded else { return };
-        let result = if entries.is_empty() { Ok(()) } else { self.store_pack(name, pieces, entries).await };
+        let Ok((packs, waiting)) = encoded else { return };
+        let packs = packs.into_iter().filter(|(_, entries)| !entries.is_empty());
+        let stored = packs.map(|(pieces, entries)| self.store_pack(self.namer.name(), pieces, entries));
+        let result = try_join_all(stored).await;
         for (done, _memory) in waiting {
             let _ = done.send(match &result {
-                Ok(()) => Ok(()),
+                Ok(_) => Ok(()),
                 Err(error) => Err(repeat(error)),
             });
         }
@@ -239,12 +244,14 @@ impl Shared {
         let mut buffer = BytesMut::with_capacity(part_bytes + 1);
         buffer.extend_from_slice(&encode_header());
         let mut ended = false;
+        let mut directory = None;
         while !ended {
             while buffer.len() < part_bytes && !ended {
                 let before = buffer.len();
                 let more = (&mut file).take((part_bytes - before) as u64).read_buf(&mut buffer).await;
                 ended = more.map_err(StoreError::io("read", path))? == 0;
                 hasher.update(&buffer[before..]);
+                directory.get_or_insert_with(|| may_begin_directory(blob.size, buffer.get(before)));
                 if hasher.size() > blob.size {
                     break;
                 }
@@ -252,7 +259,8 @@ impl Shared {
             if hasher.size() > blob.size || ended && hasher.finish() != blob {
                 return Err(StoreError::Mismatch { blob, found: hasher.finish() });
             }
-            let entry = Entry { blob, offset: HEADER_BYTES, stored: blob.size, compression: Compression::None };
+            let (compression, directory) = (Compression::None, directory.unwrap_or(false));
+            let entry = Entry { blob, offset: HEADER_BYTES, stored: blob.size, compression, directory };
             if ended {
                 let footer = encode_footer(&[entry]);
                 let trailer = encode_trailer(&footer);

@@ -15,18 +15,16 @@ use super::{
 };
 use crate::{
     Blob, Digest, StoreError,
-    collect::{Collector, Freed, Heap, Pace, Progress, Roots, Verdict, Watch},
+    collect::{Collector, Freed, Graph, Heap, Pace, Progress, Roots, Verdict, Watch, explain, page},
     crash::crash_point,
     store::Result,
+    tree::DIRECTORY_TAGS,
 };
 
 /// Bytes that were deleted from the index and may still be on the disk.
 const GARBAGE: &str = "collection.garbage";
 /// The index is compacted when this part of it may be garbage.
 const WORTH: u64 = 8;
-
-/// The first bytes of messages that a directory can begin with: the tags of its fields.
-const DIRECTORY_TAGS: [u8; 4] = [0x0a, 0x12, 0x1a, 0x2a];
 
 /// Folder of the marks, beside the objects.
 const MARKS: &str = ".marks";
@@ -53,7 +51,7 @@ impl LocalStore {
         watch: Watch<'_>,
     ) -> Result<Progress> {
         let _collecting = self.begin_collection()?;
-        Collector::new(self, &self.objects().join(MARKS)).explain(tell, watch)
+        explain(self, &self.objects().join(MARKS), tell, watch)
     }
 
     fn begin_collection(&self) -> Result<MutexGuard<'_, ()>> {
@@ -78,7 +76,7 @@ impl LocalStore {
     }
 }
 
-impl Heap for LocalStore {
+impl Graph for LocalStore {
     fn now(&self) -> u64 {
         now()
     }
@@ -92,15 +90,22 @@ impl Heap for LocalStore {
         Ok(Roots { roots: LocalStore::roots(self, None, None)?, appeals: verdicts.appeals })
     }
 
-    fn leases(&self, after: Option<&Digest>) -> Result<Vec<(Blob, u64)>> {
-        let rows = self.shared.index.rows_after(Table::Leases, after, PAGE)?;
+    fn leases(&self, visit: &mut dyn FnMut(&[(Blob, u64)]) -> Result<()>) -> Result<()> {
         let lease = |(digest, row): (Digest, Vec<u8>)| {
             let (until, size) = decode_lease(&row).ok_or_else(|| {
                 StoreError::Invalid(format!("the lease of {digest} in {} is damaged", self.shared.name()))
             })?;
             Ok((Blob { digest, size }, until))
         };
-        rows.into_iter().map(lease).collect()
+        let mut after = None;
+        while let Some((rows, last)) =
+            page(self.shared.index.rows_after(Table::Leases, after.as_ref(), PAGE)?, |(digest, _)| *digest)
+        {
+            let leases: Vec<(Blob, u64)> = rows.into_iter().map(lease).collect::<Result<_>>()?;
+            visit(&leases)?;
+            after = Some(last);
+        }
+        Ok(())
     }
 
     fn blobs(&self, after: Option<&Digest>) -> Result<Vec<Blob>> {
@@ -119,6 +124,13 @@ impl Heap for LocalStore {
         Ok(length == 1 && DIRECTORY_TAGS.contains(&tag[0]))
     }
 
+    fn condemned_since(&self, digests: &[Digest]) -> Result<Vec<Option<u64>>> {
+        let rows = self.shared.index.rows(Table::Condemned, digests)?;
+        Ok(rows.into_iter().map(|row| row.and_then(|row| row.try_into().ok()).map(u64::from_be_bytes)).collect())
+    }
+}
+
+impl Heap for LocalStore {
     fn condemn(&self, blobs: &[Blob], begin: u64) -> Result<Vec<Blob>> {
         let shared = &self.shared;
         let tenure = self.tenure()?;
@@ -148,19 +160,9 @@ impl Heap for LocalStore {
         Ok(condemned)
     }
 
-    fn adopt(&self) -> Result<()> {
-        // This process is the only one that answers for the store, and it looks at the list itself.
-        Ok(())
-    }
-
     fn condemned(&self, after: Option<&Digest>) -> Result<Vec<Digest>> {
         let rows = self.shared.index.rows_after(Table::Condemned, after, PAGE)?;
         Ok(rows.into_iter().map(|(digest, _)| digest).collect())
-    }
-
-    fn condemned_since(&self, digests: &[Digest]) -> Result<Vec<Option<u64>>> {
-        let rows = self.shared.index.rows(Table::Condemned, digests)?;
-        Ok(rows.into_iter().map(|row| row.and_then(|row| row.try_into().ok()).map(u64::from_be_bytes)).collect())
     }
 
     fn rescue(&self, digests: &[Digest]) -> Result<()> {

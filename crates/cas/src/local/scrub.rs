@@ -12,6 +12,7 @@ use std::{
 
 use rocksdb::ErrorKind;
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use super::{
     LocalStore,
@@ -27,7 +28,7 @@ const PAGE: usize = 128;
 const KEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// Where the scrub is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ScrubState {
     /// Passes that have ended.
     pub passes: u64,
@@ -51,6 +52,11 @@ impl ScrubState {
     /// Whether a pass has begun and not ended.
     pub fn is_running(&self) -> bool {
         self.after.is_some()
+    }
+
+    /// The begin of the pass after this one.
+    pub(crate) fn next(&self) -> Self {
+        Self { passes: self.passes, ended_at: self.ended_at, began_at: now(), ..Default::default() }
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -103,8 +109,7 @@ impl LocalStore {
     ) -> Result<ScrubState> {
         let mut state = self.scrub_state()?;
         if !state.is_running() {
-            let ScrubState { passes, ended_at, .. } = state;
-            state = ScrubState { passes, ended_at, began_at: now(), ..Default::default() };
+            state = state.next();
         }
         let mut kept = Instant::now();
         loop {

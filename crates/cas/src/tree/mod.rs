@@ -30,6 +30,8 @@ use crate::{Blob, StoreError};
 pub const MAX_ENTRIES: usize = 1_000_000;
 /// Bytes an encoded directory may have.
 pub const MAX_DIRECTORY_BYTES: usize = 128 << 20;
+/// The first bytes of messages that a directory can begin with: the tags of its fields.
+pub(crate) const DIRECTORY_TAGS: [u8; 4] = [0x0a, 0x12, 0x1a, 0x2a];
 /// Directories a path may go down from the root. Linux takes paths of 4096 bytes, so of 2048 names.
 pub const MAX_DEPTH: usize = 2048;
 /// Bytes of a symlink's target (Linux: PATH_MAX without its NUL).
