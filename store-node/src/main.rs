@@ -69,12 +69,6 @@ async fn run(args: ServeArgs) -> anyhow::Result<()> {
     })
     .await
     .with_context(|| format!("cannot open the store in {folder} (--data-dir)"))?;
-    if lease.is_some() {
-        if let Some(schedule) = args.upkeep.scrubs() {
-            let (disk, counts) = (store.clone(), store_metrics.upkeep.clone());
-            tasks.essential(Stage::Work, "scrub", |token| upkeep::scrubs(disk, schedule, counts, token));
-        }
-    }
     let store = args
         .tier
         .over(store, &args.data.data_dir, args.upkeep.gc_lease)
@@ -85,6 +79,10 @@ async fn run(args: ServeArgs) -> anyhow::Result<()> {
         if let Some(schedule) = args.upkeep.collections() {
             let (collected, counts) = (store.clone(), store_metrics.upkeep.clone());
             tasks.essential(Stage::Work, "collection", |token| upkeep::collections(collected, schedule, counts, token));
+        }
+        if let Some(schedule) = args.upkeep.scrubs() {
+            let (scrubbed, counts) = (store.clone(), store_metrics.upkeep.clone());
+            tasks.essential(Stage::Work, "scrub", |token| upkeep::scrubs(scrubbed, schedule, counts, token));
         }
     }
     let worker = store.clone();

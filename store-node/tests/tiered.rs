@@ -344,6 +344,96 @@ async fn the_disk_stays_within_its_limit_and_what_is_wanted_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_collected_goes_from_all_disks_and_none_brings_it_back() {
+    let bucket = Arc::new(TestBucket::default());
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let node = TieredNode::start(&bucket, folders[0].path(), Durability::Through, None).await;
+    let away = TieredNode::start(&bucket, folders[1].path(), Durability::Behind, None).await;
+    let kept: Vec<_> = (0..5).map(|n| blob(n, 5000)).collect();
+    let garbage: Vec<_> = (10..30).map(|n| blob(n, 5000)).collect();
+    let source = MemoryStore::new();
+    for (_, data) in &kept {
+        source.put(data.clone());
+    }
+    let names_of_kept: Vec<String> = (0..kept.len()).map(|n| n.to_string()).collect();
+    let entries = names_of_kept.iter().zip(&kept).map(|(name, (blob, _))| (name.as_str(), file(*blob)));
+    let tree = source.put_directory(&directory(entries));
+    upload_tree(tree, Arc::new(source), &away.remote, &|_| {}).await.unwrap();
+    for node in [&node, &away] {
+        node.remote.write_batch(garbage.clone()).await.unwrap();
+    }
+    away.until("durable", |held| held.compared && held.pending_blobs == 0).await;
+    let store = node.store.clone();
+    tokio::task::spawn_blocking(move || store.pin("uid", "Checkpoint", "", tree).unwrap()).await.unwrap();
+    away.stop().await;
+
+    tokio::time::sleep(TERMS.lease + Duration::from_millis(100)).await;
+    let store = node.store.clone();
+    let collect = move || store.collect(Pace::new(None), &mut |_| ControlFlow::Continue(()));
+    let done = tokio::task::spawn_blocking(collect).await.unwrap().unwrap();
+    assert!(done.deleted.blobs >= 20, "{done:?}");
+    let is_gone = |node: &TieredNode| {
+        assert_eq!(node.store.durable().unwrap().missing(&names(&garbage)).unwrap(), names(&garbage));
+        assert_eq!(node.store.disk().missing(&names(&garbage)).unwrap(), names(&garbage));
+        assert_eq!(node.store.durable().unwrap().missing(&names(&kept)).unwrap(), []);
+    };
+    is_gone(&node);
+    let back = TieredNode::start(&bucket, folders[1].path(), Durability::Behind, None).await;
+    back.until("compared", |held| held.compared && held.pending_blobs == 0).await;
+    is_gone(&back);
+    assert_reads(&back.remote, &kept).await;
+    // As new as ever.
+    back.remote.write_batch(garbage.clone()).await.unwrap();
+    back.until("durable", |held| held.pending_blobs == 0).await;
+    assert_reads(&node.remote, &garbage).await;
+    for node in [node, back] {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flipped_bit_is_found_and_taken_from_the_other_place() {
+    let bucket = Arc::new(TestBucket::default());
+    let folder = tempfile::tempdir().unwrap();
+    let node = TieredNode::start(&bucket, folder.path(), Durability::Through, None).await;
+    let blobs: Vec<_> = (0..4).map(|n| blob(n, 40_000)).collect();
+    for one in &blobs {
+        node.remote.write(one.0, one.1.clone()).await.unwrap();
+    }
+    // One on the disk, one in the bucket, one in both.
+    for (one, _) in [&blobs[0], &blobs[2]] {
+        let path = node.store.disk().object_path(&one.digest);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[7] ^= 1;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::fs::write(&path, bytes).unwrap();
+    }
+    for (one, _) in [&blobs[1], &blobs[2]] {
+        let place = node.store.durable().unwrap().places(one).unwrap().pop().unwrap();
+        bucket.damage(&format!("aether/packs/{}", place.pack), place.entry.offset + 9).await;
+    }
+    let store = node.store.clone();
+    let (disk, of_bucket, lost) = tokio::task::spawn_blocking(move || {
+        let of_bucket = store.scrub_bucket(Pace::new(None), &mut |_| ControlFlow::Continue(())).unwrap().unwrap().state;
+        let disk = store.scrub_disk(Pace::new(None), &mut |_| ControlFlow::Continue(())).unwrap();
+        (disk, of_bucket, store.damages(10).unwrap())
+    })
+    .await
+    .unwrap();
+    assert_eq!((of_bucket.blobs, of_bucket.damaged, of_bucket.healed), (4, 2, 1), "{of_bucket:?}");
+    assert_eq!(lost.iter().map(|damage| damage.blob).collect::<Vec<_>>(), [blobs[2].0]);
+    assert_eq!((disk.blobs, disk.healed), (3, 1), "the lost one was set aside when it was to heal: {disk:?}");
+    assert_reads(&node.remote, &[blobs[0].clone(), blobs[1].clone(), blobs[3].clone()]).await;
+    assert_eq!(node.remote.find_missing(&names(&blobs)).await.unwrap(), [blobs[2].0]);
+    let other = tempfile::tempdir().unwrap();
+    let other = TieredNode::start(&bucket, other.path(), Durability::Through, None).await;
+    assert_reads(&other.remote, &[blobs[0].clone(), blobs[1].clone(), blobs[3].clone()]).await;
+    for node in [node, other] {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn several_nodes_see_what_each_wrote() {
     let bucket = Arc::new(TestBucket::default());
     let folders: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();

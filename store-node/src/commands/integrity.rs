@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use aether_cas::LocalStore;
-use aether_proto::store::v1::{GetIntegrityRequest, Integrity};
+use aether_proto::store::v1::{GetIntegrityRequest, Integrity, ScrubStatus};
 use anyhow::Context;
 use clap::Args;
 
@@ -43,18 +43,24 @@ pub async fn run(args: IntegrityArgs) -> anyhow::Result<ExitCode> {
     } else {
         let (config, folder) = (args.data.store(), args.data.existing()?);
         let store = LocalStore::open_read_only(config).with_context(|| format!("cannot read the store in {folder}"))?;
-        integrity::report(&store, 0)?
+        integrity::report(&store.into(), 0)?
     };
     Ok(print(&report))
 }
 
-fn print(report: &Integrity) -> ExitCode {
-    let scrub = report.scrub.unwrap_or_default();
+fn say(what: &str, scrub: ScrubStatus) {
     let state = if scrub.running { "running" } else { "not running" };
     println!(
-        "scrub: {state}, {} of {} bytes read, {} damaged, {} healed, {} passes ended",
+        "{what}: {state}, {} of {} bytes read, {} damaged, {} healed, {} passes ended",
         scrub.bytes, scrub.total_bytes, scrub.damaged, scrub.healed, scrub.passes
     );
+}
+
+fn print(report: &Integrity) -> ExitCode {
+    say("scrub", report.scrub.unwrap_or_default());
+    if let Some(cache) = report.cache_scrub {
+        say("scrub of the volume", cache);
+    }
     for lost in &report.damaged {
         println!("lost blob {} (since {}): {}", lost.blob, moment(lost.found_at), lost.reason);
     }

@@ -136,6 +136,6 @@ impl StoreAdmin for AdminService {
 
     async fn get_integrity(&self, request: Request<GetIntegrityRequest>) -> Result<Response<Integrity>, Status> {
         let paths = request.into_inner().paths;
-        self.run(move |store| integrity::report(store.disk(), paths).map_err(status)).await
+        self.run(move |store| integrity::report(store, paths).map_err(status)).await
     }
 }

@@ -15,6 +15,7 @@ mod drain;
 mod evict;
 mod fetch;
 pub mod options;
+mod scrub;
 
 use std::{
     collections::HashSet,

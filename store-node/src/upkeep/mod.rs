@@ -9,7 +9,7 @@ use std::{
 };
 
 use aether_cas::{
-    LocalStore, StoreError,
+    StoreError,
     collect::{Pace, Progress, Watch},
     store::Result,
 };
@@ -110,43 +110,35 @@ pub(crate) fn collect(store: &TieredStore, pace: Pace, metrics: &UpkeepMetrics, 
     result
 }
 
-/// Scrubs `store` over and over until the token is cancelled; the place is kept over restarts.
+/// Scrubs the disk of `store`, and the bucket behind it whenever it is this node's turn, over and over until the token is
+/// cancelled; the places are kept over restarts.
 ///
 /// # Errors
 /// None: a scrub that fails is tried again.
 pub async fn scrubs(
-    store: LocalStore,
+    store: TieredStore,
     schedule: Schedule,
     metrics: UpkeepMetrics,
     token: CancellationToken,
 ) -> anyhow::Result<()> {
-    let mut pause = Duration::ZERO;
-    while passed(pause, &token).await {
+    let disk = passes(&token, || {
         let (store, metrics, stop) = (store.clone(), metrics.clone(), token.clone());
-        let scrubbed = tasks::blocking("scrub", move || {
-            let mut before = store.scrub_state()?;
-            // A pass that has ended is long enough ago, or there is time left.
-            if !before.is_running() {
-                let rest = rest(before.began_at, schedule.interval);
-                if !rest.is_zero() {
-                    return Ok(rest);
-                }
-                before = Default::default();
-            }
-            // With one place only there is no other copy.
-            let done = store.scrub(schedule.pace, &|_| Ok(false), &mut |state| {
-                metrics.scrubbed(&before, state);
-                before = *state;
-                until(&stop)
-            })?;
-            metrics.scrubbed(&before, &done);
-            metrics.lost(store.damages(LOST)?.len());
-            if !done.is_running() {
-                tracing::info!(blobs = done.blobs, bytes = done.bytes, damaged = done.damaged, "scrubbed the store");
-            }
-            Ok(rest(done.began_at, schedule.interval))
-        });
-        pause = match scrubbed.await {
+        tasks::blocking("scrub", move || scrub_disk(&store, schedule, &metrics, &stop))
+    });
+    let bucket = passes(&token, || scrub_bucket(store.clone(), schedule, metrics.clone(), token.clone()));
+    if store.durable().is_some() {
+        tokio::join!(disk, bucket);
+    } else {
+        disk.await;
+    }
+    Ok(())
+}
+
+/// Makes one pass after the other; each says how long to wait after it.
+async fn passes<F: Future<Output = anyhow::Result<Duration>>>(token: &CancellationToken, mut pass: impl FnMut() -> F) {
+    let mut pause = Duration::ZERO;
+    while passed(pause, token).await {
+        pause = match pass().await {
             Ok(rest) => rest.max(Duration::from_secs(1)),
             Err(error) => {
                 tracing::warn!(error = format!("{error:#}"), "a scrub failed; it is tried again");
@@ -154,7 +146,70 @@ pub async fn scrubs(
             }
         };
     }
-    Ok(())
+}
+
+fn scrub_disk(
+    store: &TieredStore,
+    schedule: Schedule,
+    metrics: &UpkeepMetrics,
+    stop: &CancellationToken,
+) -> anyhow::Result<Duration> {
+    let mut before = store.disk().scrub_state()?;
+    // A pass that has ended is long enough ago, or there is time left.
+    if !before.is_running() {
+        let rest = rest(before.began_at, schedule.interval);
+        if !rest.is_zero() {
+            return Ok(rest);
+        }
+        before = Default::default();
+    }
+    let done = store.scrub_disk(schedule.pace, &mut |state| {
+        metrics.scrubbed(&before, state);
+        before = *state;
+        until(stop)
+    })?;
+    metrics.scrubbed(&before, &done);
+    // Of a cache nothing is lost with its copy.
+    if store.durable().is_none() {
+        metrics.lost(store.damages(LOST)?.len());
+    }
+    if !done.is_running() {
+        tracing::info!(blobs = done.blobs, bytes = done.bytes, damaged = done.damaged, "scrubbed the disk");
+    }
+    Ok(rest(done.began_at, schedule.interval))
+}
+
+async fn scrub_bucket(
+    store: TieredStore,
+    schedule: Schedule,
+    metrics: UpkeepMetrics,
+    stop: CancellationToken,
+) -> anyhow::Result<Duration> {
+    let Some(durable) = store.durable().cloned() else { return Ok(schedule.interval) };
+    let state = durable.clone();
+    let mut before = tasks::blocking("scrub state", move || Ok(state.scrub_state()?)).await?;
+    if !before.is_running() {
+        if let Some(rest) = durable.take_turn("scrub", schedule.interval).await? {
+            return Ok(rest);
+        }
+        before = Default::default();
+    }
+    tasks::blocking("scrub of the bucket", move || {
+        let done = store.scrub_bucket(schedule.pace, &mut |now| {
+            metrics.scrubbed(&before.state, &now.state);
+            before.clone_from(now);
+            until(&stop)
+        })?;
+        let done = done.unwrap_or_default();
+        metrics.scrubbed(&before.state, &done.state);
+        metrics.lost(store.damages(LOST)?.len());
+        if !done.is_running() {
+            let state = done.state;
+            tracing::info!(blobs = state.blobs, bytes = state.bytes, damaged = state.damaged, "scrubbed the bucket");
+        }
+        Ok(rest(done.state.began_at, schedule.interval))
+    })
+    .await
 }
 
 /// What is left of an interval that began then, in milliseconds since 1970.
@@ -178,7 +233,7 @@ async fn passed(pause: Duration, token: &CancellationToken) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use aether_cas::LocalConfig;
+    use aether_cas::{LocalConfig, LocalStore};
     use aether_runtime::Metrics;
 
     use super::*;

@@ -14,15 +14,16 @@ use crate::TERMS;
 pub(crate) struct Node {
     folder: PathBuf,
     endpoint: String,
+    durability: &'static str,
     listen: SocketAddr,
     http: SocketAddr,
     child: Option<Child>,
 }
 
 impl Node {
-    pub(crate) fn new(folder: PathBuf, bucket: &Bucket) -> Self {
+    pub(crate) fn new(folder: PathBuf, bucket: &Bucket, durability: &'static str) -> Self {
         let [listen, http] = free_ports().map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
-        Self { folder, endpoint: bucket.endpoint(), listen, http, child: None }
+        Self { folder, endpoint: bucket.endpoint(), durability, listen, http, child: None }
     }
 
     pub(crate) fn uri(&self) -> String {
@@ -39,6 +40,7 @@ impl Node {
             .args(["--listen", &self.listen.to_string(), "--http", &self.http.to_string()])
             .args(["--s3-bucket", BUCKET, "--s3-prefix", "cluster/one", "--s3-endpoint", &self.endpoint])
             .args(TERMS)
+            .args(["--durability", self.durability])
             .args(["--gc-interval", "off", "--gc-waste", "0", "--cache-limit", "64Mi", "--data-dir"])
             .arg(&self.folder)
             .envs([("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET), ("AETHER_LOG", "info")])

@@ -35,21 +35,29 @@ impl LocalStore {
     /// # Errors
     /// Those of the disk.
     pub fn affected(&self, damages: &[Damage], limit: usize) -> Result<Vec<Affected>> {
-        let lost: HashSet<Digest> = damages.iter().map(|damage| damage.blob.digest).collect();
-        let mut search = Search { store: self, lost: &lost, limit, whole: HashSet::new() };
-        let mut affected = Vec::new();
-        for root in self.roots(None, None)? {
-            let found = search.tree(root)?;
-            if !found.paths.is_empty() {
-                affected.push(found);
-            }
-        }
-        Ok(affected)
+        affected(self, self.roots(None, None)?, damages, limit)
     }
 }
 
+/// As [`LocalStore::affected`], of any store with pins `roots`.
+///
+/// # Errors
+/// Those of the store.
+pub fn affected(store: &dyn Directories, roots: Vec<Root>, damages: &[Damage], limit: usize) -> Result<Vec<Affected>> {
+    let lost: HashSet<Digest> = damages.iter().map(|damage| damage.blob.digest).collect();
+    let mut search = Search { store, lost: &lost, limit, whole: HashSet::new() };
+    let mut affected = Vec::new();
+    for root in roots {
+        let found = search.tree(root)?;
+        if !found.paths.is_empty() {
+            affected.push(found);
+        }
+    }
+    Ok(affected)
+}
+
 struct Search<'a> {
-    store: &'a LocalStore,
+    store: &'a dyn Directories,
     lost: &'a HashSet<Digest>,
     limit: usize,
     whole: HashSet<Digest>,

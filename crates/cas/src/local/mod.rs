@@ -45,7 +45,7 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
-pub use affected::Affected;
+pub use affected::{Affected, affected};
 pub use damage::Damage;
 pub use fsck::{FsckReport, IncompleteRoot};
 pub use ingest::Ingest;
