@@ -8,7 +8,7 @@
 
 use aether_cas::{
     Blob, ContentName, Digest, Sha256Blob,
-    durable::format,
+    durable::{format, roots, scrub, terms},
     remote::resource::{Form, ReadName, UploadName, parse_read, parse_upload},
     testing::{directory, file},
     tree::{Directory, Node},
@@ -58,6 +58,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "page-token", check: check_page_token, seeds: page_tokens },
     Target { name: "index-row", check: aether_cas::local::rows::decode, seeds: rows },
     Target { name: "pack", check: check_pack, seeds: packs },
+    Target { name: "record", check: check_record, seeds: records },
     Target { name: "lazy-message", check: aether_lazy::testing::decode, seeds: messages },
 ];
 
@@ -177,6 +178,30 @@ fn check_pack(input: &[u8]) {
             assert!(blob.matches(&data));
         }
     }
+}
+
+/// The input is a record of a bucket.
+fn check_record(input: &[u8]) {
+    let _ = roots::decode_record(input);
+    let _ = scrub::decode_damaged(input);
+    if let Ok(packs) = terms::decode_condemned(input) {
+        assert!(packs.len() < input.len());
+    }
+    if let Ok(leases) = terms::decode_leases(input) {
+        assert!(leases.blobs.len() < input.len());
+    }
+}
+
+fn records() -> Vec<Vec<u8>> {
+    let (blob, pack) = (Blob::of(b"x"), "1700000000000-0123456789abcdef-00000001");
+    [
+        format!(r#"{{"version":1,"owner_uid":"u","kind":"k","name":"n","tree":"{blob}","pinned_at":5}}"#),
+        format!(r#"{{"version":1,"packs":["{pack}"]}}"#),
+        format!(r#"{{"version":1,"until":5,"blobs":["{blob}"]}}"#),
+        format!(r#"{{"version":1,"blob":"{blob}","pack":"{pack}","reason":"r","found_at":5}}"#),
+    ]
+    .map(String::into_bytes)
+    .into()
 }
 
 fn packs() -> Vec<Vec<u8>> {

@@ -496,7 +496,12 @@ impl TieredStore {
         Handle::current().block_on(async {
             // Exactly: it may have been uploaded to another node a moment ago.
             if !self.find_missing_since(&[tree], Instant::now()).await?.is_empty() {
-                return Err(StoreError::NotFound { blob: tree, store: tier.durable.name() });
+                let store = tier.durable.name();
+                return Err(match tier.config.durability {
+                    Durability::Through => StoreError::NotFound { blob: tree, store },
+                    // Another node may have it on its disk.
+                    Durability::Behind => StoreError::Busy(format!("the tree {tree} is not in {store} yet")),
+                });
             }
             tier.durable.pin(owner_uid, kind, name, tree).await
         })
