@@ -221,7 +221,7 @@ async fn a_directory_that_nobody_needs_goes_however_little_waste_it_is() {
     let (needed, content) = (blob(1, 1000), blob(2, 1000));
     a.write_batch(vec![needed.clone()]).await.unwrap();
     a.write_batch(vec![content.clone()]).await.unwrap();
-    let (dead, message) = tree(&[content.clone()]);
+    let (dead, message) = tree(std::slice::from_ref(&content));
     // The pack of the directories is needed but for the one.
     let many: Vec<(Blob, Bytes)> = (0..40).map(|n| tree(&vec![needed.clone(); n + 1])).collect();
     let names: Vec<String> = (0..many.len()).map(|n| format!("d{n}")).collect();
@@ -247,7 +247,7 @@ async fn a_directory_keeps_what_is_below_it_as_long_as_it_is_new() {
     let begin = Instant::now();
     a.write_batch(vec![content.clone()]).await.unwrap();
     tokio::time::sleep(terms.lease * 3 / 4).await;
-    let (root, message) = tree(&[content.clone()]);
+    let (root, message) = tree(std::slice::from_ref(&content));
     a.write_batch(vec![(root, message)]).await.unwrap();
     tokio::time::sleep((terms.lease + Duration::from_millis(100)).saturating_sub(begin.elapsed())).await;
     let done = b.collect(0, go_on).await.unwrap();
@@ -293,7 +293,7 @@ async fn below_a_pin_that_is_incomplete_anything_may_be_so_nothing_goes() {
     let [a, b] = nodes(SHORT, &bucket).await;
     let content = blob(1, 1000);
     a.write_batch(vec![content.clone()]).await.unwrap();
-    let (below, _) = tree(&[content.clone()]);
+    let (below, _) = tree(std::slice::from_ref(&content));
     let root = directory([("d", Node::Directory(below))]);
     a.write_batch(vec![(root.blob(), root.encode())]).await.unwrap();
     a.durable.pin("uid", "Checkpoint", "", root.blob()).await.unwrap();

@@ -22,6 +22,9 @@ pub struct Roots {
     pub appeals: u64,
 }
 
+/// Sees some leases with their ends.
+pub type VisitLeases<'a> = &'a mut dyn FnMut(&[(Blob, u64)]) -> Result<()>;
+
 /// What can be marked: blobs, and what keeps them. All functions may block.
 ///
 /// Pages are in order of digest, begin after a given one, have a bounded length, and the empty page is the last. What
@@ -37,7 +40,7 @@ pub trait Graph: Send + Sync {
     fn roots(&self) -> Result<Roots>;
 
     /// Shows leases with their ends, some at a time; also of those that have ended.
-    fn leases(&self, visit: &mut dyn FnMut(&[(Blob, u64)]) -> Result<()>) -> Result<()>;
+    fn leases(&self, visit: VisitLeases<'_>) -> Result<()>;
 
     /// A page of the blobs that are there.
     fn blobs(&self, after: Option<&Digest>) -> Result<Vec<Blob>>;

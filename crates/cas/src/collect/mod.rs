@@ -37,7 +37,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use heap::{Freed, Graph, Heap, Roots};
+pub use heap::{Freed, Graph, Heap, Roots, VisitLeases};
 pub use marking::explain;
 pub(crate) use marking::{Marking, Report, page};
 pub use pace::Pace;

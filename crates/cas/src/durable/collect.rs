@@ -41,7 +41,7 @@ use super::{
 };
 use crate::{
     Blob, Digest, StoreError,
-    collect::{self, Graph, Marking, PAGE, Pace, Phase, Progress, Report, Roots, Verdict, Watch},
+    collect::{self, Graph, Marking, PAGE, Pace, Phase, Progress, Report, Roots, Verdict, VisitLeases, Watch},
     crash::crash_point,
     store::Result,
 };
@@ -419,7 +419,7 @@ impl Graph for BucketGraph<'_> {
         Ok(Roots { roots: self.of.wait(self.of.durable.roots(None, None))?, appeals: 0 })
     }
 
-    fn leases(&self, visit: &mut dyn FnMut(&[(Blob, u64)]) -> Result<()>) -> Result<()> {
+    fn leases(&self, visit: VisitLeases<'_>) -> Result<()> {
         let durable = self.of.durable;
         for pack in durable.packs()? {
             let until = self.of.young_until(pack);

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     Blob, Digest, StoreError,
-    collect::{Collector, Freed, Graph, Heap, Pace, Progress, Roots, Verdict, Watch, explain, page},
+    collect::{Collector, Freed, Graph, Heap, Pace, Progress, Roots, Verdict, VisitLeases, Watch, explain, page},
     crash::crash_point,
     store::Result,
     tree::DIRECTORY_TAGS,
@@ -90,7 +90,7 @@ impl Graph for LocalStore {
         Ok(Roots { roots: LocalStore::roots(self, None, None)?, appeals: verdicts.appeals })
     }
 
-    fn leases(&self, visit: &mut dyn FnMut(&[(Blob, u64)]) -> Result<()>) -> Result<()> {
+    fn leases(&self, visit: VisitLeases<'_>) -> Result<()> {
         let lease = |(digest, row): (Digest, Vec<u8>)| {
             let (until, size) = decode_lease(&row).ok_or_else(|| {
                 StoreError::Invalid(format!("the lease of {digest} in {} is damaged", self.shared.name()))

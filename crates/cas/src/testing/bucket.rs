@@ -66,7 +66,7 @@ impl TestBucket {
     }
 
     fn count(&self) -> Result<()> {
-        let taken = self.left.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| (left > 1).then(|| left - 1));
+        let taken = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| (left > 1).then(|| left - 1));
         if taken == Err(1) {
             return Err(Error::Generic { store: "test", source: "dead".into() });
         }
