@@ -10,6 +10,7 @@ use std::{
 };
 
 use aether_cas::{Blob, Store, StoreError, durable::format::MAX_SHARED_BLOB, store::Result};
+use aether_runtime::CancellationToken;
 use futures::FutureExt;
 use tokio::{runtime::Handle, sync::Notify, task::JoinSet};
 
@@ -36,6 +37,8 @@ pub(super) struct Drain {
     asked: AtomicU64,
     /// More than that when it was done.
     compared: AtomicU64,
+    /// The node ends.
+    ended: CancellationToken,
 }
 
 #[derive(Debug, Default)]
@@ -77,6 +80,16 @@ impl Drain {
             }
             notified.await;
         }
+    }
+
+    /// As [`Drain::room`], on a thread that may block; fails when nobody brings anything any more.
+    fn room_now(&self) -> Result<()> {
+        Handle::current().block_on(async {
+            tokio::select! {
+                () = self.room() => Ok(()),
+                () = self.ended.cancelled() => Err(StoreError::Closed("the queue to the bucket".to_owned())),
+            }
+        })
     }
 
     /// Looks once more what the disk has that the bucket has not.
@@ -149,6 +162,8 @@ impl TieredStore {
                 self.compare(tier).await;
             }
         };
+        // A thread that compares must not wait for room for ever.
+        let _ended = tier.drain.ended.clone().drop_guard();
         tokio::select! {
             () = compare => {}
             () = self.bring_out(tier) => {}
@@ -202,7 +217,7 @@ impl TieredStore {
                 let look = |some: &mut Vec<Blob>| -> Result<()> {
                     let absent = comparing.durable.missing(some)?;
                     some.clear();
-                    Handle::current().block_on(comparing.drain.room());
+                    comparing.drain.room_now()?;
                     comparing.drain.add(absent);
                     Ok(())
                 };
@@ -215,6 +230,7 @@ impl TieredStore {
             .await;
         match compared {
             Ok(()) => tier.drain.compared.store(asked + 1, Ordering::Release),
+            Err(_) if tier.drain.ended.is_cancelled() => {}
             Err(error) => tracing::error!(%error, "the disk was not compared with the bucket; restart to try again"),
         }
     }
@@ -293,7 +309,8 @@ impl TieredStore {
 
     /// Brings one blob of any size from the disk to the bucket, unless it is there.
     pub(super) async fn store(&self, tier: &Tier, blob: Blob) -> Result<()> {
-        let _storing = tier.stripes.lock(blob).await;
+        let stripes = if blob.size > MAX_SHARED_BLOB { &tier.large } else { &tier.stripes };
+        let _storing = stripes.lock(blob).await;
         if tier.durable.find_missing(&[blob]).await?.is_empty() {
             return Ok(());
         }

@@ -22,7 +22,8 @@ const AT_ONCE: usize = 4;
 const PIECE: usize = 1 << 20;
 const STRIPES: usize = 64;
 
-/// Locks, so that many who miss the same read it once.
+/// Locks, so that many who miss the same read it once. Large transfers have a set of their own: what is small does not wait
+/// for one of them because it happens to share its lock.
 #[derive(Debug)]
 pub(super) struct Stripes {
     locks: Vec<tokio::sync::Mutex<()>>,
@@ -122,7 +123,7 @@ impl TieredStore {
     /// Brings one large blob; `false` when this copy was not good.
     async fn bring_large(&self, tier: &Tier, place: Place) -> Result<bool> {
         let blob = place.entry.blob;
-        let _reading = tier.stripes.lock(blob).await;
+        let _reading = tier.large.lock(blob).await;
         if self.disk.find_missing(&[blob]).await?.is_empty() {
             return Ok(true);
         }

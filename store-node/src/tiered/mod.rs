@@ -101,7 +101,10 @@ struct Tier {
     durable: Durable,
     config: TierConfig,
     drain: Drain,
+    /// Of packs that are read, and of small blobs that are brought to the bucket.
     stripes: Stripes,
+    /// Of large blobs.
+    large: Stripes,
     /// Held for reading from the look whether the bucket has a blob until it is known that the disk is to bring it there; for
     /// writing while what was collected is removed from the disk. Only with [`Durability::Behind`].
     arriving: Arc<RwLock<()>>,
@@ -124,6 +127,7 @@ impl TieredStore {
             config,
             drain: Drain::default(),
             stripes: Stripes::default(),
+            large: Stripes::default(),
             arriving: Arc::default(),
             collecting: std::sync::Mutex::default(),
         };
