@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, Eq, JsonSchema)]
 pub struct Identity {
     /// The name: of a service account, `system:serviceaccount:NAMESPACE:NAME`.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub username: String,
     /// What tells two users of one name apart, where the authenticator knows.
     #[serde(default, skip_serializing_if = "String::is_empty")]
