@@ -157,8 +157,11 @@ impl Difference {
             Node::File { .. } | Node::Symlink { .. } => {}
         }
         // A group that may write is a matter of the umask of whoever works there.
-        let mode = now.mode & !0o020;
-        let usual = matches!(new, Node::Symlink { .. }) || mode == 0o755 || (mode == 0o644 && object(new).is_some());
+        let usual = match (new, now.mode & !0o020) {
+            (Node::Directory(_), mode) => mode == 0o755,
+            (Node::File { .. }, mode) => mode == 0o755 || mode == 0o644,
+            (Node::Symlink { .. } | Node::Fifo { .. }, _) => true,
+        };
         if !usual && now.mode != before.mode {
             self.losses.add(Loss::Mode, path);
         }

@@ -35,8 +35,12 @@ pub async fn commit(asked: &Git, scratch: &Path, store: &dyn Store) -> Result<Co
     check(asked)?;
     let home = scratch.join("home");
     fs::create_dir(&home).map_err(|error| Failure::other("make a home for git", error))?;
-    let remote =
-        Remote { url: &asked.url, secret_dir: asked.secret_dir.as_deref(), secret_name: asked.secret_name.as_deref() };
+    let remote = Remote {
+        url: &asked.url,
+        secret_dir: asked.secret_dir.as_deref(),
+        secret_name: asked.secret_name.as_deref(),
+        secret_field: "spec.git.pushSecretRef or spec.git.secretRef",
+    };
     let access = Access::prepare(&remote, &home)?;
     let git = Program::new(&access, &home, &|_, _, _| {});
     let reference = format!("refs/heads/{}", asked.branch);
@@ -56,6 +60,9 @@ pub async fn commit(asked: &Git, scratch: &Path, store: &dyn Store) -> Result<Co
     work.may_go_on(&seen)?;
     let written = content::write(&work.repository, asked, scratch.join("files"), store).await?;
     crash_point!("git.written");
+    if asked.lfs {
+        work.repository.push_large().await?;
+    }
     let committed = work.put(&written.tree, seen).await?;
     crash_point!("git.pushed");
     let committed = Committed { files: written.files, warnings: written.warnings, ..committed };

@@ -10,6 +10,8 @@ use aether_git::{Call, Program, Reason as Git};
 use super::message::{COMMIT, ROOT};
 use crate::failure::{Failure, Reason};
 
+/// Names that one command takes.
+const MANY: usize = 1000;
 /// Where a fetched branch is kept.
 const TIP: &str = "refs/aether/tip";
 /// Fetches no contents and no tags, and never asks submodules.
@@ -130,6 +132,21 @@ impl<'a> Repository<'a> {
             Some(Made { commit: commit.to_owned(), tree: tree.to_owned(), parent, root })
         });
         Ok(made)
+    }
+
+    /// Sends what Git LFS keeps of the files that were written. It is harmless without a commit.
+    pub(super) async fn push_large(&self) -> Result<(), Failure> {
+        let kept = |path: PathBuf| std::fs::read_dir(path).into_iter().flatten().flatten();
+        // lfs/objects/01/23/0123...
+        let folders = kept(self.path.join("lfs/objects")).flat_map(|entry| kept(entry.path()));
+        let files = folders.flat_map(|entry| kept(entry.path()));
+        let names: Vec<String> = files.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        for some in names.chunks(MANY) {
+            let names = some.iter().map(String::as_str);
+            let arguments: Vec<&str> = ["lfs", "push", "--object-id", "origin"].into_iter().chain(names).collect();
+            self.git.run(&self.path, &arguments).await?;
+        }
+        Ok(())
     }
 
     /// Merges what `change` did to `base` into `tip`, and gives the tree.

@@ -31,8 +31,10 @@ pub struct Access {
     pub(crate) environment: Vec<(&'static str, String)>,
     /// The command that reaches a host by ssh.
     pub(crate) ssh: String,
-    /// What the Secret is called.
-    pub(crate) secret_name: Option<String>,
+    /// What the Secret is called, if one was given and has a name.
+    secret_name: Option<String>,
+    /// The field that names it.
+    secret_field: String,
     /// What must not be seen in any message.
     secrets: Vec<String>,
 }
@@ -44,11 +46,14 @@ impl Access {
     /// A URL that holds a secret, and a Secret that lacks something.
     pub fn prepare(remote: &Remote<'_>, scratch: &Path) -> Result<Self, Failure> {
         if has_credentials(remote.url) {
-            let message = "the URL has credentials in it, which everybody can read: put them into a Secret and name that in spec.git.secretRef (here --secret-dir)";
+            let message =
+                "the URL has credentials in it, which everybody can read: put them into a Secret and name that in";
+            let message = format!("{message} {} (here --secret-dir)", remote.secret_field);
             return Err(Failure::new(Reason::Invalid, message));
         }
         let mut access = Self {
             secret_name: remote.secret_name.map(Into::into),
+            secret_field: remote.secret_field.into(),
             ssh: format!("{SSH}{SSH_WITHOUT_KEY}"),
             ..Self::default()
         };
@@ -122,7 +127,15 @@ impl Access {
 
     /// The Secret, for messages.
     fn secret(&self) -> String {
-        self.secret_name.as_ref().map_or("the Secret in spec.git.secretRef".into(), |name| format!("Secret {name}"))
+        self.secret_name
+            .as_ref()
+            .map_or(format!("the Secret in {}", self.secret_field), |name| format!("Secret {name}"))
+    }
+
+    /// The Secret and where it is named, for messages.
+    pub(crate) fn named_secret(&self) -> String {
+        let named_by = || format!(", named by {}", self.secret_field);
+        self.secret() + &self.secret_name.as_ref().map(|_| named_by()).unwrap_or_default()
     }
 
     /// Reads a secret file; its contents will not be seen in messages.
@@ -212,6 +225,18 @@ fn quoted(path: &Path) -> Result<String, Failure> {
 mod tests {
     use super::*;
 
+    const FIELD: &str = "spec.git.secretRef";
+
+    #[test]
+    fn the_secret_is_named_with_the_field_that_names_it() {
+        let named = |secret_name| {
+            let remote = Remote { url: "u", secret_name, secret_field: FIELD, ..Remote::default() };
+            Access::prepare(&remote, Path::new("/")).unwrap().named_secret()
+        };
+        assert_eq!(named(Some("platform/deploy-key")), "Secret platform/deploy-key, named by spec.git.secretRef");
+        assert_eq!(named(None), "the Secret in spec.git.secretRef");
+    }
+
     fn secret(files: &[(&str, &str)]) -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
         for (name, contents) in files {
@@ -221,7 +246,7 @@ mod tests {
     }
 
     fn remote<'a>(url: &'a str, secret: &'a tempfile::TempDir) -> Remote<'a> {
-        Remote { url, secret_dir: Some(secret.path()), secret_name: None }
+        Remote { url, secret_dir: Some(secret.path()), secret_name: None, secret_field: FIELD }
     }
 
     #[test]
@@ -241,7 +266,9 @@ mod tests {
     #[test]
     fn a_url_with_credentials_is_refused() {
         for told in ["https://token@h/x", "http://u:p@h/x", "ssh://git:p@h/y"] {
-            let failure = Access::prepare(&Remote { url: told, ..Default::default() }, Path::new("/")).unwrap_err();
+            let failure =
+                Access::prepare(&Remote { url: told, secret_field: FIELD, ..Default::default() }, Path::new("/"))
+                    .unwrap_err();
             assert!(
                 failure.reason == Reason::Invalid
                     && failure.message.contains("secretRef")

@@ -32,4 +32,6 @@ pub struct Remote<'a> {
     pub secret_dir: Option<&'a Path>,
     /// What the Secret is called, as NAMESPACE/NAME: for messages.
     pub secret_name: Option<&'a str>,
+    /// The field that names the Secret, such as spec.git.secretRef: for messages.
+    pub secret_field: &'a str,
 }

@@ -110,7 +110,7 @@ impl<'a> Program<'a> {
     pub fn failure(&self, arguments: &[&str], output: &Output) -> Failure {
         let what = format!("git {}", arguments.first().unwrap_or(&""));
         let reason = classify(&output.words);
-        let way_out = way_out(reason, &output.words, self.access.secret_name.as_deref());
+        let way_out = way_out(reason, &output.words, &self.access.named_secret());
         let words = self.access.redact(&telling(&output.words));
         let message = match way_out {
             Some(way_out) => format!("{what} failed: {words} ({way_out})"),

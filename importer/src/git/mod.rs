@@ -94,7 +94,12 @@ pub async fn clone(asked: &Git, worktree: &Path, scratch: &Path, reporter: &Repo
 }
 
 fn remote(asked: &Git) -> Remote<'_> {
-    Remote { url: &asked.url, secret_dir: asked.secret_dir.as_deref(), secret_name: asked.secret_name.as_deref() }
+    Remote {
+        url: &asked.url,
+        secret_dir: asked.secret_dir.as_deref(),
+        secret_name: asked.secret_name.as_deref(),
+        secret_field: "spec.git.secretRef",
+    }
 }
 
 /// What a ref means.

@@ -7,7 +7,7 @@ use aether_importer::failure::Reason;
 
 use crate::log;
 use crate::repository::{Repository, clone, of, run, secret, with_secret};
-use crate::server::{Server, authority};
+use aether_testkit::git_server::{Server, authority};
 
 const PASSWORD: &str = "hunter22-correct";
 const WRONG_PASSWORD: &str = "swordfish-wrong";

@@ -9,7 +9,7 @@ use aether_importer::failure::Reason;
 use aether_importer::scan;
 
 use crate::repository::{Repository, clone, directory, of, run, secret, silent, with_secret};
-use crate::server::Server;
+use aether_testkit::git_server::Server;
 
 /// Settings of somebody who has no git-lfs: every use of the filter fails.
 const WITHOUT_LFS: [&str; 3] = ["filter.lfs.process=", "filter.lfs.clean=false", "filter.lfs.smudge=false"];

@@ -8,9 +8,7 @@ mod log;
 mod objects;
 mod repository;
 mod s3;
-mod server;
 mod ssh;
-mod sshd;
 
 use std::fs;
 use std::process::Command;

@@ -23,7 +23,7 @@ use tokio_rustls::TlsAcceptor;
 use super::counting::Counting;
 use super::log;
 use super::repository::{secret, silent};
-use super::server;
+use aether_testkit::git_server as server;
 
 /// A service, and what is between it and the import.
 struct World {

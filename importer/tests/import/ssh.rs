@@ -7,7 +7,7 @@ use aether_importer::cli::Git;
 use aether_importer::failure::{Failure, Reason};
 
 use crate::repository::{Repository, clone, of, run, secret, with_secret};
-use crate::sshd::{Sshd, key, lock};
+use aether_testkit::sshd::{Sshd, key, lock};
 
 /// Why an import with this key and these known hosts fails.
 async fn refusal(asked: Git, private_key: &str, known_hosts: &str) -> Failure {

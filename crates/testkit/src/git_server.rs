@@ -1,5 +1,5 @@
 //! A git server on threads of the test: git's own `http-backend` behind a small HTTP server, over TLS and behind a
-//! password if wished, with the part of Git LFS's protocol that serves downloads.
+//! password if wished, with the part of Git LFS's protocol that moves contents. Who has the password may push.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener};
@@ -14,10 +14,10 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
 
 /// A running server. Its threads end with the test's process.
-pub(crate) struct Server {
+pub struct Server {
     address: SocketAddr,
     /// PEM of the authority that vouches for it; nothing without TLS.
-    pub(crate) authority: Option<String>,
+    pub authority: Option<String>,
 }
 
 struct Served {
@@ -35,12 +35,18 @@ impl<T: Read + Write + Send> Connection for T {}
 
 impl Server {
     /// Serves the repositories in `root`; `credentials` are user and password.
-    pub(crate) fn http(root: &Path, credentials: Option<(&str, &str)>) -> Self {
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn http(root: &Path, credentials: Option<(&str, &str)>) -> Self {
         Self::start(root, credentials, None, Box::new(|stream| Box::new(stream)))
     }
 
     /// The same over TLS, with a certificate for 127.0.0.1 of an authority that nobody knows.
-    pub(crate) fn https(root: &Path, credentials: Option<(&str, &str)>) -> Self {
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn https(root: &Path, credentials: Option<(&str, &str)>) -> Self {
         let (authority, config) = tls();
         let accept: Accept = Box::new(move |stream| {
             Box::new(StreamOwned::new(
@@ -69,14 +75,18 @@ impl Server {
         server
     }
 
-    pub(crate) fn url(&self, name: &str) -> String {
+    /// The address of a repository.
+    pub fn url(&self, name: &str) -> String {
         let scheme = if self.authority.is_some() { "https" } else { "http" };
         format!("{scheme}://{}/{name}", self.address)
     }
 }
 
 /// An authority for a test.
-pub(crate) fn authority() -> (String, Issuer<'static, KeyPair>) {
+///
+/// # Panics
+/// When there can be none.
+pub fn authority() -> (String, Issuer<'static, KeyPair>) {
     let mut params = CertificateParams::new(Vec::<String>::new()).expect("no names");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let key = KeyPair::generate().expect("keys can be made");
@@ -85,7 +95,10 @@ pub(crate) fn authority() -> (String, Issuer<'static, KeyPair>) {
 }
 
 /// The PEM of an authority, and what a server with a certificate of it for 127.0.0.1 needs.
-pub(crate) fn tls() -> (String, Arc<ServerConfig>) {
+///
+/// # Panics
+/// When there can be none.
+pub fn tls() -> (String, Arc<ServerConfig>) {
     let (pem, issuer) = authority();
     let key = KeyPair::generate().expect("keys can be made");
     let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("an address is a name");
@@ -125,8 +138,13 @@ impl Served {
             };
             lines.iter().skip(1).find_map(named).unwrap_or_default()
         };
-        let mut body = vec![0; header("content-length").parse().unwrap_or(0)];
-        reader.read_exact(&mut body)?;
+        let body = if header("transfer-encoding").eq_ignore_ascii_case("chunked") {
+            chunks(&mut reader)?
+        } else {
+            let mut body = vec![0; header("content-length").parse().unwrap_or(0)];
+            reader.read_exact(&mut body)?;
+            body
+        };
         let connection = reader.into_inner();
         let mut request = lines[0].split(' ');
         let (method, target) = (request.next().unwrap_or_default(), request.next().unwrap_or_default());
@@ -137,6 +155,10 @@ impl Served {
         } else if let Some(repository) = path.strip_suffix("/info/lfs/objects/batch") {
             let batch = self.batch(repository, &serde_json::from_slice(&body)?).to_string();
             response("200 OK", "Content-Type: application/vnd.git-lfs+json\r\n", batch.as_bytes())
+        } else if let (Some((repository, oid)), "PUT") = (path.split_once("/lfs-objects/"), method) {
+            let file = self.large(repository, oid);
+            std::fs::create_dir_all(file.parent().unwrap_or(&self.root)).and_then(|()| std::fs::write(file, &body))?;
+            response("200 OK", "", b"")
         } else if let Some((repository, oid)) = path.split_once("/lfs-objects/") {
             match std::fs::read(self.large(repository, oid)) {
                 Ok(content) => response("200 OK", "", &content),
@@ -150,6 +172,8 @@ impl Served {
                 ("CONTENT_TYPE", &header("content-type")),
                 ("HTTP_CONTENT_ENCODING", &header("content-encoding")),
                 ("GIT_PROTOCOL", &header("git-protocol")),
+                // Git lets push whom the server knows.
+                ("REMOTE_USER", if self.token.is_some() { "user" } else { "" }),
             ];
             self.backend(&environment, &body)?
         };
@@ -180,12 +204,14 @@ impl Served {
         Ok(response(status, &headers, body))
     }
 
-    /// The batch API of Git LFS, for downloads.
+    /// The batch API of Git LFS.
     fn batch(&self, repository: &str, request: &Value) -> Value {
         let objects = request["objects"].as_array().cloned().unwrap_or_default().into_iter().map(|object| {
             let oid = object["oid"].as_str().unwrap_or_default();
-            let place = if self.large(repository, oid).is_file() {
-                let href = format!("{}{}/lfs-objects/{oid}", self.base.trim_end_matches('/'), repository);
+            let href = format!("{}{}/lfs-objects/{oid}", self.base.trim_end_matches('/'), repository);
+            let place = if request["operation"] == "upload" {
+                ("actions", json!({"upload": {"href": href}}))
+            } else if self.large(repository, oid).is_file() {
                 ("actions", json!({"download": {"href": href}}))
             } else {
                 ("error", json!({"code": 404, "message": "no such object"}))
@@ -195,13 +221,31 @@ impl Served {
         json!({"transfer": "basic", "objects": objects.collect::<Vec<_>>()})
     }
 
-    /// Where `git lfs` keeps a content in the repository that made it.
+    /// Where `git lfs` keeps a content in the repository that made it; a bare one keeps it likewise.
     fn large(&self, repository: &str, oid: &str) -> PathBuf {
         let parts = [oid.get(..2).unwrap_or("-"), oid.get(2..4).unwrap_or("-"), oid];
-        self.root
-            .join(repository.trim_matches('/').trim_end_matches(".git"))
-            .join(".git/lfs/objects")
-            .join(parts.join("/"))
+        let repository = self.root.join(repository.trim_matches('/'));
+        let repository = if repository.is_dir() { repository } else { repository.with_extension("") };
+        let git = repository.join(".git");
+        if git.is_dir() { git } else { repository }.join("lfs/objects").join(parts.join("/"))
+    }
+}
+
+/// A body of which nobody knew the length.
+fn chunks(reader: &mut impl BufRead) -> std::io::Result<Vec<u8>> {
+    let mut body = Vec::new();
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        let length = usize::from_str_radix(line.trim(), 16).map_err(std::io::Error::other)?;
+        let begin = body.len();
+        // A line end follows each piece.
+        body.resize(begin + length + 2, 0);
+        reader.read_exact(&mut body[begin..])?;
+        body.truncate(begin + length);
+        if length == 0 {
+            return Ok(body);
+        }
     }
 }
 

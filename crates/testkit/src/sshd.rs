@@ -46,7 +46,7 @@ impl Drop for Confinement {
 }
 
 /// A running server; ends when dropped.
-pub(crate) struct Sshd {
+pub struct Sshd {
     process: Child,
     _confinement: Option<Confinement>,
     directory: TempDir,
@@ -56,7 +56,10 @@ pub(crate) struct Sshd {
 
 impl Sshd {
     /// Lets in whoever has the key [`Sshd::private_key`] as the user who runs the test.
-    pub(crate) fn start() -> Self {
+    ///
+    /// # Panics
+    /// When that does not work.
+    pub fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         for name in ["host", "user"] {
@@ -106,22 +109,29 @@ impl Sshd {
         }
     }
 
-    pub(crate) fn url(&self, path: &Path) -> String {
+    /// The address of a directory.
+    pub fn url(&self, path: &Path) -> String {
         format!("ssh://{}@127.0.0.1:{}{}", self.user, self.port, path.display())
     }
 
     /// The key that is let in.
-    pub(crate) fn private_key(&self) -> String {
+    ///
+    /// # Panics
+    /// When the file is gone.
+    pub fn private_key(&self) -> String {
         fs::read_to_string(self.directory.path().join("user")).unwrap()
     }
 
     /// The line of `known_hosts` by which this server is known.
-    pub(crate) fn known_hosts(&self) -> String {
+    ///
+    /// # Panics
+    /// When the file is gone.
+    pub fn known_hosts(&self) -> String {
         self.known_by(&fs::read_to_string(self.directory.path().join("host.pub")).unwrap())
     }
 
     /// The line by which a server of that public key would be known at this address.
-    pub(crate) fn known_by(&self, public_key: &str) -> String {
+    pub fn known_by(&self, public_key: &str) -> String {
         format!("[127.0.0.1]:{} {public_key}", self.port)
     }
 }
@@ -134,12 +144,18 @@ impl Drop for Sshd {
 }
 
 /// Makes a key at `path`, and its public half at `path.pub`.
-pub(crate) fn key(path: &Path) {
+///
+/// # Panics
+/// When that does not work.
+pub fn key(path: &Path) {
     output(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(path));
 }
 
 /// Gives the key at `path` a passphrase.
-pub(crate) fn lock(path: &Path, passphrase: &str) {
+///
+/// # Panics
+/// When that does not work.
+pub fn lock(path: &Path, passphrase: &str) {
     output(Command::new("ssh-keygen").args(["-q", "-p", "-P", "", "-N", passphrase, "-f"]).arg(path));
 }
 

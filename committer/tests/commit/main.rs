@@ -1,0 +1,9 @@
+//! Commits to real repositories over http, https and ssh, by the program itself, out of a real store node.
+//!
+//! What is pushed is fetched by plain git and compared with what a session had, file by file.
+
+mod answers;
+mod killed;
+mod moved;
+mod pushed;
+mod world;
