@@ -23,7 +23,7 @@ use std::{
 use aether_cas::{
     Blob, LocalConfig, LocalStore, RemoteStore, Store, StoreError, crash,
     local::Root,
-    testing::{blob, directory, file},
+    testing::{Random, blob, directory, file},
     transfer::upload_tree,
     tree::{Directory, Node},
 };
@@ -43,20 +43,6 @@ const OPTIONS: &[&str] =
     &["--gc-lease", "2s", "--gc-interval", "off", "--scrub-interval", "off", "--inline-limit", "200"];
 const ROUNDS: u64 = 6;
 const WRITERS: u64 = 3;
-
-/// Small numbers that are the same for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        // splitmix64
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % end
-    }
-}
 
 /// What all writers together know.
 struct World {

@@ -21,7 +21,7 @@ use aether_cas::{
     collect::Progress,
     durable::{Terms, format::MAX_SHARED_BLOB},
     store::Result,
-    testing::{blob, bucket::TestBucket, directory, file},
+    testing::{Random, blob, bucket::TestBucket, directory, file},
     transfer::upload_tree,
     tree::{Directory, Node},
 };
@@ -35,20 +35,6 @@ const WRITERS: u64 = 3;
 const LIFE: Duration = Duration::from_secs(6);
 /// How much of a pack may be waste while there is much to do.
 const WASTE: [u64; 2] = [0, 60];
-
-/// Small numbers that are the same for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        // splitmix64
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % end
-    }
-}
 
 /// What all writers together know.
 struct World {

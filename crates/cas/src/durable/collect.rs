@@ -82,6 +82,13 @@ struct Moving {
     bytes: u64,
 }
 
+/// What is needed of a pack that has too much waste.
+struct Needed {
+    keep: Vec<Entry>,
+    /// Because there is a directory in it that nothing needs.
+    must_go: bool,
+}
+
 impl Moving {
     fn add(&mut self, pack: PackName, blobs: Vec<(Blob, Bytes)>) {
         self.packs.push(pack);
@@ -138,9 +145,9 @@ impl<'a> BucketCollector<'a> {
             crash_point!("collect.marked.again");
             // A pin may have come with a tree that misses something.
             if report.progress.incomplete.is_empty() {
-                let spared = self.rescue(&condemned, &view, &marking, &mut report)?;
+                let needless = self.rescue(&condemned, &view, &marking, &mut report)?;
                 crash_point!("collect.rescued");
-                self.sweep(&condemned, &spared, &marking, &mut pace, &mut report)?;
+                self.sweep(&condemned, &needless, &marking, &mut pace, &mut report)?;
             }
         }
         self.wait(self.durable.delete_leases(now().saturating_sub(whole_millis(self.durable.0.terms.skew))))?;
@@ -158,10 +165,10 @@ impl<'a> BucketCollector<'a> {
         let mut moving = Moving::default();
         let mut condemned = Vec::new();
         for pack in old {
-            if let Some(keep) = self.examine(pack, small.contains(&pack), view, marking, report)? {
+            if let Some(Needed { keep, must_go }) = self.examine(pack, small.contains(&pack), view, marking, report)? {
                 match self.take_out(pack, keep) {
                     Ok(blobs) => moving.add(pack, blobs),
-                    Err(error) if error.is_missing() => {
+                    Err(error) if error.is_missing() && !must_go => {
                         tracing::error!(%error, %pack, "a pack with waste stays, because what is needed of it cannot be read");
                     }
                     Err(error) => return Err(error),
@@ -224,10 +231,10 @@ impl<'a> BucketCollector<'a> {
         view: &View,
         marking: &Marking<'_>,
         report: &mut Report<'_>,
-    ) -> Result<Option<Vec<Entry>>> {
+    ) -> Result<Option<Needed>> {
         let entries = self.durable.pack_entries(pack)?;
         let digests: Vec<Digest> = entries.iter().map(|entry| entry.blob.digest).collect();
-        let (mut whole, mut waste, mut directories) = (0, 0, false);
+        let (mut whole, mut waste, mut must_go) = (0, 0, false);
         let mut keep = Vec::new();
         for (entry, marked) in entries.into_iter().zip(marking.are_marked(&digests)?) {
             report.progress.examined.add(&entry.blob);
@@ -235,19 +242,19 @@ impl<'a> BucketCollector<'a> {
             if !marked {
                 report.progress.condemned.add(&entry.blob);
                 waste += entry.stored;
-                directories |= entry.directory;
+                must_go |= entry.directory;
             } else if self.has_later_copy(pack, &entry, view)? {
                 waste += entry.stored;
             } else {
                 keep.push(entry);
             }
         }
-        if !(directories || waste * 100 > whole * self.waste || small) {
+        if !(must_go || waste * 100 > whole * self.waste || small) {
             return Ok(None);
         }
         // What is alone in its pack is no waste.
         let moved = keep.iter().any(|entry| entry.blob.size > MAX_SHARED_BLOB);
-        Ok((!moved).then_some(keep))
+        Ok((!moved).then_some(Needed { keep, must_go }))
     }
 
     /// Whether there is another copy that is kept in place of this one.
@@ -287,7 +294,7 @@ impl<'a> BucketCollector<'a> {
         Ok(nowhere)
     }
 
-    /// Reads these blobs of a pack. Fails if not all of them can be read.
+    /// Reads these blobs of a pack, or from elsewhere what is damaged there. Fails if not all of them can be read.
     fn take_out(&self, pack: PackName, entries: Vec<Entry>) -> Result<Vec<(Blob, Bytes)>> {
         let wanted: Vec<Blob> = entries.iter().map(|entry| entry.blob).collect();
         let places = entries.into_iter().map(|entry| Place { pack, entry }).collect();
@@ -296,10 +303,10 @@ impl<'a> BucketCollector<'a> {
             read.extend(self.wait(self.durable.read_span(span))?);
         }
         let there: HashSet<Blob> = read.iter().map(|(blob, _)| *blob).collect();
-        match wanted.into_iter().find(|blob| !there.contains(blob)) {
-            Some(blob) => Err(StoreError::NotFound { blob, store: self.durable.name() }),
-            None => Ok(read),
+        for blob in wanted.into_iter().filter(|blob| !there.contains(blob)) {
+            read.push((blob, (self.read)(&blob)?));
         }
+        Ok(read)
     }
 
     /// Waits until every node has another list of the condemned than before, or does not answer.
@@ -314,7 +321,7 @@ impl<'a> BucketCollector<'a> {
         Ok(())
     }
 
-    /// Stores anew what is marked and only condemned packs have. Returns the packs of which that was not possible.
+    /// Stores anew what is marked and only condemned packs have. Returns the packs that nobody needs any more then.
     fn rescue(
         &self,
         condemned: &View,
@@ -322,7 +329,7 @@ impl<'a> BucketCollector<'a> {
         marking: &Marking<'_>,
         report: &mut Report<'_>,
     ) -> Result<HashSet<PackName>> {
-        let mut spared = HashSet::new();
+        let mut needless = HashSet::new();
         for pack in self.durable.packs()?.into_iter().filter(|pack| condemned.is_condemned(*pack)) {
             let entries = self.durable.pack_entries(pack)?;
             let digests: Vec<Digest> = entries.iter().map(|entry| entry.blob.digest).collect();
@@ -340,24 +347,24 @@ impl<'a> BucketCollector<'a> {
                     .try_for_each(|entry| self.wait(self.durable.copy_large(Place { pack, entry }, self.scratch)))
             });
             match copied {
-                Ok(()) => {}
+                Ok(()) => {
+                    needless.insert(pack);
+                }
                 Err(error) if error.is_missing() || matches!(error, StoreError::Mismatch { .. }) => {
                     tracing::error!(%error, %pack, "a condemned pack stays, because what is needed of it cannot be read; clients are asked for it again");
-                    spared.insert(pack);
                 }
                 Err(error) => return Err(error),
             }
             report.tell()?;
         }
-        Ok(spared)
+        Ok(needless)
     }
 
-    /// Deletes the packs that were condemned when the wait began, but for those that are spared. What was stored anew of
-    /// them is there.
+    /// Deletes those of the packs that were condemned when the wait began which are `needless`.
     fn sweep(
         &self,
         condemned: &View,
-        spared: &HashSet<PackName>,
+        needless: &HashSet<PackName>,
         marking: &Marking<'_>,
         pace: &mut Pace,
         report: &mut Report<'_>,
@@ -374,12 +381,9 @@ impl<'a> BucketCollector<'a> {
                 }
                 continue;
             }
-            for pack in left.into_iter().filter(|pack| !spared.contains(pack)) {
+            // What this version cannot read is not among them.
+            for pack in left.into_iter().filter(|pack| needless.contains(pack)) {
                 let entries = self.durable.pack_entries(pack)?;
-                if entries.is_empty() {
-                    // Nobody has looked at what this version cannot read.
-                    continue;
-                }
                 if whole_millis(OLD_RECORD).saturating_add(super::name::millis(record.time())) < now() {
                     record = self.wait(self.durable.condemn_again(record, packs))?;
                 }
