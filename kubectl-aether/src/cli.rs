@@ -1,6 +1,9 @@
 //! What can be typed: subcommands, flags, their help and their checks. Nothing is done here.
 
+mod review;
+
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use aether_api::session::{AutomaticCheckpoints, Owner};
@@ -8,7 +11,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::parse;
 
-/// Writable copies of large repositories in milliseconds: make, fork, checkpoint, compare and restore sessions.
+pub(crate) use review::{
+    Approve, Commit, Compare, Log, Note, NoteAction, NoteAdd, NoteList, NoteName, Reject, Review, Show,
+};
+
+/// Writable copies of large repositories in milliseconds: make, fork, checkpoint, compare, restore and review sessions.
 #[derive(Debug, Parser)]
 #[command(name = "kubectl-aether", bin_name = "kubectl aether", version, about, after_help = EXAMPLES)]
 pub(crate) struct Cli {
@@ -24,7 +31,9 @@ const EXAMPLES: &str = "Examples:
   kubectl aether fork fix-login attempt --count 3
   kubectl aether run attempt-1 -- make test
   kubectl aether diff attempt-1 --stat
-  kubectl aether checkpoint attempt-1 -m 'tests pass'";
+  kubectl aether checkpoint attempt-1 -m 'tests pass'
+  kubectl aether commit attempt-1 --branch agents/fix-login -m 'login: wait for the port'
+  kubectl aether review";
 
 /// Which cluster, as whom. The same flags as kubectl's.
 #[derive(Args, Clone, Debug, Default)]
@@ -72,6 +81,22 @@ pub(crate) enum Command {
     Diff(Diff),
     /// Take a session back to a checkpoint
     Restore(Restore),
+    /// Ask for what a session has made to leave: to a branch, to a new revision, to S3 or a claim
+    Commit(Commit),
+    /// List the commits that wait for your approval
+    Review(Review),
+    /// Show all that a reviewer wants to know of a commit
+    Show(Show),
+    /// Approve exactly the tree that a commit shows
+    Approve(Approve),
+    /// Reject a commit
+    Reject(Reject),
+    /// Remark on lines of files
+    Note(Note),
+    /// Tell what became of a session: checkpoints, commits, decisions, notes
+    Log(Log),
+    /// Put several attempts side by side
+    Compare(Compare),
     /// Run a command in a session and show its output
     Run(Run),
     /// Show the output of a command
@@ -289,6 +314,15 @@ impl Color {
             Self::Never => "never",
         }
     }
+
+    /// Whether to colour what goes to stdout.
+    pub(crate) fn wanted(self) -> bool {
+        match self {
+            Self::Auto => std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
+            Self::Always => true,
+            Self::Never => false,
+        }
+    }
 }
 
 #[derive(Args, Debug)]
@@ -302,21 +336,33 @@ Examples:
   # A session as it is now, against the revision it started from
   kubectl aether diff fix-login
   kubectl aether diff fix-login --stat
+  # One file, in two columns
+  kubectl aether diff fix-login --side-by-side -- src/login.rs
   kubectl aether diff fix-login -- --word-diff src/login
+  # What a commit would take out, and what came since an earlier one
+  kubectl aether diff fix-login-x7k2p
+  kubectl aether diff fix-login-b5t9w fix-login-x7k2p
+  # From one session to another
+  kubectl aether diff attempt-1 attempt-2
   # A checkpoint, and one checkpoint against another
   kubectl aether diff --checkpoint fix-login-green
   kubectl aether diff --checkpoint fix-login-before --checkpoint fix-login-green"
 )]
-#[group(id = "what", required = true, multiple = false, args = ["session", "checkpoint"])]
+#[group(id = "what", required = true, multiple = false, args = ["objects", "checkpoint"])]
 pub(crate) struct Diff {
-    /// The session; a checkpoint is taken for the time of the diff
-    pub(crate) session: Option<String>,
+    /// The session, commit or checkpoint (or KIND/NAME); two, from the first to the second. Of a session a checkpoint is
+    /// taken for the time of the diff
+    #[arg(num_args = 0..=2, value_name = "OBJECT")]
+    pub(crate) objects: Vec<String>,
     /// A checkpoint instead of a session; given twice, from the first to the second
     #[arg(long, value_name = "NAME")]
     pub(crate) checkpoint: Vec<String>,
-    /// Compare with this checkpoint instead of with where the session started
+    /// Compare with this checkpoint (or KIND/NAME) instead of with where the session started
     #[arg(long, value_name = "CHECKPOINT")]
     pub(crate) against: Option<String>,
+    /// In two columns
+    #[arg(short = 'y', long, conflicts_with_all = ["stat", "name_only"])]
+    pub(crate) side_by_side: bool,
     /// Files and numbers of changed lines only
     #[arg(long)]
     pub(crate) stat: bool,
@@ -438,12 +484,14 @@ pub(crate) struct Logs {
 }
 
 #[derive(Args, Debug)]
-#[command(after_help = "Kinds: source, session, checkpoint, restore, command; session when absent.
+#[command(
+    after_help = "Kinds: source, session, checkpoint, restore, command, commit, approval, note; session when absent.
 
 Examples:
   kubectl aether describe fix-login
   kubectl aether describe checkpoint/fix-login-green
-  kubectl aether describe source linux -n tools")]
+  kubectl aether describe source linux -n tools"
+)]
 pub(crate) struct Describe {
     /// NAME, KIND/NAME or KIND NAME
     #[arg(required = true, num_args = 1..=2, value_name = "OBJECT")]
@@ -451,13 +499,15 @@ pub(crate) struct Describe {
 }
 
 #[derive(Args, Debug)]
-#[command(after_help = "Kinds: source, session, checkpoint, restore, command; session when absent.
-Deleting a session deletes its files; its checkpoints stay unless they were made to go with it.
+#[command(
+    after_help = "Kinds: source, session, checkpoint, restore, command, commit, approval, note; session when absent.
+Deleting an approval withdraws it. Deleting a session deletes its files; its checkpoints stay unless they were made to go with it.
 
 Examples:
   kubectl aether delete attempt-1 attempt-2
   kubectl aether delete checkpoint/fix-login-green
-  kubectl aether delete checkpoint fix-login-green fix-login-before --yes")]
+  kubectl aether delete checkpoint fix-login-green fix-login-before --yes"
+)]
 pub(crate) struct Delete {
     /// NAME…, KIND/NAME… or KIND NAME…
     #[arg(required = true, value_name = "OBJECT")]

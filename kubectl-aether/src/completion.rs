@@ -6,7 +6,10 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use aether_api::{AetherCheckpoint, AetherCommand, AetherRestore, AetherSession, AetherSource};
+use aether_api::{
+    AetherApproval, AetherCheckpoint, AetherCommand, AetherCommit, AetherNote, AetherRestore, AetherSession,
+    AetherSource,
+};
 use anyhow::Result;
 use clap::CommandFactory;
 use kube::ResourceExt;
@@ -129,6 +132,7 @@ impl Question {
         match option.get_id().as_str() {
             "checkpoint" | "against" => self.names = Some((Kind::Checkpoint, false)),
             "source" => self.names = Some((Kind::Source, false)),
+            "parent" | "approve" => self.names = Some((Kind::Session, false)),
             "kubeconfig" => self.files = true,
             _ => {
                 self.candidates = option.get_possible_values().iter().map(|value| value.get_name().to_owned()).collect()
@@ -138,9 +142,14 @@ impl Question {
 
     fn positional(&mut self, command: &clap::Command, before: &[&str]) {
         self.names = match (command.get_name(), before) {
-            ("get" | "fork" | "checkpoint" | "checkpoints" | "diff" | "restore" | "run", []) => {
-                Some((Kind::Session, false))
-            }
+            ("get" | "fork" | "checkpoint" | "checkpoints" | "restore" | "run" | "commit" | "log" | "list", [])
+            | ("compare", _) => Some((Kind::Session, false)),
+            ("approve" | "reject" | "show" | "add", []) => Some((Kind::Commit, false)),
+            ("resolve" | "reopen", _) => Some((Kind::Note, false)),
+            ("diff", [] | [_]) => match self.typed.split_once('/').and_then(|(kind, _)| Kind::of(kind)) {
+                Some(kind) => Some((kind, true)),
+                None => Some((Kind::Session, false)),
+            },
             ("restore", [_]) => Some((Kind::Checkpoint, false)),
             ("logs", []) => Some((Kind::Command, false)),
             ("describe" | "delete", [kind, ..]) if Kind::of(kind).is_some() => Kind::of(kind).map(|kind| (kind, false)),
@@ -179,6 +188,9 @@ async fn names(connection: &Connection, kind: Kind) -> Result<Vec<String>> {
         Kind::Checkpoint => list(cluster.api::<AetherCheckpoint>()).await,
         Kind::Restore => list(cluster.api::<AetherRestore>()).await,
         Kind::Command => list(cluster.api::<AetherCommand>()).await,
+        Kind::Commit => list(cluster.api::<AetherCommit>()).await,
+        Kind::Approval => list(cluster.api::<AetherApproval>()).await,
+        Kind::Note => list(cluster.api::<AetherNote>()).await,
     }
 }
 
@@ -210,5 +222,10 @@ mod tests {
         assert_eq!(of(&["delete", "checkpoint/f"]).names, Some((Kind::Checkpoint, true)));
         assert_eq!(of(&["describe", "source", ""]).names, Some((Kind::Source, false)));
         assert_eq!(of(&["create", ""]).names, None);
+        assert_eq!(of(&["approve", ""]).names, Some((Kind::Commit, false)));
+        assert_eq!(of(&["diff", "commit/f"]).names, Some((Kind::Commit, true)));
+        assert_eq!(of(&["compare", "a", ""]).names, Some((Kind::Session, false)));
+        assert_eq!(of(&["note", ""]).candidates, ["add", "list", "resolve", "reopen", "help"]);
+        assert_eq!(of(&["note", "resolve", ""]).names, Some((Kind::Note, false)));
     }
 }

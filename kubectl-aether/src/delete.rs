@@ -2,7 +2,10 @@
 
 use std::fmt::Debug;
 
-use aether_api::{AetherCheckpoint, AetherCommand, AetherRestore, AetherSession, AetherSource};
+use aether_api::{
+    AetherApproval, AetherCheckpoint, AetherCommand, AetherCommit, AetherNote, AetherRestore, AetherSession,
+    AetherSource,
+};
 use anyhow::Result;
 use k8s_openapi::NamespaceResourceScope;
 use kube::api::{DeleteParams, Preconditions};
@@ -31,6 +34,9 @@ pub(crate) async fn delete(cluster: &Cluster, args: &Delete) -> Result<()> {
             Kind::Checkpoint => request::<AetherCheckpoint>(cluster, name, args).await,
             Kind::Restore => request::<AetherRestore>(cluster, name, args).await,
             Kind::Command => request::<AetherCommand>(cluster, name, args).await,
+            Kind::Commit => request::<AetherCommit>(cluster, name, args).await,
+            Kind::Approval => request::<AetherApproval>(cluster, name, args).await,
+            Kind::Note => request::<AetherNote>(cluster, name, args).await,
         };
         match requested {
             Ok(Some(uid)) => waits.push((*kind, name, uid)),
@@ -48,6 +54,9 @@ pub(crate) async fn delete(cluster: &Cluster, args: &Delete) -> Result<()> {
                 Kind::Checkpoint => gone::<AetherCheckpoint>(cluster, name, &uid, deadline).await,
                 Kind::Restore => gone::<AetherRestore>(cluster, name, &uid, deadline).await,
                 Kind::Command => gone::<AetherCommand>(cluster, name, &uid, deadline).await,
+                Kind::Commit => gone::<AetherCommit>(cluster, name, &uid, deadline).await,
+                Kind::Approval => gone::<AetherApproval>(cluster, name, &uid, deadline).await,
+                Kind::Note => gone::<AetherNote>(cluster, name, &uid, deadline).await,
             }
         };
         match gone {
@@ -83,6 +92,7 @@ async fn ask(cluster: &Cluster, objects: &[(Kind, String)]) -> Result<()> {
                 });
             }
             Kind::Checkpoint => losses.push(format!("checkpoint {name}")),
+            Kind::Commit => losses.push(format!("commit {name}, the record of who approved what,")),
             _ => {}
         }
     }

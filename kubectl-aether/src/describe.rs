@@ -2,7 +2,10 @@
 
 use std::fmt::{Debug, Write};
 
-use aether_api::{AetherCheckpoint, AetherCommand, AetherRestore, AetherSession, AetherSource};
+use aether_api::{
+    AetherApproval, AetherCheckpoint, AetherCommand, AetherCommit, AetherNote, AetherRestore, AetherSession,
+    AetherSource,
+};
 use anyhow::{Result, bail};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::Event;
@@ -15,7 +18,7 @@ use crate::cli::Describe;
 use crate::cluster::{Cluster, explain};
 use crate::kinds::{Kind, objects};
 use crate::lineage::{Item, Style, lines, parent};
-use crate::output::{age, bytes, frozen, or_dash, print, table};
+use crate::output::{age, bytes, frozen, or_dash, print, printable, table};
 
 /// Events that are shown, the newest.
 const EVENTS: usize = 20;
@@ -37,6 +40,9 @@ pub(crate) async fn describe(cluster: &Cluster, args: &Describe) -> Result<()> {
         Kind::Command => {
             plain(cluster, name, command, |it| it.status.as_ref().map(|status| &status.conditions)).await?
         }
+        Kind::Commit => plain(cluster, name, commit, |it| it.status.as_ref().map(|status| &status.conditions)).await?,
+        Kind::Approval => plain(cluster, name, approval, |_| None).await?,
+        Kind::Note => plain(cluster, name, note, |_| None).await?,
     };
     print(&text)
 }
@@ -262,11 +268,76 @@ fn command(it: &AetherCommand, out: &mut Fields) {
     out.maybe("Checkpoint", status.checkpoint);
 }
 
+pub(crate) fn commit(it: &AetherCommit, out: &mut Fields) {
+    let status = it.status.clone().unwrap_or_default();
+    out.maybe("Asked for by", it.spec.requested_by.as_ref().map(|by| &by.username));
+    out.maybe("Session", status.session.as_ref().or(it.spec.session.as_ref()));
+    out.maybe("Checkpoint", status.checkpoint.as_ref().or(it.spec.checkpoint.as_ref()));
+    out.maybe("Source", status.source.as_ref().map(|source| format!("{}/{}", source.namespace, source.name)));
+    out.field("To", crate::review::target(&it.spec.target));
+    if let Some(git) = &it.spec.target.git {
+        out.maybe("Author", git.author.as_ref().map(|author| format!("{} <{}>", author.name, author.email)));
+        out.field("Message", git.message.trim_end());
+    }
+    out.field("Phase", crate::review::phase(it));
+    out.maybe("Tree", status.root.as_ref());
+    if let Some(base) = &status.base {
+        let of = [base.revision.as_ref(), base.commit.as_ref()].into_iter().flatten().cloned().collect::<Vec<_>>();
+        out.field(
+            "Base",
+            format!("{}{}", base.root, if of.is_empty() { String::new() } else { format!(" ({})", of.join(", ")) }),
+        );
+    }
+    if let Some(approvals) = &status.approvals {
+        let by = if approvals.by.is_empty() { String::new() } else { format!(": {}", approvals.by.join(", ")) };
+        out.field("Approvals", format!("{} of {}{by}", approvals.have, approvals.need));
+        for who in &approvals.rejected {
+            out.field("Rejected by", who);
+        }
+        for missing in &approvals.missing {
+            out.field("Missing", missing);
+        }
+        for stale in &approvals.stale {
+            out.field("Of another tree", stale);
+        }
+    }
+    out.maybe("Released", status.started.as_ref().map(ago));
+    out.maybe("Ended", status.finished.as_ref().map(ago));
+    out.maybe("Git commit", status.commit);
+    out.maybe("Revision", status.revision);
+    for path in &status.conflicts {
+        out.field("Conflict", path);
+    }
+    for warning in &status.warnings {
+        out.field("Warning", warning);
+    }
+}
+
+fn approval(it: &AetherApproval, out: &mut Fields) {
+    let status = it.status.clone().unwrap_or_default();
+    out.field("Commit", &it.spec.commit);
+    out.field("Decision", format!("{:?}", it.spec.decision));
+    out.field("Tree", &it.spec.root);
+    out.maybe("Reviewer", it.spec.reviewer.as_ref().map(|by| &by.username));
+    out.maybe("Text", it.spec.text.as_ref());
+    out.field("Counts", if status.counts { "yes" } else { "no" });
+    out.maybe("Why not", status.reason);
+}
+
+fn note(it: &AetherNote, out: &mut Fields) {
+    out.field("Checkpoint", &it.spec.checkpoint);
+    out.field("Place", crate::review::place(&it.spec));
+    out.maybe("Digest of the file", it.spec.digest.as_ref());
+    out.maybe("Author", it.spec.author.as_ref().map(|by| &by.username));
+    out.field("Resolved", if it.spec.resolved { "yes" } else { "no" });
+    out.field("Text", &it.spec.text);
+}
+
 /// Lines of a name and a value.
-struct Fields(String);
+pub(crate) struct Fields(pub(crate) String);
 
 impl Fields {
-    fn of(meta: &ObjectMeta) -> Self {
+    pub(crate) fn of(meta: &ObjectMeta) -> Self {
         let mut out = Self(String::new());
         out.field("Name", meta.name.as_deref().unwrap_or_default());
         out.field("Namespace", meta.namespace.as_deref().unwrap_or_default());
@@ -278,25 +349,25 @@ impl Fields {
         out
     }
 
-    fn field(&mut self, name: &str, value: impl ToString) {
+    pub(crate) fn field(&mut self, name: &str, value: impl ToString) {
         // A message may have several lines, which must not look like fields.
-        let value = value.to_string().replace('\n', "\n    ");
+        let value = printable(&value.to_string()).replace('\n', "\n    ");
         self.0 += &format!("{:<24}{value}\n", format!("{name}:"));
     }
 
-    fn maybe(&mut self, name: &str, value: Option<impl ToString>) {
+    pub(crate) fn maybe(&mut self, name: &str, value: Option<impl ToString>) {
         if let Some(value) = value {
             self.field(name, value);
         }
     }
 }
 
-fn ago(time: &Time) -> String {
+pub(crate) fn ago(time: &Time) -> String {
     format!("{} ({} ago)", time.0.strftime("%Y-%m-%d %H:%M:%SZ"), age(Some(time)))
 }
 
 /// Words as one would type them in a shell.
-fn words(words: &[String]) -> String {
+pub(crate) fn words(words: &[String]) -> String {
     let plain = |word: &str| {
         !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_./=:,+@%".contains(&byte))
     };

@@ -10,15 +10,21 @@ pub(crate) enum Kind {
     Checkpoint,
     Restore,
     Command,
+    Commit,
+    Approval,
+    Note,
 }
 
 /// Every kind with its full, plural and short names beside its word.
-const KINDS: [(Kind, &str, &str); 5] = [
+const KINDS: [(Kind, &str, &str); 8] = [
     (Kind::Source, "source", "asrc"),
     (Kind::Session, "session", "asess"),
     (Kind::Checkpoint, "checkpoint", "ackpt"),
     (Kind::Restore, "restore", "arst"),
     (Kind::Command, "command", "acmd"),
+    (Kind::Commit, "commit", "acmt"),
+    (Kind::Approval, "approval", "aappr"),
+    (Kind::Note, "note", "anote"),
 ];
 
 impl Kind {
@@ -49,7 +55,9 @@ pub(crate) fn objects(words: &[String]) -> Result<Vec<(Kind, String)>> {
         .map(|word| match word.split_once('/') {
             Some((kind, name)) if common.is_none() && !name.is_empty() => match Kind::of(kind) {
                 Some(kind) => Ok((kind, name.to_owned())),
-                None => bail!("{kind:?} is no kind: say source, session, checkpoint, restore or command"),
+                None => bail!(
+                    "{kind:?} is no kind: say source, session, checkpoint, restore, command, commit, approval or note"
+                ),
             },
             Some(_) => bail!("{word:?} is no object: say NAME, KIND/NAME or KIND NAME"),
             None => Ok((common.unwrap_or(Kind::Session), word.clone())),

@@ -14,6 +14,7 @@ mod lineage;
 mod output;
 mod parse;
 mod restore;
+mod review;
 mod run;
 mod sessions;
 mod signals;
@@ -68,6 +69,14 @@ async fn act(cli: &Cli) -> Result<u8> {
         Command::Logs(args) => run::logs(&cluster, args).await?,
         Command::Describe(args) => describe::describe(&cluster, args).await?,
         Command::Delete(args) => delete::delete(&cluster, args).await?,
+        Command::Commit(args) => review::commit::commit(&cluster, args).await?,
+        Command::Review(args) => review::waiting::review(&cluster, args, cli.connection.namespace.is_some()).await?,
+        Command::Show(args) => review::show::show(&cluster, args).await?,
+        Command::Approve(args) => review::decide::approve(&cluster, args).await?,
+        Command::Reject(args) => review::decide::reject(&cluster, args).await?,
+        Command::Note(args) => review::note::note(&cluster, &args.action).await?,
+        Command::Log(args) => review::history::log(&cluster, args).await?,
+        Command::Compare(args) => review::compare::compare(&cluster, args).await?,
         Command::Completion(_) | Command::Complete { .. } => {}
     }
     Ok(0)

@@ -163,6 +163,16 @@ pub(crate) fn frozen(microseconds: i64) -> String {
     format!("{:.1} ms", microseconds as f64 / 1000.0)
 }
 
+/// The text without characters that would command the terminal: others than the reader have written it.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
+}
+
+/// The first line of a text, for a table.
+pub(crate) fn first_line(text: &str) -> String {
+    printable(text.lines().next().unwrap_or_default())
+}
+
 /// A value or `-`.
 pub(crate) fn or_dash<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(|| "-".into(), |value| value.to_string())

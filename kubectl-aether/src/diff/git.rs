@@ -4,6 +4,7 @@
 //! (external diffs, text conversion) are off unless asked for, because contents come from whoever worked in the session.
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -12,6 +13,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 
+use super::columns;
 use crate::cli;
 
 /// What of git's environment speaks of another repository (`git rev-parse --local-env-vars`), but its configuration.
@@ -38,17 +40,30 @@ pub(crate) struct View {
     options: Vec<OsString>,
     paths: Vec<OsString>,
     no_pager: bool,
+    /// In two columns; whether in colour.
+    columns: Option<bool>,
+}
+
+/// How many files differ, and by how many lines; what is binary has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Numbers {
+    pub(crate) files: u64,
+    pub(crate) added: u64,
+    pub(crate) removed: u64,
 }
 
 impl View {
     pub(crate) fn of(args: &cli::Diff) -> Self {
-        let mut options: Vec<OsString> = vec![format!("--color={}", args.color.as_str()).into()];
+        let columns = args.side_by_side.then(|| args.color.wanted());
+        // In columns, colours are put on after git.
+        let color = if columns.is_some() { "never" } else { args.color.as_str() };
+        let mut options: Vec<OsString> = vec![format!("--color={color}").into()];
         options.extend(args.stat.then(|| "--stat".into()));
         options.extend(args.name_only.then(|| "--name-only".into()));
         options.extend(args.exit_code.then(|| "--exit-code".into()));
         let (own, paths) = split(&args.git);
         options.extend_from_slice(own);
-        Self { options, paths: paths.to_vec(), no_pager: args.no_pager }
+        Self { options, paths: paths.to_vec(), no_pager: args.no_pager, columns }
     }
 }
 
@@ -166,6 +181,9 @@ impl Repository {
 
     /// Runs `git diff` on this terminal; the result is its exit code.
     pub(crate) async fn show(&self, view: &View) -> Result<u8> {
+        if let Some(color) = view.columns {
+            return self.show_columns(view, color).await;
+        }
         let status = self.diff(view).status().await.context("cannot run git diff")?;
         use std::os::unix::process::ExitStatusExt;
         let code = status.code().or(status.signal().map(|signal| 128 + signal)).unwrap_or(2);
@@ -175,6 +193,59 @@ impl Repository {
             128 | 129 => 2,
             code => u8::try_from(code).unwrap_or(2),
         })
+    }
+
+    /// The same in two columns, through the pager that git would take.
+    async fn show_columns(&self, view: &View, color: bool) -> Result<u8> {
+        let output = self.diff(view).stderr(Stdio::inherit()).output().await.context("cannot run git diff")?;
+        let code = match output.status.code() {
+            Some(code @ (0 | 1)) => u8::from(code == 1),
+            _ => return Ok(2),
+        };
+        let text = columns::render(&String::from_utf8_lossy(&output.stdout), columns::width(), color);
+        if view.no_pager || text.is_empty() || !std::io::stdout().is_terminal() {
+            crate::output::print(&text)?;
+            return Ok(code);
+        }
+        let pager = self.git().args(["var", "GIT_PAGER"]).stderr(Stdio::inherit()).output().await;
+        let pager = String::from_utf8_lossy(&pager.context("cannot run git var")?.stdout).trim().to_owned();
+        let mut shell = Command::new("sh");
+        shell.args(["-c", if pager.is_empty() { "cat" } else { &pager }]).stdin(Stdio::piped());
+        if std::env::var_os("LESS").is_none() {
+            // As git sets it.
+            shell.env("LESS", "FRX");
+        }
+        let mut child = shell.spawn().with_context(|| format!("cannot run the pager {pager}"))?;
+        if let Some(mut stdin) = child.stdin.take() {
+            // A pager that was left early reads no more, and that is no failure.
+            let _ = stdin.write_all(text.as_bytes()).await;
+        }
+        child.wait().await.context("the pager")?;
+        Ok(code)
+    }
+
+    /// How much differs.
+    pub(crate) async fn numbers(&self) -> Result<Numbers> {
+        let text = self.text(&["--numstat", "--no-renames"]).await?;
+        let mut numbers = Numbers::default();
+        for line in text.lines() {
+            let mut words = line.split('\t');
+            let mut count = || words.next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+            numbers.files += 1;
+            numbers.added += count();
+            numbers.removed += count();
+        }
+        Ok(numbers)
+    }
+
+    /// What `git diff` prints with these options.
+    pub(crate) async fn text(&self, options: &[&str]) -> Result<String> {
+        let view = View { options: options.iter().map(Into::into).collect(), no_pager: true, ..View::default() };
+        let output = self.diff(&view).output().await.context("cannot run git diff")?;
+        if !output.status.success() {
+            bail!("git diff failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     fn diff(&self, view: &View) -> Command {
@@ -234,7 +305,7 @@ mod tests {
         repository.import(Cursor::new(stream(base, head))).await.unwrap();
         let words: Vec<OsString> = options.iter().map(Into::into).collect();
         let (options, paths) = split(&words);
-        let view = View { options: options.to_vec(), paths: paths.to_vec(), no_pager: true };
+        let view = View { options: options.to_vec(), paths: paths.to_vec(), no_pager: true, columns: None };
         // What a developer's own configuration says must not decide a test.
         let output = repository
             .diff(&view)
@@ -300,6 +371,15 @@ mod tests {
         assert_eq!(shown(base, head, &["--name-only", "a"]).await.0, "a/x\n");
         assert_eq!(shown(base, head, &["--name-only", "--", "b"]).await.0, "b/x\n");
         assert!(shown(base, head, &["--stat"]).await.0.contains("2 files changed, 2 insertions(+), 2 deletions(-)"));
+    }
+
+    #[tokio::test]
+    async fn what_differs_is_counted() {
+        let repository = Repository::create().await.unwrap();
+        let base: Side<'_> = &[("100644", "a", b"1\n2\n"), ("100644", "gone", b"x\n"), ("100644", "blob", b"\0")];
+        let head: Side<'_> = &[("100644", "a", b"1\n3\n4\n"), ("100644", "blob", b"\0\x01")];
+        repository.import(Cursor::new(stream(base, head))).await.unwrap();
+        assert_eq!(repository.numbers().await.unwrap(), Numbers { files: 3, added: 2, removed: 2 });
     }
 
     #[tokio::test]

@@ -4,11 +4,15 @@
 //! session a checkpoint is taken, and it is deleted before anything is shown, so that nothing stays behind whatever
 //! becomes of the pager.
 
+mod columns;
 mod git;
 
+use std::cell::RefCell;
+
 use aether_api::checkpoint::DeletionPolicy;
+use aether_api::commit::CommitPhase;
 use aether_api::session::Durability;
-use aether_api::{AetherCheckpoint, AetherCheckpointSpec, names};
+use aether_api::{AetherCheckpoint, AetherCheckpointSpec, AetherCommit, AetherSession, names};
 use anyhow::{Context, Result, anyhow, bail};
 use http::header::ACCEPT;
 use kube::ResourceExt;
@@ -18,9 +22,12 @@ use rand::Rng;
 use crate::checkpoint::reach;
 use crate::cli;
 use crate::cluster::{Cluster, explain};
+use crate::kinds::Kind;
 use crate::output::Progress;
 use crate::signals::Signals;
-use crate::wait::Deadline;
+use crate::wait::{self, Deadline, Verdict};
+
+pub(crate) use git::{Numbers, Repository, check as check_git};
 
 /// How long the temporary checkpoint's deletion may take on the way out.
 const CLEANUP_PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
@@ -29,85 +36,198 @@ const ATTEMPTS: u32 = 3;
 
 /// Shows the diff; the result is git's exit code.
 pub(crate) async fn diff(cluster: &Cluster, args: &cli::Diff) -> Result<u8> {
-    let comparison = Comparison::of(args)?;
+    let (head, base) = sides(args)?;
     let view = git::View::of(args);
     // Before the cluster does anything for it.
     git::check().await?;
     require_review_api(cluster).await?;
     let mut signals = Signals::listen()?;
-    let repository = match comparison {
-        Comparison::Session { session, against } => {
-            of_session(cluster, &session, against.as_deref(), args, &mut signals).await?
-        }
-        Comparison::Checkpoint { checkpoint, against } => tokio::select! {
-            fetched = of_checkpoint(cluster, &checkpoint, against.as_deref(), Deadline::after(args.patience.timeout)) => fetched?,
-            signal = signals.next() => return Err(signal.into()),
-        },
-    };
+    let deadline = Deadline::after(args.patience.timeout);
+    let repository = fetch(cluster, &mut signals, async |temporary| {
+        let base = match &base {
+            Some(base) => Some(base.state(cluster, temporary, deadline).await?),
+            None => None,
+        };
+        let head = head.state(cluster, temporary, deadline).await?;
+        transfer(cluster, &head, base.as_ref(), deadline).await
+    })
+    .await?;
     tokio::select! {
         code = repository.show(&view) => code,
         signal = signals.next_but_interrupt() => Err(signal.into()),
     }
 }
 
-/// What is compared with what. Without `against`, it is where the session started.
-#[derive(Debug, PartialEq, Eq)]
-enum Comparison {
-    Session { session: String, against: Option<String> },
-    Checkpoint { checkpoint: String, against: Option<String> },
+/// One side of a comparison, as typed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// Of this kind.
+    Of(Kind, String),
+    /// A session of this name; without one, a commit, or a checkpoint.
+    Named(String),
 }
 
-impl Comparison {
-    fn of(args: &cli::Diff) -> Result<Self> {
-        let against = args.against.clone();
-        Ok(match (&args.session, args.checkpoint.as_slice()) {
-            (Some(session), _) => Self::Session { session: session.clone(), against },
-            (None, [checkpoint]) => Self::Checkpoint { checkpoint: checkpoint.clone(), against },
-            (None, [old, new]) if against.is_none() => {
-                Self::Checkpoint { checkpoint: new.clone(), against: Some(old.clone()) }
+impl Side {
+    fn typed(word: &str) -> Result<Self> {
+        match word.split_once('/') {
+            None => Ok(Self::Named(word.into())),
+            Some((kind, name)) => match Kind::of(kind) {
+                Some(kind @ (Kind::Session | Kind::Checkpoint | Kind::Commit)) if !name.is_empty() => {
+                    Ok(Self::Of(kind, name.into()))
+                }
+                _ => bail!("{word:?} cannot be compared: say NAME, session/NAME, checkpoint/NAME or commit/NAME"),
+            },
+        }
+    }
+
+    /// What there is to compare: takes the checkpoint of a session, and notes it among `temporary`.
+    pub(crate) async fn state(&self, cluster: &Cluster, temporary: &Temporary, deadline: Deadline) -> Result<State> {
+        match self {
+            Self::Of(Kind::Commit, name) => State::of_commit(cluster, name, deadline).await,
+            Self::Of(Kind::Checkpoint, name) => {
+                cluster.find::<AetherCheckpoint>(name).await?;
+                Ok(State::Checkpoint(name.clone()))
             }
-            _ => bail!("a diff is between two states: say --checkpoint twice, or once with --against"),
-        })
+            Self::Of(_, name) => take(cluster, name, temporary).await,
+            Self::Named(name) => {
+                let session = cluster.api::<AetherSession>().get_opt(name).await;
+                if session.map_err(|error| explain(error, &format!("read session {name}")))?.is_some() {
+                    return take(cluster, name, temporary).await;
+                }
+                // Who may not read the one may still read the other.
+                if let Ok(Some(_)) = cluster.api::<AetherCommit>().get_opt(name).await {
+                    return State::of_commit(cluster, name, deadline).await;
+                }
+                if let Ok(Some(_)) = cluster.api::<AetherCheckpoint>().get_opt(name).await {
+                    return Ok(State::Checkpoint(name.clone()));
+                }
+                bail!("{}", cluster.not_found::<AetherSession>(name).await)
+            }
+        }
     }
 }
 
-async fn of_session(
+/// What is compared, and with what; without the latter, it is where the session started.
+fn sides(args: &cli::Diff) -> Result<(Side, Option<Side>)> {
+    let checkpoint = |name: &String| Side::Of(Kind::Checkpoint, name.clone());
+    // A bare name after --against has always been a checkpoint.
+    let against = match args.against.as_deref().map(Side::typed).transpose()? {
+        Some(Side::Named(name)) => Some(Side::Of(Kind::Checkpoint, name)),
+        other => other,
+    };
+    Ok(match (args.objects.as_slice(), args.checkpoint.as_slice(), against) {
+        ([head], [], against) => (Side::typed(head)?, against),
+        ([base, head], [], None) => (Side::typed(head)?, Some(Side::typed(base)?)),
+        ([], [head], against) => (checkpoint(head), against),
+        ([], [base, head], None) => (checkpoint(head), Some(checkpoint(base))),
+        _ => bail!("a diff is between two states: say two objects, or one with --against"),
+    })
+}
+
+/// What the aggregated API can compare.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// A checkpoint, once it is in the store.
+    Checkpoint(String),
+    /// A commit by its own word on its tree, and its checkpoint.
+    Commit(String, String),
+}
+
+impl State {
+    async fn of_commit(cluster: &Cluster, name: &str, deadline: Deadline) -> Result<Self> {
+        cluster.find::<AetherCommit>(name).await?;
+        let what = format!("commit {name} to have a tree");
+        let progress = Progress::new(cluster.quiet);
+        wait::until(cluster.api::<AetherCommit>(), name, &what, deadline, &progress, |commit| {
+            let Some(commit) = commit else {
+                return Verdict::Failed(anyhow!("commit {name} was deleted meanwhile"));
+            };
+            let status = commit.status.clone().unwrap_or_default();
+            match (&status.root, &status.checkpoint) {
+                (Some(_), Some(checkpoint)) => Verdict::Done(Self::Commit(name.into(), checkpoint.clone())),
+                _ if status.phase == Some(CommitPhase::Failed) => {
+                    Verdict::Failed(anyhow!("commit {name} failed before it had a tree"))
+                }
+                _ => Verdict::Waiting("its checkpoint is on its way to the store".into()),
+            }
+        })
+        .await
+    }
+
+    /// The checkpoint that holds the tree.
+    fn checkpoint(&self) -> &str {
+        match self {
+            Self::Checkpoint(name) | Self::Commit(_, name) => name,
+        }
+    }
+
+    /// Where the aggregated API has its changes.
+    fn changes_path(&self, namespace: &str, against: Option<&Self>) -> String {
+        let against = against.map(|against| format!("?against={}", against.checkpoint())).unwrap_or_default();
+        let (resource, name) = match self {
+            Self::Checkpoint(name) => ("checkpoints", name),
+            Self::Commit(name, _) => ("commits", name),
+        };
+        format!(
+            "/apis/{}/{}/namespaces/{namespace}/{resource}/{name}/changes{against}",
+            names::REVIEW_GROUP,
+            names::VERSION
+        )
+    }
+
+    fn noun(&self) -> String {
+        match self {
+            Self::Checkpoint(name) => format!("checkpoint {name}"),
+            Self::Commit(name, _) => format!("commit {name}"),
+        }
+    }
+}
+
+/// The checkpoints that were taken only to be compared.
+#[derive(Default)]
+pub(crate) struct Temporary(RefCell<Vec<String>>);
+
+/// Does `work` until a signal comes, and removes the checkpoints that it took, whatever becomes of it.
+pub(crate) async fn fetch<T>(
     cluster: &Cluster,
-    session: &str,
-    against: Option<&str>,
-    args: &cli::Diff,
     signals: &mut Signals,
-) -> Result<git::Repository> {
+    work: impl AsyncFnOnce(&Temporary) -> Result<T>,
+) -> Result<T> {
+    let temporary = Temporary::default();
+    let fetched = tokio::select! {
+        fetched = work(&temporary) => fetched,
+        signal = signals.next() => Err(signal.into()),
+    };
+    for name in temporary.0.into_inner() {
+        if let Err(error) = remove(cluster, &name).await {
+            eprintln!(
+                "warning: the checkpoint of this diff stays: {error:#}; `kubectl aether delete checkpoint/{name} -n {}`",
+                cluster.namespace
+            );
+        }
+    }
+    fetched
+}
+
+/// Takes a checkpoint of a session for the time of a diff.
+async fn take(cluster: &Cluster, session: &str, temporary: &Temporary) -> Result<State> {
     crate::sessions::refuse_hopeless(&cluster.session(session).await?)?;
     // Named here, so that it can be deleted also when the answer to its creation never came.
     let name = temporary_name(session);
-    let fetch = async {
-        let deadline = Deadline::after(args.patience.timeout);
-        let spec = AetherCheckpointSpec {
-            session: session.into(),
-            message: Some("for the time of a diff".into()),
-            deletion_policy: DeletionPolicy::WithSession,
-        };
-        let mut checkpoint = AetherCheckpoint::new(&name, spec);
-        checkpoint.labels_mut().insert(names::ORIGIN_LABEL.into(), names::ORIGIN_DIFF.into());
-        cluster
-            .api()
-            .create(&PostParams::default(), &checkpoint)
-            .await
-            .map_err(|error| explain(error, &format!("take a checkpoint of session {session} to compare")))?;
-        of_checkpoint(cluster, &name, against, deadline).await
+    temporary.0.borrow_mut().push(name.clone());
+    let spec = AetherCheckpointSpec {
+        session: session.into(),
+        message: Some("for the time of a diff".into()),
+        deletion_policy: DeletionPolicy::WithSession,
     };
-    let fetched = tokio::select! {
-        fetched = fetch => fetched,
-        signal = signals.next() => Err(signal.into()),
-    };
-    if let Err(error) = remove(cluster, &name).await {
-        eprintln!(
-            "warning: the checkpoint of this diff stays: {error:#}; `kubectl aether delete checkpoint/{name} -n {}`",
-            cluster.namespace
-        );
-    }
-    fetched
+    let mut checkpoint = AetherCheckpoint::new(&name, spec);
+    checkpoint.labels_mut().insert(names::ORIGIN_LABEL.into(), names::ORIGIN_DIFF.into());
+    cluster
+        .api()
+        .create(&PostParams::default(), &checkpoint)
+        .await
+        .map_err(|error| explain(error, &format!("take a checkpoint of session {session} to compare")))?;
+    Ok(State::Checkpoint(name))
 }
 
 async fn remove(cluster: &Cluster, name: &str) -> Result<()> {
@@ -121,21 +241,23 @@ async fn remove(cluster: &Cluster, name: &str) -> Result<()> {
     }
 }
 
-async fn of_checkpoint(
+/// Brings the changes from `base`, or from where the session started, to `head` into a repository.
+pub(crate) async fn transfer(
     cluster: &Cluster,
-    name: &str,
-    against: Option<&str>,
+    head: &State,
+    base: Option<&State>,
     deadline: Deadline,
-) -> Result<git::Repository> {
-    for checkpoint in [Some(name), against].into_iter().flatten() {
-        cluster.find::<AetherCheckpoint>(checkpoint).await?;
-        reach(cluster, checkpoint, Durability::Durable, deadline).await?;
+) -> Result<Repository> {
+    for state in [Some(head), base].into_iter().flatten() {
+        if let State::Checkpoint(name) = state {
+            reach(cluster, name, Durability::Durable, deadline).await?;
+        }
     }
     Progress::new(cluster.quiet).say("fetching the changes");
     let mut attempt = 1;
     loop {
-        let repository = git::Repository::create().await?;
-        match repository.import(changes(cluster, name, against).await?).await {
+        let repository = Repository::create().await?;
+        match repository.import(changes(cluster, head, base).await?).await {
             Ok(()) => return Ok(repository),
             Err(git::ImportError::Stream(error)) if attempt < ATTEMPTS => {
                 attempt += 1;
@@ -149,34 +271,31 @@ async fn of_checkpoint(
     }
 }
 
-/// Where the aggregated API has the changes of a checkpoint.
-fn changes_path(namespace: &str, name: &str, against: Option<&str>) -> String {
-    let against = against.map(|against| format!("?against={against}")).unwrap_or_default();
-    format!(
-        "/apis/{}/{}/namespaces/{namespace}/checkpoints/{name}/changes{against}",
-        names::REVIEW_GROUP,
-        names::VERSION
-    )
+/// What a commit changes, as its own status has its tree.
+pub(crate) async fn of_commit(cluster: &Cluster, name: &str, deadline: Deadline) -> Result<Repository> {
+    git::check().await?;
+    let head = State::of_commit(cluster, name, deadline).await?;
+    transfer(cluster, &head, None, deadline).await
 }
 
-async fn changes(cluster: &Cluster, name: &str, against: Option<&str>) -> Result<impl futures::AsyncBufRead + use<>> {
-    let request = http::Request::get(changes_path(&cluster.namespace, name, against))
+async fn changes(cluster: &Cluster, head: &State, base: Option<&State>) -> Result<impl futures::AsyncBufRead + use<>> {
+    let request = http::Request::get(head.changes_path(&cluster.namespace, base))
         .header(ACCEPT, "application/vnd.git.fast-import, application/json")
         .body(Vec::new())?;
-    let action = match against {
-        None => format!("read the changes of checkpoint {name}"),
-        Some(against) => format!("read the changes from checkpoint {against} to {name}"),
+    let action = match base {
+        None => format!("read the changes of {}", head.noun()),
+        Some(base) => format!("read the changes from {} to {}", base.noun(), head.noun()),
     };
     cluster.client.request_stream(request).await.map_err(|error| review_error(error, &action))
 }
 
 /// Fails unless the cluster serves the aggregated API, before a checkpoint is taken for nothing.
-async fn require_review_api(cluster: &Cluster) -> Result<()> {
+pub(crate) async fn require_review_api(cluster: &Cluster) -> Result<()> {
     let request = http::Request::get(format!("/apis/{}/{}", names::REVIEW_GROUP, names::VERSION)).body(Vec::new())?;
     cluster.client.request_text(request).await.map(drop).map_err(|error| review_error(error, "ask for the review API"))
 }
 
-fn review_error(error: kube::Error, action: &str) -> anyhow::Error {
+pub(crate) fn review_error(error: kube::Error, action: &str) -> anyhow::Error {
     let service = format!("{}.{}", names::VERSION, names::REVIEW_GROUP);
     match error {
         kube::Error::Api(status)
@@ -209,27 +328,42 @@ mod tests {
     use super::*;
     use clap::Parser;
 
-    fn comparison(words: &[&str]) -> Result<Comparison> {
+    fn of(words: &[&str]) -> Result<(Side, Option<Side>)> {
         let cli = cli::Cli::try_parse_from(["kubectl-aether", "diff"].iter().chain(words)).unwrap();
         let cli::Command::Diff(args) = cli.command else { panic!("not diff") };
-        Comparison::of(&args)
+        sides(&args)
     }
 
     #[test]
     fn what_is_compared() {
-        let checkpoint = |name: &str, against: Option<&str>| Comparison::Checkpoint {
-            checkpoint: name.into(),
-            against: against.map(Into::into),
-        };
-        assert_eq!(comparison(&["--checkpoint", "a"]).unwrap(), checkpoint("a", None));
-        assert_eq!(comparison(&["--checkpoint", "a", "--checkpoint", "b"]).unwrap(), checkpoint("b", Some("a")));
-        assert_eq!(comparison(&["--checkpoint", "b", "--against", "a"]).unwrap(), checkpoint("b", Some("a")));
-        assert_eq!(
-            comparison(&["s", "--against", "a"]).unwrap(),
-            Comparison::Session { session: "s".into(), against: Some("a".into()) }
-        );
-        assert!(comparison(&["--checkpoint", "a", "--checkpoint", "b", "--against", "c"]).is_err());
-        assert!(comparison(&["--checkpoint", "a", "--checkpoint", "b", "--checkpoint", "c"]).is_err());
+        let checkpoint = |name: &str| Side::Of(Kind::Checkpoint, name.into());
+        let named = |name: &str| Side::Named(name.into());
+        assert_eq!(of(&["--checkpoint", "a"]).unwrap(), (checkpoint("a"), None));
+        assert_eq!(of(&["--checkpoint", "a", "--checkpoint", "b"]).unwrap(), (checkpoint("b"), Some(checkpoint("a"))));
+        assert_eq!(of(&["--checkpoint", "b", "--against", "a"]).unwrap(), (checkpoint("b"), Some(checkpoint("a"))));
+        assert_eq!(of(&["s", "--against", "a"]).unwrap(), (named("s"), Some(checkpoint("a"))));
+        assert_eq!(of(&["a", "b"]).unwrap(), (named("b"), Some(named("a"))));
+        let commit = Side::Of(Kind::Commit, "c".into());
+        assert_eq!(of(&["s", "--against", "commit/c"]).unwrap(), (named("s"), Some(commit.clone())));
+        assert_eq!(of(&["checkpoint/a", "acmt/c"]).unwrap(), (commit, Some(checkpoint("a"))));
+        for bad in [
+            &["--checkpoint", "a", "--checkpoint", "b", "--against", "c"][..],
+            &["--checkpoint", "a", "--checkpoint", "b", "--checkpoint", "c"],
+            &["a", "b", "--against", "c"],
+            &["source/a"],
+            &["commit/"],
+        ] {
+            assert!(of(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_commit_is_asked_for_by_its_own_name() {
+        let commit = State::Commit("c".into(), "k".into());
+        let base = "/apis/review.aether.dev/v1alpha1/namespaces/demo";
+        assert_eq!(commit.changes_path("demo", None), format!("{base}/commits/c/changes"));
+        let other = State::Checkpoint("o".into());
+        assert_eq!(other.changes_path("demo", Some(&commit)), format!("{base}/checkpoints/o/changes?against=k"));
     }
 
     #[test]

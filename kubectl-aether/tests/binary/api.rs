@@ -1,6 +1,6 @@
-//! As much of an API server as the program needs: a session, checkpoints and one command, over plain HTTP.
+//! As much of an API server as the program needs: a session, checkpoints, one command, and what reviewers write, over plain HTTP.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
@@ -11,7 +11,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Path, Query, State};
 use axum::http::{StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -27,6 +27,10 @@ pub(crate) struct Behaviour {
     pub(crate) exit_code: Option<i32>,
     /// What commands say.
     pub(crate) log: &'static str,
+    /// Commits that are there from the beginning.
+    pub(crate) commits: Vec<Value>,
+    /// Whether the user may list objects of all namespaces.
+    pub(crate) everywhere: bool,
 }
 
 /// What the server was asked to do so far.
@@ -34,12 +38,17 @@ pub(crate) struct Behaviour {
 pub(crate) struct Seen {
     pub(crate) created: Vec<Value>,
     pub(crate) deleted: Vec<String>,
+    pub(crate) patched: Vec<Value>,
+    /// Paths of the aggregated API.
+    pub(crate) reviewed: Vec<String>,
     pub(crate) followed: bool,
 }
 
 struct Shared {
     behaviour: Behaviour,
     checkpoints: Mutex<HashMap<String, Value>>,
+    /// Commits, approvals and notes by plural and name.
+    records: Mutex<BTreeMap<(String, String), Value>>,
     seen: watch::Sender<Seen>,
 }
 
@@ -55,7 +64,11 @@ pub(crate) struct Server {
 impl Server {
     pub(crate) async fn start(behaviour: Behaviour) -> Self {
         let (sender, seen) = watch::channel(Seen::default());
-        let shared = Arc::new(Shared { behaviour, checkpoints: Mutex::default(), seen: sender });
+        let commits = behaviour.commits.iter().map(|commit| {
+            (("aethercommits".to_owned(), commit["metadata"]["name"].as_str().unwrap().to_owned()), commit.clone())
+        });
+        let kept = Mutex::new(commits.collect());
+        let shared = Arc::new(Shared { behaviour, checkpoints: Mutex::default(), records: kept, seen: sender });
         let aether = "/apis/aether.dev/v1alpha1/namespaces/demo";
         let app = Router::new()
             .route(&format!("{aether}/aethersessions/{{name}}"), get(session))
@@ -68,8 +81,14 @@ impl Server {
             .route("/api/v1/namespaces/demo/pods", get(pods))
             .route("/api/v1/namespaces/demo/pods/{name}", get(pod))
             .route("/api/v1/namespaces/demo/pods/{name}/log", get(log))
+            .route("/apis/aether.dev/v1alpha1/{plural}", get(everywhere))
+            .route(&format!("{aether}/{{plural}}"), get(records).post(create_record))
+            .route(&format!("{aether}/{{plural}}/{{name}}"), get(record).patch(patch_record).delete(delete_record))
+            .route("/apis/authentication.k8s.io/v1/selfsubjectreviews", post(who))
             .route("/apis/review.aether.dev/v1alpha1", get(async || Json(json!({"kind": "APIResourceList"}))))
-            .route("/apis/review.aether.dev/v1alpha1/namespaces/demo/checkpoints/{name}/changes", get(changes))
+            .route("/apis/review.aether.dev/v1alpha1/namespaces/demo/{resource}/{name}/changes", get(changes))
+            .route("/apis/review.aether.dev/v1alpha1/namespaces/demo/checkpoints/{name}/file", get(file))
+            .route("/apis/review.aether.dev/v1alpha1/namespaces/demo/sessions/{name}/notes", get(notes))
             .fallback(async |uri: Uri| not_found(&uri.to_string()))
             .with_state(shared);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -159,8 +178,101 @@ async fn delete_checkpoint(State(shared): Api, Path(name): Path<String>) -> Resp
     Json(object).into_response()
 }
 
-async fn changes(State(shared): Api) -> Response {
+async fn changes(State(shared): Api, uri: Uri) -> Response {
+    shared.seen.send_modify(|seen| seen.reviewed.push(uri.to_string()));
     shared.behaviour.changes.clone().into_response()
+}
+
+async fn file(State(shared): Api, uri: Uri) -> Response {
+    shared.seen.send_modify(|seen| seen.reviewed.push(uri.to_string()));
+    Json(json!({"kind": "CheckpointFile", "path": "src/a", "digest": "d1", "size": 20, "lines": 9})).into_response()
+}
+
+async fn notes(State(shared): Api) -> Response {
+    let records = shared.records.lock().unwrap();
+    let notes = records.keys().filter(|(plural, _)| plural == "aethernotes");
+    let items: Vec<Value> =
+        notes.map(|(_, name)| json!({"note": name, "state": "Moved", "from": 20, "to": 22})).collect();
+    Json(json!({"kind": "SessionNotes", "items": items})).into_response()
+}
+
+async fn who(Json(mut object): Json<Value>) -> Response {
+    object["status"] = json!({"userInfo": {"username": "ada"}});
+    (StatusCode::CREATED, Json(object)).into_response()
+}
+
+async fn everywhere(State(shared): Api, Path(plural): Path<String>) -> Response {
+    if !shared.behaviour.everywhere {
+        let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 403, "message": "no", "reason": "Forbidden"});
+        return (StatusCode::FORBIDDEN, Json(status)).into_response();
+    }
+    records(State(shared), Path(plural), Query(HashMap::new())).await
+}
+
+async fn records(
+    State(shared): Api,
+    Path(plural): Path<String>,
+    Query(query): Query<HashMap<String, String>>,
+) -> Response {
+    let records = shared.records.lock().unwrap();
+    listed(&query, records.iter().filter(|((of, _), _)| *of == plural).map(|(_, object)| object.clone()).collect())
+}
+
+/// What the webhook would do: a name, and who it was.
+async fn create_record(State(shared): Api, Path(plural): Path<String>, Json(mut object): Json<Value>) -> Response {
+    let stem = object["metadata"]["generateName"].as_str().map(|stem| format!("{stem}x"));
+    let name = object["metadata"]["name"].as_str().map(ToOwned::to_owned).or(stem).unwrap();
+    object["metadata"]["name"] = json!(name);
+    object["metadata"]["namespace"] = json!("demo");
+    object["metadata"]["uid"] = json!(format!("uid-{name}"));
+    object["metadata"]["creationTimestamp"] = json!("2026-01-01T00:00:09Z");
+    let identity = match plural.as_str() {
+        "aetherapprovals" => "reviewer",
+        "aethernotes" => "author",
+        _ => "requestedBy",
+    };
+    object["spec"][identity] = json!({"username": "ada"});
+    shared.records.lock().unwrap().insert((plural, name), object.clone());
+    shared.seen.send_modify(|seen| seen.created.push(object.clone()));
+    (StatusCode::CREATED, Json(object)).into_response()
+}
+
+async fn record(State(shared): Api, Path(key): Path<(String, String)>) -> Response {
+    match shared.records.lock().unwrap().get(&key) {
+        Some(object) => Json(object.clone()).into_response(),
+        None => not_found(&key.1),
+    }
+}
+
+async fn patch_record(State(shared): Api, Path(key): Path<(String, String)>, body: Bytes) -> Response {
+    let patch: Value = serde_json::from_slice(&body).unwrap();
+    shared.seen.send_modify(|seen| seen.patched.push(patch.clone()));
+    match shared.records.lock().unwrap().get_mut(&key) {
+        Some(object) => {
+            object["spec"]["resolved"] = patch["spec"]["resolved"].clone();
+            Json(object.clone()).into_response()
+        }
+        None => not_found(&key.1),
+    }
+}
+
+async fn delete_record(State(shared): Api, Path(key): Path<(String, String)>) -> Response {
+    let Some(object) = shared.records.lock().unwrap().remove(&key) else { return not_found(&key.1) };
+    shared.seen.send_modify(|seen| seen.deleted.push(key.1));
+    Json(object).into_response()
+}
+
+/// A commit of session `fix-login` that somebody asked for.
+pub(crate) fn commit(name: &str, by: &str, status: Value) -> Value {
+    json!({
+        "apiVersion": "aether.dev/v1alpha1", "kind": "AetherCommit",
+        "metadata": {"name": name, "namespace": "demo", "uid": format!("uid-{name}"), "creationTimestamp": "2026-01-01T00:00:05Z"},
+        "spec": {
+            "session": "fix-login", "target": {"git": {"branch": "agents/x", "message": "why\n\nmore"}},
+            "requestedBy": {"username": by},
+        },
+        "status": status,
+    })
 }
 
 fn command_object(behaviour: &Behaviour) -> Value {

@@ -1,6 +1,7 @@
 //! The program as a person runs it: exit codes, output, signals; against an API server in this process.
 
 mod api;
+mod review;
 
 use std::process::{Output, Stdio};
 
@@ -12,7 +13,14 @@ commit refs/heads/base\ncommitter A <a@b> 0 +0000\ndata 0\nM 100644 :1 file\n\n\
 commit refs/heads/head\ncommitter A <a@b> 0 +0000\ndata 0\nM 100644 :2 file\n\ndone\n";
 
 fn behaviour() -> Behaviour {
-    Behaviour { durable: true, changes: WHOLE.into(), exit_code: Some(3), log: "one\ntwo\n" }
+    Behaviour {
+        durable: true,
+        changes: WHOLE.into(),
+        exit_code: Some(3),
+        log: "one\ntwo\n",
+        commits: vec![],
+        everywhere: true,
+    }
 }
 
 fn program(server: &Server, args: &[&str]) -> Command {

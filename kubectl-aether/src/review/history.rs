@@ -1,0 +1,235 @@
+//! `log`: what became of a session, in the order in which it happened.
+
+use aether_api::{AetherApproval, AetherCheckpoint, AetherCommit, AetherNote, AetherRestore, AetherSession, names};
+use anyhow::{Result, bail};
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::ResourceExt;
+use kube::api::ListParams;
+
+use crate::cli::Log;
+use crate::cluster::{Cluster, explain};
+use crate::output::{first_line, print, printable, table};
+
+use super::{phase, place, requester, session_of, session_of_checkpoint, short, target};
+
+/// One thing that happened.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Happening {
+    time: Timestamp,
+    what: String,
+    who: String,
+    text: String,
+}
+
+pub(crate) async fn log(cluster: &Cluster, args: &Log) -> Result<()> {
+    let everything = ListParams::default();
+    let session = cluster.api::<AetherSession>().get_opt(&args.session).await;
+    let session = session.map_err(|error| explain(error, &format!("read session {}", args.session)))?;
+    let (checkpoints, restores, commits, approvals, notes) = (
+        cluster.api::<AetherCheckpoint>(),
+        cluster.api::<AetherRestore>(),
+        cluster.api::<AetherCommit>(),
+        cluster.api::<AetherApproval>(),
+        cluster.api::<AetherNote>(),
+    );
+    let (checkpoints, restores, commits, approvals, notes) = tokio::join!(
+        checkpoints.list(&everything),
+        restores.list(&everything),
+        commits.list(&everything),
+        approvals.list(&everything),
+        notes.list(&everything),
+    );
+    let mut hidden = Vec::new();
+    let objects = Objects {
+        checkpoints: checkpoints.map_err(|error| explain(error, "list checkpoints"))?.items,
+        restores: listed(restores, "restores", &mut hidden),
+        commits: listed(commits, "commits", &mut hidden),
+        approvals: listed(approvals, "approvals", &mut hidden),
+        notes: listed(notes, "notes", &mut hidden),
+    };
+    if !hidden.is_empty() {
+        eprintln!("you may not list {}: they are left out", hidden.join(", "));
+    }
+    let happened = objects.of(&args.session, session.as_ref());
+    if happened.is_empty() {
+        bail!("{}", cluster.not_found::<AetherSession>(&args.session).await);
+    }
+    let rows: Vec<_> = happened
+        .into_iter()
+        .map(|it| vec![it.time.strftime("%Y-%m-%d %H:%M:%SZ").to_string(), it.what, it.who, it.text])
+        .collect();
+    print(&table(&["TIME", "WHAT", "WHO", ""], &rows))
+}
+
+fn listed<K: Clone>(
+    list: kube::Result<kube::core::ObjectList<K>>,
+    what: &'static str,
+    hidden: &mut Vec<&str>,
+) -> Vec<K> {
+    match list {
+        Ok(list) => list.items,
+        Err(_) => {
+            hidden.push(what);
+            Vec::new()
+        }
+    }
+}
+
+/// All that may have to do with a session.
+struct Objects {
+    checkpoints: Vec<AetherCheckpoint>,
+    restores: Vec<AetherRestore>,
+    commits: Vec<AetherCommit>,
+    approvals: Vec<AetherApproval>,
+    notes: Vec<AetherNote>,
+}
+
+impl Objects {
+    fn of(&self, name: &str, session: Option<&AetherSession>) -> Vec<Happening> {
+        let mut happened = Vec::new();
+        let mut tell = |time: Option<&Time>, what: String, who: Option<&str>, text: String| {
+            if let Some(time) = time {
+                let who = who.map(printable).unwrap_or_default();
+                happened.push(Happening { time: time.0, what, who, text: printable(&text) });
+            }
+        };
+        if let Some(session) = session {
+            let made = session.metadata.creation_timestamp.as_ref();
+            let by = creator(session.annotations());
+            tell(
+                made,
+                format!("session {name}"),
+                by.as_deref(),
+                format!("from {}", crate::get::origin(session, false)),
+            );
+        }
+        for checkpoint in self.checkpoints.iter().filter(|checkpoint| checkpoint.spec.session == name) {
+            let status = checkpoint.status.clone().unwrap_or_default();
+            let time = status.local_time.as_ref().or(checkpoint.metadata.creation_timestamp.as_ref());
+            let text = [
+                status.root.as_deref().map(|root| format!("tree {}", short(root))),
+                status.changed_files.map(|files| format!("{files} changed files")),
+                checkpoint.labels().get(names::ORIGIN_LABEL).cloned(),
+                checkpoint.spec.message.as_deref().map(first_line),
+            ];
+            let text = text.into_iter().flatten().collect::<Vec<_>>().join(", ");
+            let by = creator(checkpoint.annotations());
+            tell(time, format!("checkpoint {}", checkpoint.name_any()), by.as_deref(), text);
+        }
+        for restore in self.restores.iter().filter(|restore| restore.spec.session == name) {
+            let text = format!("to checkpoint {}", restore.spec.checkpoint);
+            tell(restore.metadata.creation_timestamp.as_ref(), format!("restore {}", restore.name_any()), None, text);
+        }
+        let checkpoint_of = |commit: &AetherCommit| {
+            let checkpoint = commit.spec.checkpoint.as_deref()?;
+            session_of_checkpoint(checkpoint, &self.checkpoints)
+        };
+        for commit in &self.commits {
+            if session_of(commit).or_else(|| checkpoint_of(commit)) != Some(name) {
+                continue;
+            }
+            let (id, status) = (commit.name_any(), commit.status.clone().unwrap_or_default());
+            let asked = commit.metadata.creation_timestamp.as_ref();
+            tell(asked, format!("commit {id}"), requester(commit), format!("to {}", target(&commit.spec.target)));
+            let by = status.approvals.map(|approvals| approvals.by.join(", ")).filter(|by| !by.is_empty());
+            let by = by.map(|by| format!("approved by {by}")).unwrap_or_default();
+            tell(status.started.as_ref(), format!("commit {id} released"), None, by);
+            let result = status.commit.map(|id| format!("git commit {id}"));
+            let result = result.or(status.revision.map(|revision| format!("revision {revision}")));
+            let end = format!("commit {id} {}", phase(commit).to_lowercase());
+            tell(status.finished.as_ref(), end, None, result.unwrap_or_default());
+            for approval in self.approvals.iter().filter(|approval| approval.spec.commit == id) {
+                let done = match approval.spec.decision {
+                    aether_api::approval::Decision::Approve => "approved",
+                    aether_api::approval::Decision::Reject => "rejected",
+                };
+                let void = approval.status.as_ref().filter(|status| !status.counts);
+                let void =
+                    void.map(|status| format!("does not count: {}", status.reason.as_deref().unwrap_or_default()));
+                let tree = format!("tree {}", short(&approval.spec.root));
+                let text = [Some(tree), approval.spec.text.as_deref().map(first_line), void];
+                let who = approval.spec.reviewer.as_ref().map(|by| by.username.as_str());
+                let text = text.into_iter().flatten().collect::<Vec<_>>().join(", ");
+                tell(approval.metadata.creation_timestamp.as_ref(), format!("commit {id} {done}"), who, text);
+            }
+        }
+        for note in &self.notes {
+            if session_of_checkpoint(&note.spec.checkpoint, &self.checkpoints) != Some(name) {
+                continue;
+            }
+            let resolved = if note.spec.resolved { " (resolved)" } else { "" };
+            let text = format!("{}: {}{resolved}", place(&note.spec), first_line(&note.spec.text));
+            let who = note.spec.author.as_ref().map(|by| by.username.as_str());
+            tell(note.metadata.creation_timestamp.as_ref(), format!("note {}", note.name_any()), who, text);
+        }
+        happened.sort();
+        happened
+    }
+}
+
+/// Who made a session or checkpoint, as the operator wrote it down.
+fn creator(annotations: &std::collections::BTreeMap<String, String>) -> Option<String> {
+    let value: serde_json::Value = serde_json::from_str(annotations.get(names::CREATOR_ANNOTATION)?).ok()?;
+    value.pointer("/by/username")?.as_str().map(Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use aether_api::commit::GitTarget;
+    use aether_api::{AetherApprovalSpec, AetherCheckpointSpec, AetherCommitSpec, AetherCommitStatus, AetherNoteSpec};
+
+    use super::*;
+
+    fn time(second: i64) -> Option<Time> {
+        Some(Time(Timestamp::from_second(second).unwrap()))
+    }
+
+    #[test]
+    fn what_happened_is_told_in_order_and_of_this_session_only() {
+        let mut checkpoint =
+            AetherCheckpoint::new("k", AetherCheckpointSpec { session: "s".into(), ..Default::default() });
+        checkpoint.metadata.creation_timestamp = time(1);
+        let mut other = AetherCheckpoint::new("o", AetherCheckpointSpec { session: "t".into(), ..Default::default() });
+        other.metadata.creation_timestamp = time(1);
+        let mut spec = AetherCommitSpec { checkpoint: Some("k".into()), ..Default::default() };
+        spec.target.git = Some(GitTarget { branch: "b".into(), ..Default::default() });
+        let mut commit = AetherCommit::new("c", spec);
+        commit.metadata.creation_timestamp = time(2);
+        commit.status = Some(AetherCommitStatus {
+            phase: Some(aether_api::commit::CommitPhase::Succeeded),
+            started: time(5),
+            finished: time(6),
+            commit: Some("f00".into()),
+            ..Default::default()
+        });
+        let mut approval = AetherApproval::new(
+            "c.x",
+            AetherApprovalSpec { commit: "c".into(), root: "r".into(), ..Default::default() },
+        );
+        approval.metadata.creation_timestamp = time(4);
+        let mut note = AetherNote::new(
+            "n",
+            AetherNoteSpec { checkpoint: "k".into(), path: "a".into(), text: "why\x1b?".into(), ..Default::default() },
+        );
+        note.metadata.creation_timestamp = time(3);
+        let mut foreign = note.clone();
+        foreign.spec.checkpoint = "o".into();
+        let objects = Objects {
+            checkpoints: vec![checkpoint, other],
+            restores: vec![],
+            commits: vec![commit],
+            approvals: vec![approval],
+            notes: vec![note, foreign],
+        };
+        let happened = objects.of("s", None);
+        let whats: Vec<&str> = happened.iter().map(|it| it.what.as_str()).collect();
+        assert_eq!(
+            whats,
+            ["checkpoint k", "commit c", "note n", "commit c approved", "commit c released", "commit c succeeded"]
+        );
+        assert_eq!(happened[2].text, "a: why\u{fffd}?");
+        assert_eq!(happened[5].text, "git commit f00");
+        assert!(objects.of("nobody", None).is_empty());
+    }
+}

@@ -1,0 +1,125 @@
+//! What people do about commits: ask for one, look, remark, decide. What counts is decided by the operator alone; these
+//! commands write what the person says, and show what it said.
+
+pub(crate) mod commit;
+pub(crate) mod compare;
+pub(crate) mod decide;
+pub(crate) mod history;
+pub(crate) mod note;
+pub(crate) mod show;
+pub(crate) mod waiting;
+
+use aether_api::commit::{CommitPhase, Target};
+use aether_api::{AetherCheckpoint, AetherCommit, AetherNoteSpec};
+use anyhow::Result;
+use k8s_openapi::api::authentication::v1::SelfSubjectReview;
+use kube::api::{Api, PostParams};
+
+use crate::cluster::{Cluster, explain};
+
+/// Who the cluster takes the caller for, however they logged in; `None` of clusters that do not say (before 1.28).
+async fn me(cluster: &Cluster) -> Result<Option<String>> {
+    let api: Api<SelfSubjectReview> = Api::all(cluster.client.clone());
+    match api.create(&PostParams::default(), &SelfSubjectReview::default()).await {
+        Ok(review) => Ok(review.status.and_then(|status| status.user_info).and_then(|user| user.username)),
+        Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404) => Ok(None),
+        Err(error) => Err(explain(error, "ask the cluster who you are")),
+    }
+}
+
+/// The session that a commit is of, as far as it is known.
+fn session_of(commit: &AetherCommit) -> Option<&str> {
+    commit.status.as_ref().and_then(|status| status.session.as_deref()).or(commit.spec.session.as_deref())
+}
+
+/// The tree that a commit shows.
+fn root_of(commit: &AetherCommit) -> Option<&str> {
+    commit.status.as_ref().and_then(|status| status.root.as_deref())
+}
+
+/// Who asked for a commit.
+fn requester(commit: &AetherCommit) -> Option<&str> {
+    commit.spec.requested_by.as_ref().map(|by| by.username.as_str())
+}
+
+/// How far a commit is.
+pub(crate) fn phase(commit: &AetherCommit) -> &'static str {
+    match commit.status.as_ref().and_then(|status| status.phase) {
+        None | Some(CommitPhase::Pending) => "Pending",
+        Some(CommitPhase::AwaitingApproval) => "AwaitingApproval",
+        Some(CommitPhase::Rejected) => "Rejected",
+        Some(CommitPhase::Running) => "Running",
+        Some(CommitPhase::Succeeded) => "Succeeded",
+        Some(CommitPhase::Failed) => "Failed",
+    }
+}
+
+/// Whether a decision on it can still change anything.
+fn undecided(commit: &AetherCommit) -> bool {
+    let phase = commit.status.as_ref().and_then(|status| status.phase);
+    !commit.finished() && !matches!(phase, Some(CommitPhase::Running | CommitPhase::Succeeded | CommitPhase::Failed))
+}
+
+/// Where a commit goes, in words.
+pub(crate) fn target(target: &Target) -> String {
+    if let Some(git) = &target.git {
+        return format!("branch {}{}", git.branch, if git.rebase { " (rebased)" } else { "" });
+    }
+    if target.promote.is_some() {
+        return "new revision".into();
+    }
+    match target.export.as_ref().map(|export| (&export.s3, &export.claim)) {
+        Some((Some(s3), _)) => format!("s3://{}/{}", s3.bucket, s3.prefix),
+        Some((_, Some(claim))) => format!("claim {}:{}", claim.name, claim.path),
+        _ => "nowhere".into(),
+    }
+}
+
+/// `path:from-to` of a note.
+pub(crate) fn place(note: &AetherNoteSpec) -> String {
+    match &note.lines {
+        None => note.path.clone(),
+        Some(lines) => format!("{}:{}", note.path, range(lines.from, lines.to)),
+    }
+}
+
+/// `12-14`, or `12` of one line.
+fn range(from: u32, to: u32) -> String {
+    if from == to { from.to_string() } else { format!("{from}-{to}") }
+}
+
+/// The session of a note's checkpoint.
+fn session_of_checkpoint<'a>(checkpoint: &str, checkpoints: &'a [AetherCheckpoint]) -> Option<&'a str> {
+    checkpoints
+        .iter()
+        .find(|other| other.metadata.name.as_deref() == Some(checkpoint))
+        .map(|checkpoint| checkpoint.spec.session.as_str())
+}
+
+/// As much of a tree's name as a person compares.
+fn short(root: &str) -> String {
+    root.chars().take(12).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use aether_api::commit::{ClaimTarget, ExportTarget, GitTarget, PromoteTarget};
+    use aether_api::note::Lines;
+
+    use super::*;
+
+    #[test]
+    fn targets_and_places_in_words() {
+        let git = GitTarget { branch: "main".into(), rebase: true, ..Default::default() };
+        assert_eq!(target(&Target { git: Some(git), ..Default::default() }), "branch main (rebased)");
+        assert_eq!(target(&Target { promote: Some(PromoteTarget {}), ..Default::default() }), "new revision");
+        let claim = ExportTarget { claim: Some(ClaimTarget { name: "c".into(), path: "p".into() }), s3: None };
+        assert_eq!(target(&Target { export: Some(claim), ..Default::default() }), "claim c:p");
+        let mut note = AetherNoteSpec { path: "a".into(), ..Default::default() };
+        assert_eq!(place(&note), "a");
+        note.lines = Some(Lines { from: 3, to: 3 });
+        assert_eq!(place(&note), "a:3");
+        note.lines = Some(Lines { from: 3, to: 4 });
+        assert_eq!(place(&note), "a:3-4");
+    }
+}
