@@ -25,23 +25,80 @@ pub struct Cli {
 }
 
 const EXAMPLES: &str = "\
-The last line on stdout is the result; the exit code is 0 when there is a commit, 1 when there is none, 2 for arguments that make no sense:
+The last line on stdout is the result; the exit code is 0 when it was carried out, 1 when it was not, 2 for arguments that make no sense:
   {\"ok\":true,\"commit\":\"<id>\",\"tree\":\"<id>\",\"branch\":\"main\",\"parent\":\"<id>\",\"files\":N,\"warnings\":[\"...\"],\"milliseconds\":N}
+  {\"ok\":true,\"root\":\"<hex>/<size>\",\"place\":\"s3://bucket/folder/\",\"files\":N,\"written\":N,\"bytes\":N,\"milliseconds\":N}
   {\"ok\":false,\"reason\":\"Conflict\",\"kind\":\"Permanent\",\"message\":\"...\",\"tip\":\"<id>\",\"conflicts\":[\"src/main.rs\"]}
-\"found\":true says that an earlier run had pushed it, \"rebased\":true that the branch had moved. Of kind \"Temporary\" is what may succeed when it is tried again.
+\"found\":true says that an earlier run had done it, \"rebased\":true that the branch had moved. Of kind \"Temporary\" is what may succeed when it is tried again.
 
 Examples:
   aether-committer git --url https://example.org/team/app.git --branch main --secret-dir /var/run/aether/secret \\
     --base-commit 3f5d…  --base-root 9c1e…/212 --root 77ab…/212 --commit-uid 5d3c2b1a-… \\
     --message 'Mend the parser' --author-name Ada --author-email ada@example.org \\
     --trailer Aether-Session=demo/fix-parser --trailer Approved-by=grace --rebase --store http://127.0.0.1:8980
-  aether-committer git --url git@example.org:team/app.git --branch agent/fix --message-file /etc/message …";
+  aether-committer git --url git@example.org:team/app.git --branch agent/fix --message-file /etc/message …
+  aether-committer export folder --root 77ab…/212 --beneath /target --path results/one --store http://127.0.0.1:8980
+  aether-committer export s3 --root 77ab…/212 --bucket results --prefix team/one --endpoint https://s3.example.com \\
+    --secret-dir /var/run/aether/secret --store http://127.0.0.1:8980";
 
 /// Where to.
 #[derive(Subcommand, Debug)]
 pub enum Target {
     /// A branch of a git repository: one commit of what changed, pushed.
     Git(Box<Git>),
+    /// A copy of the tree.
+    #[command(subcommand)]
+    Export(Export),
+}
+
+/// Where a copy goes.
+#[derive(Subcommand, Debug)]
+pub enum Export {
+    /// A directory that does not exist yet.
+    Folder(Folder),
+    /// A folder of an S3 bucket: an object for each file.
+    S3(S3),
+}
+
+/// A directory that does not exist yet.
+#[derive(Args, Clone, Debug)]
+pub struct Folder {
+    /// The tree.
+    #[arg(long)]
+    pub root: Blob,
+    /// The directory below which everything happens, such as that of a mounted claim.
+    #[arg(long)]
+    pub beneath: PathBuf,
+    /// The new directory in it, as a relative path. Until it is complete it is called PATH.partial.
+    #[arg(long)]
+    pub path: PathBuf,
+}
+
+/// A folder of an S3 bucket.
+#[derive(Args, Clone, Debug)]
+pub struct S3 {
+    /// The tree.
+    #[arg(long)]
+    pub root: Blob,
+    /// The bucket.
+    #[arg(long)]
+    pub bucket: String,
+    /// The folder in it. What an earlier export wrote there is changed to this tree; what others wrote is left alone.
+    #[arg(long)]
+    pub prefix: String,
+    /// The service, where it is not AWS.
+    #[arg(long)]
+    pub endpoint: Option<String>,
+    /// The region. us-east-1 when not given.
+    #[arg(long)]
+    pub region: Option<String>,
+    /// Directory with the keys of a Secret as files: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where there is one,
+    /// AWS_SESSION_TOKEN; ca.crt for a private authority. Requests are not signed when not given.
+    #[arg(long)]
+    pub secret_dir: Option<PathBuf>,
+    /// What the Secret is called, as NAMESPACE/NAME: for messages.
+    #[arg(long)]
+    pub secret_name: Option<String>,
 }
 
 /// A commit, and where it goes.

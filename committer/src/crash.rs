@@ -2,9 +2,19 @@
 //!
 //! How a point is armed is said in [`aether_cas::crash`].
 
-/// Every crash point, in the order in which a commit passes them. The kill test goes through this list, and a name that is
+/// Every crash point, in the order in which they are passed. The kill test goes through this list, and a name that is
 /// not in it does not compile.
-pub const POINTS: &[&str] = &["git.based", "git.looked", "git.written", "git.committed", "git.pushed", "git.verified"];
+pub const POINTS: &[&str] = &[
+    "git.based",
+    "git.looked",
+    "git.written",
+    "git.committed",
+    "git.pushed",
+    "git.verified",
+    "export.folder.made",
+    "export.folder.written",
+    "export.folder.renamed",
+];
 
 /// A point named in [`POINTS`].
 macro_rules! crash_point {

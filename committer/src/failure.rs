@@ -26,6 +26,10 @@ pub enum Reason {
     NothingToCommit,
     /// The server takes the push of nobody, or not this one: a hook, a protected branch.
     PushRejected,
+    /// There is something else where the copy is to be.
+    TargetExists,
+    /// The bucket does not exist, or its service cannot be reached.
+    BucketNotFound,
     /// The store does not have all of the tree.
     TreeIncomplete,
     /// Everything else.
@@ -61,7 +65,7 @@ impl Failure {
     pub fn new(reason: Reason, message: impl Into<String>) -> Self {
         let kind = match reason {
             // A server that is away looks so too.
-            Reason::RepositoryNotFound | Reason::CommitFailed => Kind::Temporary,
+            Reason::RepositoryNotFound | Reason::BucketNotFound | Reason::CommitFailed => Kind::Temporary,
             _ => Kind::Permanent,
         };
         Self { reason, kind, message: message.into(), tip: None, conflicts: Vec::new() }

@@ -1,14 +1,15 @@
-//! The committer's process: one commit, its result, and nothing left behind.
+//! The committer's process: one request, its result, and nothing left behind.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use aether_cas::RemoteStore;
 use aether_cas::remote::RemoteConfig;
-use aether_committer::cli::{Cli, Target};
+use aether_committer::cli::{Cli, Export, Target};
 use aether_committer::failure::{Failure, Reason};
-use aether_committer::git;
-use aether_committer::report::{self, Committed};
+use aether_committer::report::{self, Done};
+use aether_committer::{export, git};
 use aether_runtime::{logs, signals};
 use clap::Parser;
 
@@ -34,7 +35,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     })
 }
 
-async fn carry_out(cli: &Cli) -> Result<Committed, Failure> {
+async fn carry_out(cli: &Cli) -> Result<Done, Failure> {
     let begun = Instant::now();
     let address = cli.store.as_deref().ok_or_else(|| {
         Failure::new(Reason::Invalid, "--store is missing: say the store's address, such as http://127.0.0.1:8980")
@@ -45,8 +46,12 @@ async fn carry_out(cli: &Cli) -> Result<Committed, Failure> {
         .prefix("aether-commit-")
         .tempdir()
         .map_err(|error| Failure::other("make a directory for the commit", error))?;
-    let Target::Git(asked) = &cli.target;
-    let mut committed = git::commit(asked, scratch.path(), &store).await?;
-    committed.milliseconds = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-    Ok(committed)
+    let done = match &cli.target {
+        Target::Git(asked) => Done::Committed(git::commit(asked, scratch.path(), &store).await?),
+        Target::Export(Export::Folder(asked)) => {
+            Done::Exported(export::folder(asked, scratch.path(), Arc::new(store)).await?)
+        }
+        Target::Export(Export::S3(asked)) => Done::Exported(export::s3(asked, scratch.path(), &store).await?),
+    };
+    Ok(done.after(begun.elapsed()))
 }

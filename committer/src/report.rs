@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -40,11 +41,65 @@ pub struct Committed {
     pub milliseconds: u64,
 }
 
+/// What was written somewhere as files or objects.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Exported {
+    /// The tree.
+    pub root: String,
+    /// The directory, or the bucket and its folder.
+    pub place: String,
+    /// It was there already, all of it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub found: bool,
+    /// Regular files.
+    pub files: u64,
+    /// Of these, those that had to be written.
+    pub written: u64,
+    /// The bytes of all.
+    pub bytes: u64,
+    /// What the target does not hold as the tree does, a sentence for each kind.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+    /// How long it took.
+    pub milliseconds: u64,
+}
+
+/// What was carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Done {
+    /// A commit.
+    Committed(Committed),
+    /// A copy.
+    Exported(Exported),
+}
+
+impl Done {
+    /// With how long it took.
+    pub fn after(mut self, time: Duration) -> Self {
+        let taken = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        match &mut self {
+            Self::Committed(Committed { milliseconds, .. }) | Self::Exported(Exported { milliseconds, .. }) => {
+                *milliseconds = taken;
+            }
+        }
+        self
+    }
+
+    fn shortened(&self) -> Self {
+        let mut done = self.clone();
+        let (Self::Committed(Committed { warnings, .. }) | Self::Exported(Exported { warnings, .. })) = &mut done;
+        warnings.truncate(fitting(warnings).len());
+        done
+    }
+}
+
 #[derive(Serialize)]
-struct Succeeded<'a> {
+struct Succeeded {
     ok: bool,
     #[serde(flatten)]
-    committed: &'a Committed,
+    done: Done,
 }
 
 #[derive(Serialize)]
@@ -63,14 +118,9 @@ struct Failed<'a> {
 }
 
 /// The result as JSON.
-pub fn result(outcome: &Result<Committed, Failure>) -> String {
+pub fn result(outcome: &Result<Done, Failure>) -> String {
     let encoded = match outcome {
-        Ok(committed) => {
-            let kept = fitting(&committed.warnings).len();
-            let mut committed = committed.clone();
-            committed.warnings.truncate(kept);
-            serde_json::to_string(&Succeeded { ok: true, committed: &committed })
-        }
+        Ok(done) => serde_json::to_string(&Succeeded { ok: true, done: done.shortened() }),
         Err(failure) => {
             let conflicts = fitting(&failure.conflicts);
             serde_json::to_string(&Failed {
@@ -131,7 +181,7 @@ mod tests {
 
         let warnings = (0..50).map(|n| format!("{n} {}", "\n".repeat(100))).collect();
         let committed = Committed { commit: "c".into(), warnings, ..Committed::default() };
-        let text = result(&Ok(committed));
+        let text = result(&Ok(Done::Committed(committed)));
         assert!(text.len() < 4096 && text.starts_with(r#"{"ok":true,"commit":"c""#), "{text}");
     }
 }

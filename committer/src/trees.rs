@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use aether_cas::transfer::{BATCH_BYTES, BLOB_OVERHEAD};
-use aether_cas::tree::{Directories, Directory, MAX_DEPTH, Name};
+use aether_cas::tree::{Directories, Directory, MAX_DEPTH, MemoryDirectories, Name};
 use aether_cas::{Blob, Store, StoreError};
 
 /// What a repository is called.
@@ -82,6 +82,37 @@ impl Directories for Trees {
         let found = self.directories.get(blob).cloned();
         found.ok_or_else(|| StoreError::NotFound { blob: *blob, store: "the directories that differ".into() })
     }
+}
+
+/// Reads all directories of a tree.
+pub(crate) async fn whole(store: &dyn Store, root: Blob) -> Result<MemoryDirectories, StoreError> {
+    let directories = MemoryDirectories::new();
+    let mut bulk: HashMap<Blob, bytes::Bytes> = store.read_tree(root).await?.into_iter().collect();
+    let mut seen = HashSet::from([root]);
+    let mut level = vec![root];
+    for _ in 0..=MAX_DEPTH {
+        let mut messages = Vec::new();
+        let mut missing = Vec::new();
+        for blob in std::mem::take(&mut level) {
+            match bulk.remove(&blob) {
+                Some(message) => messages.push((blob, message)),
+                None => missing.push(blob),
+            }
+        }
+        for batch in batches(missing) {
+            let read = read_batch(store, &batch).await?;
+            messages.extend(batch.into_iter().zip(read));
+        }
+        for (blob, message) in messages {
+            let directory = Directory::decode(&message).map_err(|source| StoreError::NotADirectory { blob, source })?;
+            level.extend(directory.subdirectories().map(|(_, below)| below).filter(|below| seen.insert(*below)));
+            directories.insert(directory);
+        }
+        if level.is_empty() {
+            return Ok(directories);
+        }
+    }
+    Err(StoreError::Invalid(format!("tree {root} is deeper than {MAX_DEPTH} directories")))
 }
 
 /// Runs of blobs that fit a message; one that is larger stands alone.

@@ -13,7 +13,7 @@ use std::path::{Path as FilePath, PathBuf};
 use aether_cas::{Blob, Store};
 use aether_git::{Call, LFS_FILTER};
 
-use super::difference::{Difference, Loss, Object, Path};
+use super::difference::{Difference, Object, Path, loss};
 use super::repository::Repository;
 use crate::cli::Git;
 use crate::failure::Failure;
@@ -151,7 +151,7 @@ impl Copy<'_> {
             }
         }
         for path in converted {
-            difference.losses.add(Loss::Converted, &path);
+            difference.losses.add(loss::CONVERTED, &path);
         }
         Ok(())
     }

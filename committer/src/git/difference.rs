@@ -7,12 +7,8 @@ use std::sync::Arc;
 use aether_cas::tree::{self, Attributes, Change, Directories, Directory, Node};
 use aether_cas::{Blob, StoreError};
 
+use crate::losses::Losses;
 use crate::trees::Trees;
-
-/// Paths that a warning names.
-const NAMED: usize = 3;
-/// Bytes of a path that a warning names.
-const NAMED_BYTES: usize = 80;
 
 /// From the root, without a leading slash; any bytes but NUL.
 pub(super) type Path = Vec<u8>;
@@ -37,59 +33,17 @@ pub(super) struct Difference {
     pub(super) losses: Losses,
 }
 
-/// A kind of thing that a commit does not say as the tree did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Loss {
-    Fifo,
-    Mode,
-    Owner,
-    Xattrs,
-    EmptyDirectory,
-    Repository,
-    Submodule,
-    Converted,
-}
-
-impl Loss {
-    fn sentence(self) -> &'static str {
-        match self {
-            Self::Fifo => "named pipes are left out, because git does not keep them",
-            Self::Mode => "of these modes git keeps only whether the owner may execute",
-            Self::Owner => "owners are left out, because git does not keep them",
-            Self::Xattrs => "extended attributes are left out, because git does not keep them",
-            Self::EmptyDirectory => "empty directories are left out, because git does not keep them",
-            Self::Repository => {
-                "repositories within the repository: their files are committed, their histories are not"
-            }
-            Self::Submodule => "changes in submodules are left out: they are to be committed there",
-            Self::Converted => "these are committed as .gitattributes says, which is not byte for byte",
-        }
-    }
-}
-
-/// What git cannot hold, and where.
-#[derive(Debug, Default)]
-pub(super) struct Losses(BTreeMap<Loss, (u64, Vec<String>)>);
-
-impl Losses {
-    pub(super) fn add(&mut self, loss: Loss, path: &[u8]) {
-        let (count, named) = self.0.entry(loss).or_default();
-        *count += 1;
-        if named.len() < NAMED {
-            let text = String::from_utf8_lossy(path);
-            let cut = text.char_indices().nth(NAMED_BYTES).map(|(at, _)| format!("{}…", &text[..at]));
-            named.push(cut.unwrap_or_else(|| text.into_owned()));
-        }
-    }
-
-    /// One sentence for each kind.
-    pub(super) fn warnings(&self) -> Vec<String> {
-        let sentence = |(loss, (count, named)): (&Loss, &(u64, Vec<String>))| {
-            let more = if *count > named.len() as u64 { ", …" } else { "" };
-            format!("{}: {count} ({}{more})", loss.sentence(), named.join(", "))
-        };
-        self.0.iter().map(sentence).collect()
-    }
+/// What a commit does not say as the tree did.
+pub(super) mod loss {
+    pub(in crate::git) const FIFO: &str = "named pipes are left out, because git does not keep them";
+    pub(in crate::git) const MODE: &str = "of these modes git keeps only whether the owner may execute";
+    pub(in crate::git) const OWNER: &str = "owners are left out, because git does not keep them";
+    pub(in crate::git) const XATTRS: &str = "extended attributes are left out, because git does not keep them";
+    pub(in crate::git) const EMPTY: &str = "empty directories are left out, because git does not keep them";
+    pub(in crate::git) const REPOSITORY: &str =
+        "repositories within the repository: their files are committed, their histories are not";
+    pub(in crate::git) const SUBMODULE: &str = "changes in submodules are left out: they are to be committed there";
+    pub(in crate::git) const CONVERTED: &str = "these are committed as .gitattributes says, which is not byte for byte";
 }
 
 impl Difference {
@@ -106,7 +60,7 @@ impl Difference {
             let path = path.into_os_string().into_vec();
             if let Some(module) = above(&path, submodules) {
                 if !difference.removed.contains(module) {
-                    difference.losses.add(Loss::Submodule, &path);
+                    difference.losses.add(loss::SUBMODULE, &path);
                 }
                 continue;
             }
@@ -142,16 +96,16 @@ impl Difference {
         let before = old.map(|node| attributes(trees, node)).transpose()?.unwrap_or_default();
         let now = attributes(trees, new)?;
         match new {
-            Node::Fifo { .. } => self.losses.add(Loss::Fifo, path),
+            Node::Fifo { .. } => self.losses.add(loss::FIFO, path),
             Node::Directory(blob) => {
                 let empty = |blob: &Blob| trees.directory(blob).map(|directory| is_empty(&directory));
                 let was_empty = matches!(old, Some(Node::Directory(old)) if empty(old)?);
                 if empty(blob)? && !was_empty && !path.is_empty() {
-                    self.losses.add(Loss::EmptyDirectory, path);
+                    self.losses.add(loss::EMPTY, path);
                 }
                 let was_repository = matches!(old, Some(Node::Directory(old)) if trees.is_repository(old));
                 if trees.is_repository(blob) && !was_repository && !path.is_empty() {
-                    self.losses.add(Loss::Repository, path);
+                    self.losses.add(loss::REPOSITORY, path);
                 }
             }
             Node::File { .. } | Node::Symlink { .. } => {}
@@ -163,13 +117,13 @@ impl Difference {
             (Node::Symlink { .. } | Node::Fifo { .. }, _) => true,
         };
         if !usual && now.mode != before.mode {
-            self.losses.add(Loss::Mode, path);
+            self.losses.add(loss::MODE, path);
         }
         if now.owner.is_some() && now.owner != before.owner {
-            self.losses.add(Loss::Owner, path);
+            self.losses.add(loss::OWNER, path);
         }
         if !now.xattrs.is_empty() && now.xattrs != before.xattrs {
-            self.losses.add(Loss::Xattrs, path);
+            self.losses.add(loss::XATTRS, path);
         }
         Ok(())
     }

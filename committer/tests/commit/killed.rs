@@ -8,7 +8,7 @@ use crate::world::{World, finish};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_at_each_point_it_commits_once() {
-    for point in POINTS {
+    for point in POINTS.iter().filter(|point| point.starts_with("git.")) {
         let world = World::new().await;
         let session = world.session("session").await;
         session.write("new", "new\n");

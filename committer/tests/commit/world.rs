@@ -121,7 +121,7 @@ impl World {
 
     /// The tree of a session as it is now, in the store.
     pub(crate) async fn root(&self, session: &Session) -> String {
-        scan::store(&session.files, &self.store, silent()).await.unwrap().root.to_string()
+        self.tree(&session.files).await
     }
 
     /// The program, for a session as it is now.
@@ -148,6 +148,20 @@ impl World {
 
     pub(crate) async fn commit(&self, session: &Session, uid: &str, more: &[&str]) -> Run {
         finish(self.program(session, uid, more).await.spawn().unwrap()).await
+    }
+
+    /// The program, with these arguments.
+    pub(crate) fn other(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.env_remove("AETHER_STORE").env("TMPDIR", self.folder.path()).env("RUST_LOG", "debug");
+        command.args(arguments).args(["--store", &self.address]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// The tree of a directory as it is now, in the store.
+    pub(crate) async fn tree(&self, directory: &Path) -> String {
+        scan::store(directory, &self.store, silent()).await.unwrap().root.to_string()
     }
 
     /// Asserts that the branch holds what the session holds, beside empty directories.

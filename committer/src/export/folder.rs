@@ -1,0 +1,251 @@
+//! A new directory that holds a tree: complete, or not there by its name.
+//!
+//! It is written under another name, beneath a directory that nothing leads out of: no symbolic link is followed. Whoever
+//! was interrupted goes on with what is there by then; what is there is read again before it is named.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use aether_cas::tree::walk::bottom_up;
+use aether_cas::tree::{Attributes, Directories, Directory, MemoryDirectories, Mtime, Node, Owner, walk};
+use aether_cas::{Blob, Store, StoreError};
+use aether_engine::restore;
+use aether_engine::scan::{Options, Sink, scan};
+use bytes::Bytes;
+use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags, ResolveFlags};
+use rustix::io::Errno;
+
+use super::contents::Contents;
+use crate::cli::Folder;
+use crate::crash::crash_point;
+use crate::failure::{Failure, Kind, Reason};
+use crate::losses::Losses;
+use crate::report::Exported;
+use crate::trees::whole;
+
+const OWNER: &str =
+    "files of others than the session's owner belong to whom everything belongs, because only root gives files away";
+
+/// Writes the tree, unless it is there. `scratch` is for contents that are on their way.
+///
+/// # Errors
+/// With the reason for the request's status, and whether the same may succeed later.
+pub async fn export(asked: &Folder, scratch: &Path, store: Arc<dyn Store>) -> Result<Exported, Failure> {
+    let directories = whole(&*store, asked.root).await?;
+    let (asked, spool, runtime) = (asked.clone(), scratch.join("content"), tokio::runtime::Handle::current());
+    let work = move || {
+        let _within = runtime.enter();
+        write(&asked, spool, directories, store)
+    };
+    tokio::task::spawn_blocking(work).await.map_err(|error| Failure::other("write the directory", error))?
+}
+
+fn write(
+    asked: &Folder,
+    spool: PathBuf,
+    directories: MemoryDirectories,
+    store: Arc<dyn Store>,
+) -> Result<Exported, Failure> {
+    let mut losses = Losses::default();
+    let root = if rustix::process::geteuid().is_root() {
+        asked.root
+    } else {
+        count_owners(&asked.root, &directories, &mut losses)?;
+        rewritten(&asked.root, &directories, |attributes| attributes.owner = None, true)?
+    };
+    let mut exported = Exported {
+        root: asked.root.to_string(),
+        place: asked.path.display().to_string(),
+        warnings: losses.warnings(),
+        ..Exported::default()
+    };
+    let counts = aether_cas::tree::summary(&root, &directories)?;
+    (exported.files, exported.bytes) = (counts.files, counts.bytes);
+
+    let (parent, name) = way(asked)?;
+    let refused = |error: Errno| failed("use", &asked.path, error);
+    match open(parent.as_fd(), Path::new(&name), OFlags::RDONLY | OFlags::DIRECTORY) {
+        Ok(there) => {
+            if shown(&there, &directories)? != comparable(&root, &directories)? {
+                let message = format!("there is a directory {} already, and it is another one", asked.path.display());
+                return Err(Failure::new(Reason::TargetExists, message));
+            }
+            return Ok(Exported { found: true, ..exported });
+        }
+        Err(Errno::NOENT) => {}
+        Err(Errno::LOOP | Errno::NOTDIR) => {
+            let message = format!("there is something called {} already", asked.path.display());
+            return Err(Failure::new(Reason::TargetExists, message));
+        }
+        Err(error) => return Err(refused(error)),
+    }
+
+    let partial_name: OsString = [&name, OsStr::new(".partial")].into_iter().collect();
+    match rustix::fs::mkdirat(&parent, &partial_name, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(error) => return Err(refused(error)),
+    }
+    let partial =
+        open(parent.as_fd(), Path::new(&partial_name), OFlags::RDONLY | OFlags::DIRECTORY).map_err(refused)?;
+    hold(&parent, &partial_name, &partial)?;
+    crash_point!("export.folder.made");
+
+    let about = rustix::fs::fstat(&partial).map_err(refused)?;
+    let owner = Owner { uid: about.st_uid, gid: about.st_gid };
+    let at = through(&partial);
+    let found = scanned(&at, owner, &directories)?;
+    let plan = restore::plan(&found, &root, &directories).map_err(|error| Failure::other("compare", error))?;
+    let contents = Contents::new(store, plan.contents(), spool);
+    exported.written = plan.contents().count() as u64;
+    plan.apply(&at, owner, &contents, None).map_err(|error| Failure::other("write the directory", error))?;
+    if shown(&partial, &directories)? != comparable(&root, &directories)? {
+        let message = format!("{}.partial is not what was written to it", asked.path.display());
+        return Err(Failure::new(Reason::CommitFailed, message));
+    }
+    rustix::fs::syncfs(&partial).map_err(refused)?;
+    crash_point!("export.folder.written");
+    rustix::fs::renameat_with(&parent, &partial_name, &parent, &name, RenameFlags::NOREPLACE).map_err(refused)?;
+    rustix::fs::fsync(&parent).map_err(refused)?;
+    crash_point!("export.folder.renamed");
+    Ok(exported)
+}
+
+/// Opens the directory in which the new one is to be, and makes it where it is not there.
+fn way(asked: &Folder) -> Result<(OwnedFd, OsString), Failure> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    let mut at = rustix::fs::open(&asked.beneath, flags | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| failed("open", &asked.beneath, error))?;
+    let mut names = Vec::new();
+    for component in asked.path.components() {
+        match component {
+            Component::Normal(name) => names.push(name),
+            Component::CurDir => {}
+            _ => names.clear(),
+        }
+    }
+    let plain = asked.path.is_relative() && asked.path.components().all(|part| !matches!(part, Component::ParentDir));
+    let Some((name, parents)) = names.split_last().filter(|_| plain) else {
+        let message = format!("--path {} is not a relative path without ..", asked.path.display());
+        return Err(Failure::new(Reason::Invalid, message));
+    };
+    for parent in parents {
+        let step = Path::new(parent);
+        match rustix::fs::mkdirat(&at, step, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(failed("make", step, error)),
+        }
+        at = open(at.as_fd(), step, flags).map_err(|error| failed("open", step, error))?;
+    }
+    Ok((at, (*name).to_owned()))
+}
+
+fn open(at: BorrowedFd<'_>, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    rustix::fs::openat2(at, path, flags | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty(), resolve)
+}
+
+/// One process at a time writes a directory; and it is still the one of that name.
+fn hold(parent: &OwnedFd, name: &OsStr, directory: &OwnedFd) -> Result<(), Failure> {
+    let busy = || Failure::new(Reason::CommitFailed, "another run writes the same directory");
+    rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive).map_err(|_| busy())?;
+    let there = open(parent.as_fd(), Path::new(name), OFlags::PATH).map_err(|_| busy())?;
+    let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).map(|about| (about.st_dev, about.st_ino));
+    if inode(&there).ok() == inode(directory).ok() { Ok(()) } else { Err(busy()) }
+}
+
+/// A path that leads to an open directory and nowhere else.
+fn through(directory: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()))
+}
+
+/// Keeps the directories of a scan.
+struct Keep<'a>(&'a MemoryDirectories);
+
+impl Sink for Keep<'_> {
+    fn content(&self, _: &Blob, _: &Path, _: &File) -> aether_engine::Result<()> {
+        Ok(())
+    }
+
+    fn directory(&self, blob: &Blob, message: Bytes) -> aether_engine::Result<()> {
+        let directory = Directory::decode(&message)
+            .map_err(|error| aether_engine::Error::store(format!("keep directory {blob}"), error))?;
+        self.0.insert(directory);
+        Ok(())
+    }
+}
+
+/// The tree of a directory.
+fn scanned(at: &Path, owner: Owner, directories: &MemoryDirectories) -> Result<Blob, Failure> {
+    let options = Options { owner, mtime: None, progress: None };
+    let scanned = scan(at, options, &Keep(directories)).map_err(|error| Failure::other("read the directory", error))?;
+    Ok(scanned.root)
+}
+
+/// What a directory shows, to be compared.
+fn shown(directory: &OwnedFd, directories: &MemoryDirectories) -> Result<Blob, Failure> {
+    let about = rustix::fs::fstat(directory).map_err(|error| Failure::other("read the directory", error))?;
+    let owner = Owner { uid: about.st_uid, gid: about.st_gid };
+    let root = scanned(&through(directory), owner, directories)?;
+    Ok(comparable(&root, directories)?)
+}
+
+/// A tree without what file systems keep more or less exactly, and without the numbers of hard links.
+fn comparable(root: &Blob, directories: &MemoryDirectories) -> Result<Blob, StoreError> {
+    rewritten(root, directories, |attributes| attributes.mtime = Mtime::default(), false)
+}
+
+/// The tree with other attributes.
+fn rewritten(
+    root: &Blob,
+    directories: &MemoryDirectories,
+    change: impl Fn(&mut Attributes),
+    links: bool,
+) -> Result<Blob, StoreError> {
+    let mut names: HashMap<Blob, Blob> = HashMap::new();
+    for (blob, directory) in bottom_up(root, directories, |_| false)? {
+        let mut directory = (*directory).clone();
+        change(&mut directory.attributes);
+        for node in directory.entries.values_mut() {
+            match node {
+                Node::Directory(below) => *below = names[below],
+                Node::File { attributes, link_group, .. }
+                | Node::Symlink { attributes, link_group, .. }
+                | Node::Fifo { attributes, link_group } => {
+                    change(attributes);
+                    *link_group = link_group.filter(|_| links);
+                }
+            }
+        }
+        names.insert(blob, directories.insert(directory));
+    }
+    Ok(names[root])
+}
+
+fn count_owners(root: &Blob, directories: &MemoryDirectories, losses: &mut Losses) -> Result<(), StoreError> {
+    use std::os::unix::ffi::OsStrExt;
+    walk(root, directories, |path, node| {
+        let owner = match node {
+            Node::Directory(blob) => directories.directory(blob)?.attributes.owner,
+            node => node.attributes().and_then(|attributes| attributes.owner),
+        };
+        if owner.is_some() {
+            losses.add(OWNER, path.as_os_str().as_bytes());
+        }
+        Ok::<(), StoreError>(())
+    })
+}
+
+fn failed(action: &str, path: &Path, error: Errno) -> Failure {
+    let failure = Failure::new(Reason::CommitFailed, format!("cannot {action} {}: {error}", path.display()));
+    match error {
+        // A symbolic link in the way, or something that is no directory.
+        Errno::LOOP | Errno::NOTDIR | Errno::XDEV | Errno::EXIST => {
+            Failure { reason: Reason::TargetExists, kind: Kind::Permanent, ..failure }
+        }
+        _ => failure,
+    }
+}

@@ -1,0 +1,295 @@
+//! A folder of a bucket that holds a tree: an object for each file, and one more, written last, that says what they are.
+//!
+//! By that list the next export leaves alone what is there already and removes what an earlier one wrote and this tree does
+//! not have. What others wrote is never touched unless a file of the tree has its name.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use aether_cas::tree::{Node, walk};
+use aether_cas::{Blob, Store, StoreError};
+use futures::{StreamExt, TryStreamExt, stream};
+use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::path::Path as Key;
+use object_store::{Certificate, ClientOptions, ObjectStore, ObjectStoreExt, WriteMultipart};
+use serde::{Deserialize, Serialize};
+use tokio::io::AsyncReadExt;
+
+use crate::cli::S3;
+use crate::failure::{Failure, Reason};
+use crate::losses::Losses;
+use crate::report::Exported;
+use crate::trees::whole;
+
+/// The list of what was exported.
+const MANIFEST: &str = ".aether-export.json";
+const VERSION: u32 = 1;
+/// Where the service is taken to be when nobody says.
+const REGION: &str = "us-east-1";
+/// Contents up to this size are sent in one piece.
+const PIECE: usize = 8 << 20;
+/// Objects on their way at one time, and pieces of a large one.
+const AT_ONCE: usize = 8;
+
+const SYMLINK: &str = "symbolic links are left out, because a bucket has none";
+const FIFO: &str = "named pipes are left out, because a bucket has none";
+const NAME: &str = "these names cannot be keys of a bucket, and are left out";
+
+/// What an export wrote.
+#[derive(Deserialize, Serialize)]
+struct Manifest {
+    version: u32,
+    root: String,
+    objects: BTreeMap<String, Written>,
+}
+
+/// An object, and what it was made of.
+#[derive(Clone, Deserialize, Serialize)]
+struct Written {
+    content: Blob,
+    etag: String,
+}
+
+struct Bucket<'a> {
+    asked: &'a S3,
+    objects: AmazonS3,
+    prefix: Key,
+    spool: &'a Path,
+}
+
+/// Writes the tree, as far as it is not there. `scratch` is for contents that are on their way.
+///
+/// # Errors
+/// With the reason for the request's status, and whether the same may succeed later.
+pub async fn export(asked: &S3, scratch: &Path, store: &dyn Store) -> Result<Exported, Failure> {
+    let bucket = Bucket::open(asked, scratch)?;
+    let directories = whole(store, asked.root).await?;
+    let mut losses = Losses::default();
+    let mut files = BTreeMap::new();
+    walk(&asked.root, &directories, |path, node| {
+        use std::os::unix::ffi::OsStrExt;
+        let bytes = path.as_os_str().as_bytes();
+        match node {
+            Node::Directory(_) => {}
+            Node::Symlink { .. } => losses.add(SYMLINK, bytes),
+            Node::Fifo { .. } => losses.add(FIFO, bytes),
+            Node::File { content, .. } => {
+                match path.to_str().filter(|path| bucket.key(path).is_ok() && *path != MANIFEST) {
+                    Some(path) => drop(files.insert(path.to_owned(), *content)),
+                    None => losses.add(NAME, bytes),
+                }
+            }
+        }
+        Ok::<(), StoreError>(())
+    })?;
+    let earlier = bucket.manifest().await?;
+    let there = bucket.list().await?;
+    let unchanged = |path: &str, content: Blob| {
+        let written = earlier.get(path).filter(|written| written.content == content)?;
+        let is = there.get(&bucket.key(path).ok()?)?;
+        (is.1.as_ref() == Some(&written.etag) && is.0 == content.size).then(|| written.clone())
+    };
+    let (kept, new): (Vec<_>, Vec<_>) = files
+        .iter()
+        .map(|(path, content)| (path, *content, unchanged(path, *content)))
+        .partition(|(.., kept)| kept.is_some());
+    let mut objects: BTreeMap<String, Written> =
+        kept.into_iter().filter_map(|(path, _, written)| Some((path.clone(), written?))).collect();
+    let written = new.len() as u64;
+    let mut sent =
+        stream::iter(new).map(|(path, content, _)| bucket.write(path, content, store)).buffer_unordered(AT_ONCE);
+    while let Some((path, written)) = sent.try_next().await? {
+        objects.insert(path, written);
+    }
+    drop(sent);
+    let removed = earlier.keys().filter(|path| !files.contains_key(*path));
+    for path in removed {
+        bucket.remove(path).await?;
+    }
+    let same = written == 0 && earlier.len() == objects.len();
+    if !same {
+        bucket.conclude(Manifest { version: VERSION, root: asked.root.to_string(), objects }).await?;
+    }
+    Ok(Exported {
+        root: asked.root.to_string(),
+        place: format!("s3://{}/{}/", asked.bucket, bucket.prefix),
+        found: same,
+        files: files.len() as u64,
+        written,
+        bytes: files.values().map(|content| content.size).sum(),
+        warnings: losses.warnings(),
+        milliseconds: 0,
+    })
+}
+
+impl<'a> Bucket<'a> {
+    /// Asks nothing yet.
+    fn open(asked: &'a S3, spool: &'a Path) -> Result<Self, Failure> {
+        // What is installed already, if anything, serves as well.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let invalid = |why: String| Failure::new(Reason::Invalid, why);
+        let region = asked.region.as_deref().filter(|region| !region.is_empty()).unwrap_or(REGION);
+        let prefix = asked.prefix.trim_matches('/');
+        if prefix.is_empty() {
+            return Err(invalid(
+                "an export needs a folder of its own in the bucket (spec.target.export.s3.prefix)".into(),
+            ));
+        }
+        let prefix = Key::parse(prefix).map_err(|error| invalid(format!("the prefix cannot be used: {error}")))?;
+        let secret = Secret::read(asked)?;
+        let endpoint = asked.endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
+        let options = secret.authorities.into_iter().fold(
+            ClientOptions::new()
+                .with_allow_http(endpoint.is_some_and(|endpoint| endpoint.starts_with("http://")))
+                .with_connect_timeout(Duration::from_secs(10))
+                .with_read_timeout(Duration::from_secs(30))
+                // A large object may take its time, as long as something comes.
+                .with_timeout_disabled(),
+            ClientOptions::with_root_certificate,
+        );
+        let builder =
+            AmazonS3Builder::new().with_bucket_name(&asked.bucket).with_region(region).with_client_options(options);
+        let builder = endpoint.into_iter().fold(builder, AmazonS3Builder::with_endpoint);
+        // Without a Secret nobody is asked for credentials: those of the node are not the source's.
+        let builder = match secret.credential {
+            None => builder.with_skip_signature(true),
+            Some((key, secret, token)) => {
+                let builder = builder.with_access_key_id(key).with_secret_access_key(secret);
+                token.into_iter().fold(builder, AmazonS3Builder::with_token)
+            }
+        };
+        let objects =
+            builder.build().map_err(|error| invalid(format!("bucket {} cannot be used: {error}", asked.bucket)))?;
+        Ok(Self { asked, objects, prefix, spool })
+    }
+
+    /// The key of a file. Its parts are what they are called, or there is none.
+    fn key(&self, path: &str) -> Result<Key, object_store::path::Error> {
+        Key::parse(format!("{}/{path}", self.prefix))
+    }
+
+    fn known(&self, path: &str) -> Result<Key, Failure> {
+        self.key(path).map_err(|error| Failure::new(Reason::Invalid, format!("{path:?} cannot be a key: {error}")))
+    }
+
+    /// What an earlier export wrote, as far as it came to its end.
+    async fn manifest(&self) -> Result<BTreeMap<String, Written>, Failure> {
+        let unreadable = |why: String| {
+            let message =
+                format!("{MANIFEST} in {} cannot be read: {why}; remove it to export everything again", self.prefix);
+            Failure::new(Reason::TargetExists, message)
+        };
+        let answer = match self.objects.get(&self.known(MANIFEST)?).await {
+            Ok(answer) => answer,
+            Err(object_store::Error::NotFound { .. }) => return Ok(BTreeMap::new()),
+            Err(error) => return Err(self.refused("read", MANIFEST, error)),
+        };
+        let text = answer.bytes().await.map_err(|error| self.refused("read", MANIFEST, error))?;
+        let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?;
+        if manifest.version != VERSION {
+            return Err(unreadable(format!("it is of version {}", manifest.version)));
+        }
+        Ok(manifest.objects)
+    }
+
+    /// Size and ETag of every object.
+    async fn list(&self) -> Result<HashMap<Key, (u64, Option<String>)>, Failure> {
+        let listed = self.objects.list(Some(&self.prefix));
+        let listed = listed.map_ok(|object| (object.location, (object.size, object.e_tag)));
+        listed.try_collect().await.map_err(|error| self.refused("list", "", error))
+    }
+
+    async fn write(&self, path: &str, content: Blob, store: &dyn Store) -> Result<(String, Written), Failure> {
+        let key = self.known(path)?;
+        let refused = |error| self.refused("write", path, error);
+        let result = if content.size <= PIECE as u64 {
+            let data = store.read(content).await?;
+            self.objects.put(&key, data.into()).await.map_err(refused)?
+        } else {
+            let spooled =
+                tempfile::TempDir::new_in(self.spool).map_err(|error| Failure::other("keep a content", error))?;
+            let file = spooled.path().join("content");
+            // Verified before the first byte of it leaves.
+            store.fetch_to(content, &file).await?;
+            let unread = |error: std::io::Error| Failure::other("read a content", error);
+            let mut file = tokio::fs::File::open(&file).await.map_err(unread)?;
+            let upload = self.objects.put_multipart(&key).await.map_err(refused)?;
+            let mut upload = WriteMultipart::new_with_chunk_size(upload, PIECE);
+            let mut buffer = vec![0; 1 << 20];
+            loop {
+                match file.read(&mut buffer).await.map_err(unread)? {
+                    0 => break,
+                    read => upload.write(&buffer[..read]),
+                }
+                upload.wait_for_capacity(AT_ONCE).await.map_err(refused)?;
+            }
+            upload.finish().await.map_err(refused)?
+        };
+        let etag = result.e_tag.unwrap_or_default();
+        Ok((path.to_owned(), Written { content, etag }))
+    }
+
+    async fn remove(&self, path: &str) -> Result<(), Failure> {
+        match self.objects.delete(&self.known(path)?).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(self.refused("remove", path, error)),
+        }
+    }
+
+    async fn conclude(&self, manifest: Manifest) -> Result<(), Failure> {
+        let text = serde_json::to_vec(&manifest).map_err(|error| Failure::other("write the list of objects", error))?;
+        let written = self.objects.put(&self.known(MANIFEST)?, text.into()).await;
+        written.map(drop).map_err(|error| self.refused("write", MANIFEST, error))
+    }
+
+    fn refused(&self, action: &str, path: &str, error: object_store::Error) -> Failure {
+        let reason = match &error {
+            object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
+                Reason::AuthenticationFailed
+            }
+            object_store::Error::NotFound { .. } => Reason::BucketNotFound,
+            _ => Reason::CommitFailed,
+        };
+        let secret = match (reason, &self.asked.secret_name) {
+            (Reason::AuthenticationFailed, Some(name)) => format!(" (check Secret {name})"),
+            _ => String::new(),
+        };
+        let message = format!("cannot {action} s3://{}/{}/{path}{secret}: {error}", self.asked.bucket, self.prefix);
+        Failure::new(reason, message)
+    }
+}
+
+/// What the files of a Secret say.
+#[derive(Default)]
+struct Secret {
+    /// Key, secret and token.
+    credential: Option<(String, String, Option<String>)>,
+    authorities: Vec<Certificate>,
+}
+
+impl Secret {
+    fn read(asked: &S3) -> Result<Self, Failure> {
+        let Some(directory) = &asked.secret_dir else { return Ok(Self::default()) };
+        let name = asked.secret_name.as_ref().map_or("the Secret".into(), |name| format!("Secret {name}"));
+        let invalid = |why: String| Failure::new(Reason::SecretInvalid, format!("{name} {why}"));
+        let read = |key: &str| match fs::read_to_string(directory.join(key)) {
+            Ok(text) => Ok(Some(text.trim().to_owned()).filter(|text| !text.is_empty())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(invalid(format!("cannot be read ({key}): {error}"))),
+        };
+        let authorities = match read("ca.crt")? {
+            Some(text) => Certificate::from_pem_bundle(text.as_bytes())
+                .ok()
+                .filter(|authorities| !authorities.is_empty())
+                .ok_or_else(|| invalid("has a ca.crt that is no PEM certificate".into()))?,
+            None => Vec::new(),
+        };
+        let credential = match (read("AWS_ACCESS_KEY_ID")?, read("AWS_SECRET_ACCESS_KEY")?) {
+            (Some(key), Some(secret)) => Some((key, secret, read("AWS_SESSION_TOKEN")?)),
+            _ => return Err(invalid("lacks AWS_ACCESS_KEY_ID or AWS_SECRET_ACCESS_KEY".into())),
+        };
+        Ok(Self { credential, authorities })
+    }
+}
