@@ -1,34 +1,35 @@
-//! What is served: discovery, a minimal OpenAPI, and the changes of checkpoints.
+//! What is served, and the changes of checkpoints and commits: two trees, and a stream of what differs.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use aether_api::session::Durability;
-use aether_api::{AetherCheckpoint, conditions, names};
+use aether_api::{AetherCheckpoint, AetherCommit, conditions};
 use aether_cas::{Blob, Store};
 use axum::body::Body;
 use axum::extract::{Path, Query, Request, State};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Extension, Json, Router};
+use axum::{Extension, Router};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use http::header;
 use kube::api::Api;
 use serde::Deserialize;
-use serde_json::json;
+use serde::de::DeserializeOwned;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::{info, warn};
 
-use crate::authorize::may_read;
+use crate::authorize::{CHECKPOINTS, COMMITS, may_read};
 use crate::changes::{self, Changes, Options};
 use crate::fast_import::{self, Titles, Transfer};
 use crate::front_proxy::{Identity, Trust};
 use crate::metrics::{Metrics, Outcome};
 use crate::status::ApiError;
+use crate::{discovery, file, notes};
 
 /// Media type of the stream.
 pub const FAST_IMPORT: &str = "application/vnd.git.fast-import";
@@ -65,15 +66,12 @@ pub struct Service {
 
 /// All routes. Each wants a [`Peer`] among the request's extensions and answers 401 without one that is trusted.
 pub fn router(service: Service) -> Router {
-    let base = format!("/apis/{}/{}", names::REVIEW_GROUP, names::VERSION);
-    Router::new()
-        .route("/apis", get(async || Json(json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": [group()]}))))
-        .route(&format!("/apis/{}", names::REVIEW_GROUP), get(async || Json(group())))
-        .route(&base, get(async || Json(resources())))
-        .route(&format!("{base}/namespaces/{{namespace}}/checkpoints/{{name}}/changes"), get(changes))
-        .route("/openapi/v2", get(async || Json(openapi_v2())))
-        .route("/openapi/v3", get(async || Json(openapi_index())))
-        .route(&format!("/openapi/v3{base}"), get(async || Json(openapi_v3())))
+    let of = |rest: &str| format!("{}/namespaces/{{namespace}}/{rest}", discovery::base());
+    discovery::routes()
+        .route(&of("checkpoints/{name}/changes"), get(changes_of_checkpoint))
+        .route(&of("checkpoints/{name}/file"), get(file::answer))
+        .route(&of("commits/{name}/changes"), get(changes_of_commit))
+        .route(&of("sessions/{name}/notes"), get(notes::answer))
         .fallback(async || ApiError::no_such_path())
         .layer(from_fn(authenticate))
         .with_state(service)
@@ -103,14 +101,50 @@ struct Parameters {
 
 type AskedFor = Result<Query<Parameters>, axum::extract::rejection::QueryRejection>;
 
+async fn changes_of_checkpoint(
+    state: State<Service>,
+    identity: Extension<Identity>,
+    path: Path<(String, String)>,
+    parameters: AskedFor,
+) -> Result<Response, ApiError> {
+    changes(state, identity, Of::Checkpoint, path, parameters).await
+}
+
+async fn changes_of_commit(
+    state: State<Service>,
+    identity: Extension<Identity>,
+    path: Path<(String, String)>,
+    parameters: AskedFor,
+) -> Result<Response, ApiError> {
+    changes(state, identity, Of::Commit, path, parameters).await
+}
+
+/// Whose changes are asked for.
+#[derive(Clone, Copy)]
+enum Of {
+    Checkpoint,
+    /// By the tree that the commit's own status names, because that is what approvals name.
+    Commit,
+}
+
+impl Of {
+    fn plural(self) -> &'static str {
+        match self {
+            Self::Checkpoint => CHECKPOINTS,
+            Self::Commit => COMMITS,
+        }
+    }
+}
+
 async fn changes(
     State(service): State<Service>,
     Extension(identity): Extension<Identity>,
+    of: Of,
     Path((namespace, name)): Path<(String, String)>,
     parameters: AskedFor,
 ) -> Result<Response, ApiError> {
     let requests = service.metrics.requests.clone();
-    let answer = begin(service, identity, (namespace, name), parameters).await;
+    let answer = begin(service, identity, of, (namespace, name), parameters).await;
     if let Err(error) = &answer {
         requests.of((Outcome::of_answer(error),)).inc();
     }
@@ -121,24 +155,29 @@ async fn changes(
 async fn begin(
     service: Service,
     identity: Identity,
+    of: Of,
     (namespace, name): (String, String),
     parameters: AskedFor,
 ) -> Result<Response, ApiError> {
     let Query(parameters) = parameters.map_err(|error| ApiError::bad_request(error.body_text()))?;
     // Whoever may not read it does not learn whether it is there.
-    may_read(&service.client, &identity, &namespace, &name).await?;
+    may_read(&service.client, &identity, of.plural(), &namespace, &name).await?;
     if let Some(against) = &parameters.against {
-        may_read(&service.client, &identity, &namespace, against).await?;
+        may_read(&service.client, &identity, CHECKPOINTS, &namespace, against).await?;
     }
-    let checkpoint = service.checkpoint(&namespace, &name).await?;
-    let head = tree_of(&checkpoint, &name)?;
+    let asked = match of {
+        Of::Checkpoint => Asked::checkpoint(&service.checkpoint(&namespace, &name).await?, &name)?,
+        Of::Commit => Asked::commit(&service.object(COMMITS, &namespace, &name).await?, &name)?,
+    };
+    let head = asked.head;
     let (base, base_title) = match &parameters.against {
         Some(against) => {
             (tree_of(&service.checkpoint(&namespace, against).await?, against)?, format!("checkpoint {against}"))
         }
-        None => start_of(&checkpoint, &name)?,
+        None => asked.base?,
     };
-    let titles = Titles { base: base_title, head: format!("checkpoint {name}") };
+    let noun = asked.title;
+    let titles = Titles { base: base_title, head: noun.clone() };
     let permit = service
         .streams
         .clone()
@@ -148,14 +187,16 @@ async fn begin(
     let under_way = service.metrics.under_way();
     let options = Options { git: parameters.git, directory_bytes: service.directory_bytes };
     let changes = Changes::between(&*service.store, base, head, options).await.map_err(|error| match error {
-        changes::Error::TooLarge { .. } => ApiError::too_large(format!("checkpoint {name}: {error}")),
-        changes::Error::Store(error) => unreadable(&name, &error),
+        changes::Error::TooLarge { .. } => ApiError::too_large(format!("{noun}: {error}")),
+        changes::Error::Store(error) => unreadable(of.plural(), &name, &noun, &error),
     })?;
-    fast_import::require(&*service.store, &changes.contents()).await.map_err(|error| unreadable(&name, &error))?;
+    fast_import::require(&*service.store, &changes.contents())
+        .await
+        .map_err(|error| unreadable(of.plural(), &name, &noun, &error))?;
     info!(
         user = identity.user,
         namespace,
-        checkpoint = name,
+        of = noun,
         base = changes.base.len(),
         head = changes.head.len(),
         "sending changes"
@@ -169,7 +210,7 @@ async fn begin(
         let written = fast_import::write(service.store, &changes, &titles, transfer, &sender).await;
         service.metrics.requests.of((Outcome::of_stream(&written),)).inc();
         if let Err(error) = &written {
-            warn!(namespace, checkpoint = name, "changes not sent to their end: {error}");
+            warn!(namespace, of = noun, "changes not sent to their end: {error}");
         }
         // Nothing here waits for the reader any more: a stalled one keeps the pieces that it did not take, and this.
         drop((changes, under_way, permit));
@@ -192,43 +233,95 @@ async fn begin(
     Ok((headers, Body::from_stream(pieces.chain(end))).into_response())
 }
 
-fn unreadable(name: &str, error: &aether_cas::StoreError) -> ApiError {
-    warn!(checkpoint = name, "the store: {error}");
+/// What cannot be read of the object `noun`.
+pub(crate) fn unreadable(plural: &'static str, name: &str, noun: &str, error: &aether_cas::StoreError) -> ApiError {
+    warn!(of = noun, "the store: {error}");
     match error {
-        error if error.is_transient() => {
-            ApiError::unavailable(format!("checkpoint {name} cannot be read now: {error}"))
-        }
+        error if error.is_transient() => ApiError::unavailable(format!("{noun} cannot be read now: {error}")),
         error if error.is_missing() => {
-            ApiError::conflict(name, format!("checkpoint {name} is not complete in the store: {error}"))
+            ApiError::conflict(plural, name, format!("{noun} is not complete in the store: {error}"))
         }
-        error => ApiError::internal(format!("checkpoint {name} cannot be read: {error}")),
+        error => ApiError::internal(format!("{noun} cannot be read: {error}")),
     }
 }
 
 impl Service {
-    async fn checkpoint(&self, namespace: &str, name: &str) -> Result<AetherCheckpoint, ApiError> {
-        let api: Api<AetherCheckpoint> = Api::namespaced(self.client.clone(), namespace);
+    pub(crate) async fn checkpoint(&self, namespace: &str, name: &str) -> Result<AetherCheckpoint, ApiError> {
+        self.object(CHECKPOINTS, namespace, name).await
+    }
+
+    pub(crate) async fn object<K>(&self, plural: &'static str, namespace: &str, name: &str) -> Result<K, ApiError>
+    where
+        K: kube::Resource<Scope = kube::core::NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug,
+        K::DynamicType: Default,
+    {
+        let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
         match api.get_opt(name).await {
-            Ok(Some(checkpoint)) => Ok(checkpoint),
-            Ok(None) => Err(ApiError::checkpoint_not_found(name)),
-            Err(error) => Err(ApiError::unavailable(format!("cannot read checkpoint {name}: {error}"))),
+            Ok(Some(object)) => Ok(object),
+            Ok(None) => Err(ApiError::object_not_found(plural, name)),
+            Err(error) => Err(ApiError::unavailable(format!("cannot read {plural} {name}: {error}"))),
         }
     }
 }
 
+/// What an object says of itself.
+struct Asked {
+    head: Blob,
+    title: String,
+    /// Where its session started, or why that is not known; matters only without another base.
+    base: Result<(Blob, String), ApiError>,
+}
+
+impl Asked {
+    fn checkpoint(checkpoint: &AetherCheckpoint, name: &str) -> Result<Self, ApiError> {
+        let (head, base) = (tree_of(checkpoint, name)?, start_of(checkpoint, name));
+        Ok(Self { head, title: format!("checkpoint {name}"), base })
+    }
+
+    fn commit(commit: &AetherCommit, name: &str) -> Result<Self, ApiError> {
+        let status = commit.status.clone().unwrap_or_default();
+        let root = status.root.ok_or_else(|| {
+            ApiError::conflict(
+                COMMITS,
+                name,
+                format!("commit {name} has no tree yet: its checkpoint is on its way to the store"),
+            )
+        })?;
+        let title = format!("commit {name}");
+        let base = match status.base {
+            Some(base) => {
+                let from = match (&status.source, &base.revision) {
+                    (Some(source), Some(revision)) => format!("source {}, revision {revision}", source.name),
+                    _ => "the session's start".into(),
+                };
+                parse(&base.root, &title).map(|root| (root, from))
+            }
+            None => Err(ApiError::conflict(
+                COMMITS,
+                name,
+                format!(
+                    "commit {name} does not say where its session started: compare it with a checkpoint (against=NAME)"
+                ),
+            )),
+        };
+        Ok(Self { head: parse(&root, &title)?, title, base })
+    }
+}
+
 /// The checkpoint's tree, once the store has it.
-fn tree_of(checkpoint: &AetherCheckpoint, name: &str) -> Result<Blob, ApiError> {
+pub(crate) fn tree_of(checkpoint: &AetherCheckpoint, name: &str) -> Result<Blob, ApiError> {
     let status = checkpoint.status.as_ref();
     let conditions = status.map(|status| status.conditions.as_slice()).unwrap_or_default();
     if let Some(failed) = conditions::get(conditions, conditions::FAILED).filter(|failed| failed.status == "True") {
-        return Err(ApiError::conflict(name, format!("checkpoint {name} failed: {}", failed.message)));
+        return Err(ApiError::conflict(CHECKPOINTS, name, format!("checkpoint {name} failed: {}", failed.message)));
     }
     match status {
         Some(status) if status.durability == Some(Durability::Durable) => match &status.root {
-            Some(root) => parse(root, name),
+            Some(root) => parse(root, &format!("checkpoint {name}")),
             None => Err(ApiError::internal(format!("checkpoint {name} is durable but has no root"))),
         },
         _ => Err(ApiError::conflict(
+            CHECKPOINTS,
             name,
             format!("checkpoint {name} is not in the store yet: wait for its condition Durable"),
         )),
@@ -240,6 +333,7 @@ fn start_of(checkpoint: &AetherCheckpoint, name: &str) -> Result<(Blob, String),
     let base = checkpoint.status.as_ref().and_then(|status| status.base.as_ref());
     let unknown = || {
         ApiError::conflict(
+            CHECKPOINTS,
             name,
             format!(
                 "checkpoint {name} does not say where its session started: compare it with another checkpoint (against=NAME)"
@@ -252,69 +346,10 @@ fn start_of(checkpoint: &AetherCheckpoint, name: &str) -> Result<(Blob, String),
         (Some(source), Some(revision)) => format!("source {source}, revision {revision}"),
         _ => "the session's start".into(),
     };
-    Ok((parse(root, name)?, title))
+    Ok((parse(root, &format!("checkpoint {name}"))?, title))
 }
 
-fn parse(root: &str, name: &str) -> Result<Blob, ApiError> {
-    fast_import::root(root).map_err(|problem| ApiError::internal(format!("checkpoint {name} names no tree: {problem}")))
-}
-
-fn group() -> serde_json::Value {
-    let version =
-        json!({"groupVersion": format!("{}/{}", names::REVIEW_GROUP, names::VERSION), "version": names::VERSION});
-    json!({"kind": "APIGroup", "apiVersion": "v1", "name": names::REVIEW_GROUP, "versions": [version], "preferredVersion": version})
-}
-
-fn resources() -> serde_json::Value {
-    json!({
-        "kind": "APIResourceList", "apiVersion": "v1", "groupVersion": format!("{}/{}", names::REVIEW_GROUP, names::VERSION),
-        "resources": [{"name": "checkpoints/changes", "singularName": "", "namespaced": true, "kind": "CheckpointChanges", "verbs": ["get"]}],
-    })
-}
-
-fn path() -> String {
-    format!("/apis/{}/{}/namespaces/{{namespace}}/checkpoints/{{name}}/changes", names::REVIEW_GROUP, names::VERSION)
-}
-
-const DESCRIPTION: &str =
-    "What changed up to a checkpoint, as a git fast-import stream with the branches base and head.";
-
-/// API servers up to 1.26 merge this into theirs.
-fn openapi_v2() -> serde_json::Value {
-    let parameter = |name: &str, place: &str, type_: &str| json!({"name": name, "in": place, "type": type_, "required": place == "path", "uniqueItems": true});
-    json!({
-        "swagger": "2.0",
-        "info": {"title": "Aether review", "version": names::VERSION},
-        "paths": {path(): {"get": {
-            "description": DESCRIPTION,
-            "operationId": "readReviewAetherDevV1alpha1NamespacedCheckpointChanges",
-            "produces": [FAST_IMPORT],
-            "parameters": [parameter("namespace", "path", "string"), parameter("name", "path", "string"),
-                parameter("against", "query", "string"), parameter("git", "query", "boolean")],
-            "responses": {"200": {"description": "OK"}},
-        }}},
-        "definitions": {},
-    })
-}
-
-fn openapi_index() -> serde_json::Value {
-    let group = format!("apis/{}/{}", names::REVIEW_GROUP, names::VERSION);
-    // The hash lets the API server keep its copy; the document changes with the program only.
-    let url = format!("/openapi/v3/{group}?hash={}", env!("CARGO_PKG_VERSION"));
-    json!({"paths": {group: {"serverRelativeURL": url}}})
-}
-
-fn openapi_v3() -> serde_json::Value {
-    let parameter = |name: &str, place: &str, type_: &str| json!({"name": name, "in": place, "required": place == "path", "schema": {"type": type_}});
-    json!({
-        "openapi": "3.0.0",
-        "info": {"title": "Aether review", "version": names::VERSION},
-        "paths": {path(): {"get": {
-            "description": DESCRIPTION,
-            "operationId": "readReviewAetherDevV1alpha1NamespacedCheckpointChanges",
-            "parameters": [parameter("namespace", "path", "string"), parameter("name", "path", "string"),
-                parameter("against", "query", "string"), parameter("git", "query", "boolean")],
-            "responses": {"200": {"description": "OK", "content": {FAST_IMPORT: {"schema": {"type": "string", "format": "binary"}}}}},
-        }}},
-    })
+/// The tree that `noun` names.
+pub(crate) fn parse(root: &str, noun: &str) -> Result<Blob, ApiError> {
+    fast_import::root(root).map_err(|problem| ApiError::internal(format!("{noun} names no tree: {problem}")))
 }

@@ -8,13 +8,13 @@ use crate::fast_import::Error;
 use crate::status::ApiError;
 
 label! {
-    /// How a request for the changes of a checkpoint ended.
+    /// How a request for the changes of a checkpoint or commit ended.
     pub enum Outcome: "outcome" {
         /// Everything was handed to the network.
         Sent = "sent",
         /// Whoever asked may not have it.
         Denied = "denied",
-        /// There is no such checkpoint, or it cannot be compared, or the change is too large.
+        /// There is no such object, or it cannot be compared, or the change is too large.
         Refused = "refused",
         /// The store or the API server did not answer as it should.
         Failed = "failed",
@@ -61,8 +61,10 @@ impl Metrics {
     /// Adds the metrics to the table of the process.
     pub fn new(table: &aether_runtime::Metrics) -> Self {
         Self {
-            requests: table
-                .counters("aether_review_requests", "Requests for the changes of a checkpoint that have ended"),
+            requests: table.counters(
+                "aether_review_requests",
+                "Requests for the changes of a checkpoint or commit that have ended",
+            ),
             sent: table.counter("aether_review_sent_bytes", "Bytes of fast-import streams that went to the network"),
             streams: table.gauge("aether_review_streams", None, "Diffs that are compared or sent now"),
         }

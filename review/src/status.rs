@@ -11,12 +11,13 @@ pub struct ApiError {
     code: StatusCode,
     reason: &'static str,
     message: String,
-    name: Option<String>,
+    /// The plural of a kind, and the name of one.
+    object: Option<(&'static str, String)>,
 }
 
 impl ApiError {
     fn new(code: StatusCode, reason: &'static str, message: impl Into<String>) -> Self {
-        Self { code, reason, message: message.into(), name: None }
+        Self { code, reason, message: message.into(), object: None }
     }
 
     /// Nobody says who asks.
@@ -29,10 +30,17 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "Forbidden", message)
     }
 
-    /// A checkpoint that is not there. Its name in the details tells clients that the API itself is.
-    pub fn checkpoint_not_found(name: &str) -> Self {
-        let message = format!("aethercheckpoints.aether.dev {name:?} not found");
-        Self { name: Some(name.into()), ..Self::new(StatusCode::NOT_FOUND, "NotFound", message) }
+    /// An object that is not there. Its name in the details tells clients that the API itself is.
+    pub fn object_not_found(plural: &'static str, name: &str) -> Self {
+        let message = format!("{plural}.aether.dev {name:?} not found");
+        Self { object: Some((plural, name.into())), ..Self::new(StatusCode::NOT_FOUND, "NotFound", message) }
+    }
+
+    /// A file that is not in a checkpoint that is there.
+    pub fn file_not_found(checkpoint: &str, path: &str) -> Self {
+        let message = format!("checkpoint {checkpoint} has no file {path:?}");
+        let object = Some(("aethercheckpoints", checkpoint.into()));
+        Self { object, ..Self::new(StatusCode::NOT_FOUND, "NotFound", message) }
     }
 
     /// A path that is not served.
@@ -45,9 +53,9 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, "BadRequest", message)
     }
 
-    /// The checkpoint is in a state in which it cannot be read.
-    pub fn conflict(name: &str, message: impl Into<String>) -> Self {
-        Self { name: Some(name.into()), ..Self::new(StatusCode::CONFLICT, "Conflict", message) }
+    /// The object is in a state in which it cannot be read.
+    pub fn conflict(plural: &'static str, name: &str, message: impl Into<String>) -> Self {
+        Self { object: Some((plural, name.into())), ..Self::new(StatusCode::CONFLICT, "Conflict", message) }
     }
 
     /// More than this program is willing to send.
@@ -65,6 +73,11 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalError", message)
     }
 
+    /// The sentence.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     /// The HTTP code.
     pub fn code(&self) -> StatusCode {
         self.code
@@ -74,7 +87,7 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let details =
-            self.name.map(|name| json!({"name": name, "group": aether_api::names::GROUP, "kind": "aethercheckpoints"}));
+            self.object.map(|(plural, name)| json!({"name": name, "group": aether_api::names::GROUP, "kind": plural}));
         let body = json!({
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
             "message": self.message, "reason": self.reason, "details": details.unwrap_or_else(|| json!({})), "code": self.code.as_u16(),

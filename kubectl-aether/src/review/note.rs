@@ -178,6 +178,7 @@ fn now(placed: &Placed) -> String {
     match (placed.state.as_str(), placed.from, placed.to) {
         ("Same", ..) => "same".into(),
         ("Moved", Some(from), Some(to)) => format!("lines {}", range(from, to)),
+        ("Changed", ..) => "changed".into(),
         ("Gone", ..) => "gone".into(),
         _ => {
             format!("unknown{}", placed.reason.as_ref().map(|why| format!(": {}", printable(why))).unwrap_or_default())

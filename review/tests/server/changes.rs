@@ -21,24 +21,24 @@ use tower::ServiceExt;
 
 use crate::cluster;
 
-fn attributes(mode: u32) -> Attributes {
+pub(crate) fn attributes(mode: u32) -> Attributes {
     Attributes { mode, ..Default::default() }
 }
 
-fn file(store: &MemoryStore, data: impl Into<Bytes>, mode: u32) -> Node {
+pub(crate) fn file(store: &MemoryStore, data: impl Into<Bytes>, mode: u32) -> Node {
     Node::File { content: store.put(data), attributes: attributes(mode), link_group: None }
 }
 
-fn symlink(target: &str) -> Node {
+pub(crate) fn symlink(target: &str) -> Node {
     Node::Symlink { target: target.into(), attributes: attributes(0o777), link_group: None }
 }
 
-fn directory(store: &MemoryStore, entries: Vec<(&[u8], Node)>) -> Blob {
+pub(crate) fn directory(store: &MemoryStore, entries: Vec<(&[u8], Node)>) -> Blob {
     let entries = entries.into_iter().map(|(name, node)| (Name::new(name).unwrap(), node)).collect();
     store.put_directory(&Directory { attributes: attributes(0o755), entries })
 }
 
-fn below(store: &MemoryStore, entries: Vec<(&[u8], Node)>) -> Node {
+pub(crate) fn below(store: &MemoryStore, entries: Vec<(&[u8], Node)>) -> Node {
     Node::Directory(directory(store, entries))
 }
 
@@ -52,12 +52,17 @@ fn trust() -> Trust {
 }
 
 async fn get(service: aether_review::api::Service, user: &str, path: &str) -> Response<Body> {
+    get_of(service, user, &format!("checkpoints/{path}")).await
+}
+
+/// The answer for a path of the namespace.
+pub(crate) async fn get_of(service: aether_review::api::Service, user: &str, path: &str) -> Response<Body> {
     let router = router(service).layer(Extension(Peer { trust: Arc::new(trust()), front_proxy: true }));
-    let path = format!("/apis/review.aether.dev/v1alpha1/namespaces/demo/checkpoints/{path}");
+    let path = format!("/apis/review.aether.dev/v1alpha1/namespaces/demo/{path}");
     router.oneshot(Request::get(path).header("X-Remote-User", user).body(Body::empty()).unwrap()).await.unwrap()
 }
 
-async fn status(response: Response<Body>) -> (u16, serde_json::Value) {
+pub(crate) async fn status(response: Response<Body>) -> (u16, serde_json::Value) {
     let code = response.status().as_u16();
     let body = response.into_body().collect().await.unwrap().to_bytes();
     (code, serde_json::from_slice(&body).unwrap())
@@ -168,6 +173,49 @@ async fn git_sees_what_changed_and_nothing_else() {
         (&"get".into(), &"aether.dev".into(), &"aethercheckpoints".into())
     );
     assert_eq!((&asked["namespace"], &asked["name"]), (&"demo".into(), &"k".into()));
+}
+
+#[tokio::test]
+async fn a_commit_is_compared_by_the_tree_that_it_names_itself() {
+    let store = MemoryStore::new();
+    let [base, approved, other] =
+        ["1", "2", "3"].map(|text| directory(&store, vec![(b"a", file(&store, text, 0o644))]));
+    let commit = |name: &str, status: serde_json::Value| {
+        let spec = serde_json::json!({"checkpoint": "k", "target": {"promote": {}}});
+        let metadata = serde_json::json!({"name": name, "namespace": "demo"});
+        (
+            "aethercommits",
+            serde_json::json!({"apiVersion": "aether.dev/v1alpha1", "kind": "AetherCommit", "metadata": metadata, "spec": spec, "status": status}),
+        )
+    };
+    let whole =
+        serde_json::json!({"root": approved.to_string(), "checkpoint": "k", "base": {"root": base.to_string()}});
+    let others = vec![
+        commit("c", whole.clone()),
+        commit("hidden", whole),
+        commit("young", serde_json::json!({})),
+        commit("baseless", serde_json::json!({"root": approved.to_string()})),
+    ];
+    // Somebody has made another checkpoint of the name meanwhile.
+    let (service, reviews) = cluster::service_with(&store, vec![cluster::checkpoint("k", base, other)], others);
+    let folder = imported(get_of(service.clone(), "ada", "commits/c/changes").await).await;
+    assert_eq!(git(folder.path(), &["cat-file", "-p", "head:a"]), "2");
+    assert_eq!(git(folder.path(), &["cat-file", "-p", "base:a"]), "1");
+    assert_eq!(reviews.lock().unwrap()[0]["resourceAttributes"]["resource"], "aethercommits");
+    let folder = imported(get_of(service.clone(), "ada", "commits/baseless/changes?against=k").await).await;
+    assert_eq!(git(folder.path(), &["cat-file", "-p", "base:a"]), "3");
+
+    for (path, user, code, part) in [
+        ("commits/young/changes", "ada", 409, "no tree yet"),
+        ("commits/baseless/changes", "ada", 409, "against="),
+        ("commits/c/changes", "eve", 403, "aethercommits"),
+        ("commits/hidden/changes", "ada", 403, "aethercommits"),
+        ("commits/missing/changes", "ada", 404, "not found"),
+    ] {
+        let (got, body) = status(get_of(service.clone(), user, path).await).await;
+        assert_eq!(got, code, "{path}: {body}");
+        assert!(body["message"].as_str().unwrap().contains(part), "{path}: {body}");
+    }
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! A cluster in memory: checkpoints, and who may read them.
+//! A cluster in memory: checkpoints and what else there is, and who may read it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -39,13 +39,25 @@ pub(crate) fn checkpoint(name: &str, base: Blob, root: Blob) -> AetherCheckpoint
 
 /// A service over `store` in a cluster with these checkpoints, where user `ada` may read all but the one named `hidden`.
 pub(crate) fn service(store: &MemoryStore, checkpoints: Vec<AetherCheckpoint>) -> (Service, Reviews) {
-    let checkpoints: Arc<BTreeMap<String, AetherCheckpoint>> = Arc::new(
-        checkpoints.into_iter().map(|checkpoint| (checkpoint.metadata.name.clone().unwrap(), checkpoint)).collect(),
-    );
+    service_with(store, checkpoints, vec![])
+}
+
+/// The same with objects of other kinds, by plural.
+pub(crate) fn service_with(
+    store: &MemoryStore,
+    checkpoints: Vec<AetherCheckpoint>,
+    others: Vec<(&str, Value)>,
+) -> (Service, Reviews) {
+    let checkpoints = checkpoints.into_iter().map(|it| ("aethercheckpoints", serde_json::to_value(it).unwrap()));
+    let objects: BTreeMap<(String, String), Value> = checkpoints
+        .chain(others)
+        .map(|(plural, it)| ((plural.to_owned(), it["metadata"]["name"].as_str().unwrap().to_owned()), it))
+        .collect();
+    let objects = Arc::new(objects);
     let reviews = Reviews::default();
     let seen = reviews.clone();
     let answer = tower::service_fn(move |request: Request<Body>| {
-        let (checkpoints, seen) = (checkpoints.clone(), seen.clone());
+        let (objects, seen) = (objects.clone(), seen.clone());
         async move {
             let path = request.uri().path().to_owned();
             let (code, body) = if path.ends_with("/subjectaccessreviews") {
@@ -57,15 +69,20 @@ pub(crate) fn service(store: &MemoryStore, checkpoints: Vec<AetherCheckpoint>) -
                 review["status"] = json!({"allowed": allowed});
                 (201, review)
             } else {
-                let name = path
-                    .strip_prefix("/apis/aether.dev/v1alpha1/namespaces/demo/aethercheckpoints/")
-                    .unwrap_or_default();
-                match checkpoints.get(name) {
-                    Some(checkpoint) => (200, serde_json::to_value(checkpoint).unwrap()),
-                    None => (
-                        404,
-                        json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404, "message": "not found", "reason": "NotFound"}),
-                    ),
+                let rest = path.strip_prefix("/apis/aether.dev/v1alpha1/namespaces/demo/").unwrap_or_default();
+                match rest.split_once('/') {
+                    None => {
+                        let items: Vec<&Value> =
+                            objects.iter().filter(|((plural, _), _)| plural == rest).map(|(_, it)| it).collect();
+                        (200, json!({"kind": "List", "apiVersion": "v1", "metadata": {}, "items": items}))
+                    }
+                    Some((plural, name)) => match objects.get(&(plural.to_owned(), name.to_owned())) {
+                        Some(object) => (200, object.clone()),
+                        None => (
+                            404,
+                            json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404, "message": "not found", "reason": "NotFound"}),
+                        ),
+                    },
                 }
             };
             let body = Body::from(serde_json::to_vec(&body).unwrap());

@@ -2,4 +2,5 @@
 
 mod changes;
 mod cluster;
+mod notes;
 mod trust;

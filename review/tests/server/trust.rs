@@ -156,7 +156,9 @@ async fn the_front_proxy_is_believed() {
 async fn headers_without_a_certificate_mean_nothing() {
     let server = Server::start(Authority::new().trust()).await;
     let mut connection = server.connect(None).await.unwrap();
-    for path in ["/apis", "/apis/review.aether.dev/v1alpha1/namespaces/demo/checkpoints/k/changes", "/nowhere"] {
+    let of = |rest: &str| format!("/apis/review.aether.dev/v1alpha1/namespaces/demo/{rest}");
+    let served = ["checkpoints/k/changes", "checkpoints/k/file?path=a", "commits/c/changes", "sessions/s/notes"];
+    for path in served.map(of).iter().map(String::as_str).chain(["/apis", "/nowhere"]) {
         let (code, body) = connection.get(path, Some("ada")).await.unwrap();
         assert_eq!((code, &body["kind"]), (401, &"Status".into()), "{path}");
     }
