@@ -7,9 +7,9 @@ use std::time::Duration;
 use aether_api::conditions::{self, DURABLE, FAILED, READY, Wanted, reason};
 use aether_api::names::{ORIGIN_AUTOMATIC, ORIGIN_LABEL, ORIGIN_RECOVERED, SESSION_UID_LABEL};
 use aether_api::session::{Consistency, Durability};
-use aether_api::{AetherCheckpoint, AetherCheckpointStatus, AetherSession};
+use aether_api::{AetherCheckpoint, AetherCheckpointStatus, AetherCommit, AetherSession};
 use kube::runtime::controller::Action;
-use kube::{Api, Resource, ResourceExt};
+use kube::{Api, Client, Resource, ResourceExt};
 
 use crate::context::Context;
 use crate::error::Result;
@@ -61,7 +61,7 @@ pub async fn reconcile(seen: Arc<AetherCheckpoint>, context: Arc<Context>) -> Re
     let again = match judge(&checkpoint, session.as_ref(), lost.as_deref()) {
         Verdict::Taken => {
             if let Some(session) = session.filter(|_| is_automatic(&checkpoint)) {
-                prune(&checkpoints, &session).await?;
+                prune(&context.client, &checkpoints, &session).await?;
             }
             None
         }
@@ -177,12 +177,18 @@ fn judge(checkpoint: &AetherCheckpoint, session: Option<&AetherSession>, lost: O
 
 /// Deletes the automatic checkpoints that the session does not want to keep any longer. Those of an earlier session of the
 /// same name stay, and all of them once no more are asked for: they may be the only way back.
-async fn prune(checkpoints: &Api<AetherCheckpoint>, session: &AetherSession) -> Result<()> {
+async fn prune(client: &Client, checkpoints: &Api<AetherCheckpoint>, session: &AetherSession) -> Result<()> {
     let (Some(automatic), Some(uid)) = (&session.spec.checkpoints, session.uid()) else { return Ok(()) };
     let selector = format!("{ORIGIN_LABEL}={ORIGIN_AUTOMATIC},{SESSION_UID_LABEL}={uid}");
     let of_session = objects::list(checkpoints, &selector).await?;
-    for old in superfluous(of_session, automatic.keep as usize) {
-        objects::delete(checkpoints, &old).await?;
+    let old = superfluous(of_session, automatic.keep as usize);
+    if old.is_empty() {
+        return Ok(());
+    }
+    let commits: Api<AetherCommit> = objects::namespaced(client, &session.namespace().unwrap_or_default());
+    let commits = objects::list(&commits, "").await?;
+    for old in old.iter().filter(|old| !commits.iter().any(|commit| commit.needs(&old.name_any()))) {
+        objects::delete(checkpoints, old).await?;
     }
     Ok(())
 }

@@ -42,6 +42,9 @@ pub struct Config {
     /// Image of the Jobs that import sources; its entry point is aether-importer.
     #[arg(long, env = "AETHER_IMPORTER_IMAGE")]
     pub importer_image: String,
+    /// Image of the Jobs that push commits; its entry point is aether-committer. Without it no commit goes to git.
+    #[arg(long, env = "AETHER_COMMITTER_IMAGE")]
+    pub committer_image: Option<String>,
     /// Image that brings aether-worker into the pods of commands; its entry point is aether-worker.
     #[arg(long, env = "AETHER_WORKER_IMAGE")]
     pub worker_image: String,
@@ -54,6 +57,13 @@ pub struct Config {
     /// Where health (/healthz), readiness (/readyz) and metrics (/metrics) are served.
     #[arg(long, env = "AETHER_LISTEN", default_value = "0.0.0.0:8080")]
     pub listen: SocketAddr,
+    /// The Service by which the API server asks the admission webhook. Without it none is served, so that nothing is signed and
+    /// no commit runs.
+    #[arg(long, env = "AETHER_ADMISSION_SERVICE")]
+    pub admission_service: Option<String>,
+    /// Where the admission webhook is served, by TLS.
+    #[arg(long, env = "AETHER_ADMISSION_LISTEN", default_value = "0.0.0.0:9443")]
+    pub admission_listen: SocketAddr,
     /// How many objects of one kind are reconciled at the same time.
     #[arg(long, env = "AETHER_CONCURRENCY", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
     pub concurrency: u16,

@@ -14,6 +14,7 @@ use crate::nodes::Nodes;
 use crate::objects::Object;
 use crate::orphans::{self, Orphans};
 use crate::pins::Pins;
+use crate::signature::Keyring;
 
 /// When to ask again for what the API server refused.
 pub const REFUSED: Duration = Duration::from_secs(10);
@@ -28,6 +29,8 @@ pub struct Context {
     pub pins: Pins,
     /// Who pinned trees and is missing.
     pub orphans: Orphans,
+    /// The keys of signatures.
+    pub keyring: Keyring,
     /// What was seen of the nodes.
     pub nodes: Nodes,
     /// Keeps the progress of imports from being written more often than people can read.
@@ -49,6 +52,7 @@ impl Context {
             progress: Throttle::new(Duration::from_secs(1)),
             refused: Throttle::new(REFUSED),
             orphans: Orphans::new(orphans::GRACE),
+            keyring: Keyring::default(),
             nodes: Nodes::new(client.clone()),
             client,
             config,

@@ -3,8 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use aether_api::names::{self, CLAIM_SOURCE_ANNOTATION, COMMAND_LABEL, SESSION_UID_LABEL, SOURCE_LABEL};
-use aether_api::{AetherCheckpoint, AetherCommand, AetherRestore, AetherSession, AetherSource};
+use aether_api::names::{
+    self, CLAIM_SOURCE_ANNOTATION, COMMAND_LABEL, COMMIT_ANNOTATION, COMMIT_UID_LABEL, SESSION_UID_LABEL, SOURCE_LABEL,
+};
+use aether_api::{
+    AetherApproval, AetherCheckpoint, AetherCommand, AetherCommit, AetherRestore, AetherSession, AetherSource,
+};
 use aether_runtime::metrics::{Counter, Labelled, Timer};
 use aether_runtime::{CancellationToken, Metrics, label};
 use futures::{FutureExt, StreamExt};
@@ -19,7 +23,7 @@ use crate::context::Context;
 use crate::damage::Damage;
 use crate::error::{Error, Result};
 use crate::objects::Object;
-use crate::{checkpoint, command, provision, restore, session, source, sweep};
+use crate::{checkpoint, command, commit, provision, restore, session, signature, source, sweep};
 
 label! {
     /// What is reconciled.
@@ -34,6 +38,8 @@ label! {
         Restore = "restore",
         /// AetherCommand.
         Command = "command",
+        /// AetherCommit.
+        Commit = "commit",
         /// A claim that asks for a session.
         Claim = "claim",
         /// A volume of a session.
@@ -88,9 +94,11 @@ pub async fn run(
         drive.run(of_all::<AetherCheckpoint>(&context), Kind::Checkpoint, checkpoint::reconcile),
         drive.run(restores(&context), Kind::Restore, restore::reconcile),
         drive.run(commands(&context), Kind::Command, command::reconcile),
+        drive.run(commits(&context), Kind::Commit, commit::reconcile),
         drive.run(of_all::<PersistentVolumeClaim>(&context), Kind::Claim, provision::reconcile),
         drive.run(volumes(&context), Kind::Volume, session::remains::reconcile),
         sweeps(&context, &stop),
+        signature::keep(context.client.clone(), &context.config.namespace, &stop),
         looks(damage, &context, &stop),
     );
     Ok(())
@@ -188,6 +196,40 @@ fn restores(context: &Context) -> Controller<AetherRestore> {
 
 fn commands(context: &Context) -> Controller<AetherCommand> {
     of_all::<AetherCommand>(context).owns(all::<Pod>(context), watcher::Config::default().labels(COMMAND_LABEL))
+}
+
+/// A commit is woken by its approvals, its Job, and while it waits, by its checkpoint, its source and commands of its namespace.
+fn commits(context: &Context) -> Controller<AetherCommit> {
+    let controller = of_all::<AetherCommit>(context);
+    let (by_checkpoint, by_source, by_command) = (controller.store(), controller.store(), controller.store());
+    type Store = kube::runtime::reflector::Store<AetherCommit>;
+    let waiting = |store: &Store, wanted: &dyn Fn(&AetherCommit) -> bool| -> Vec<ObjectRef<AetherCommit>> {
+        let waits = store.state().into_iter().filter(|commit| !commit.finished() && wanted(commit));
+        waits.map(|commit| ObjectRef::from_obj(commit.as_ref())).collect()
+    };
+    controller
+        .watches(all::<AetherApproval>(context), watcher::Config::default(), |approval| {
+            Some(ObjectRef::new(&approval.spec.commit).within(&approval.namespace()?))
+        })
+        .watches(all::<Job>(context), watcher::Config::default().labels(COMMIT_UID_LABEL), |job| {
+            let (namespace, name) = job.annotations().get(COMMIT_ANNOTATION)?.split_once('/')?;
+            Some(ObjectRef::new(name).within(namespace))
+        })
+        .watches(all::<AetherCheckpoint>(context), watcher::Config::default(), move |checkpoint| {
+            let (name, namespace) = (checkpoint.name_any(), checkpoint.namespace());
+            waiting(&by_checkpoint, &|commit| commit.namespace() == namespace && commit.needs(&name))
+        })
+        .watches(all::<AetherSource>(context), watcher::Config::default(), move |source| {
+            let uid = source.uid();
+            waiting(&by_source, &|commit| {
+                let of = commit.status.as_ref().and_then(|status| status.source.as_ref());
+                of.is_some_and(|of| Some(&of.uid) == uid.as_ref())
+            })
+        })
+        .watches(all::<AetherCommand>(context), watcher::Config::default(), move |command| {
+            let namespace = command.namespace();
+            waiting(&by_command, &|commit| command.finished() && commit.namespace() == namespace)
+        })
 }
 
 /// What every controller is run with.

@@ -1,4 +1,4 @@
-//! The operator: reconciles sources, sessions, checkpoints, restores and commands, and never touches a file's contents.
+//! The operator: reconciles sources, sessions, checkpoints, restores, commands and commits, serves the admission webhook, and never touches a file's contents.
 //!
 //! Each reconciler is one function of an object and a [`context::Context`], in named steps: it reads what the object names
 //! (`dereference`), checks the rules (`validate`), decides and builds without I/O (`resolve`, `next`, `plan`,
@@ -7,8 +7,11 @@
 //!
 //! What concerns a session that a node holds is that node's business (its driver's): the operator waits for it.
 
+pub mod access;
+pub mod admission;
 pub mod checkpoint;
 pub mod command;
+pub mod commit;
 pub mod config;
 pub mod context;
 pub mod controllers;
@@ -24,6 +27,7 @@ pub mod provision;
 pub mod restore;
 pub mod schedule;
 pub mod session;
+pub mod signature;
 pub mod source;
 pub mod store_certificate;
 pub mod sweep;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use aether_operator::admission::{self, Admission, Keeper};
 use aether_operator::config::Config;
 use aether_operator::context::Context;
 use aether_operator::controllers;
@@ -14,7 +15,8 @@ use aether_runtime::{Metrics, Readiness, Stage, Tasks, http, logs, signals};
 use anyhow::Context as _;
 use clap::Parser;
 use kube::{Api, Client};
-use tokio::sync::oneshot;
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
 
 /// How long reconciles that have begun may take to end.
 const GRACE: Duration = Duration::from_secs(10);
@@ -72,7 +74,22 @@ async fn main() -> anyhow::Result<()> {
         tasks.essential(Stage::Work, "the store's certificate", |token| certificate.run(token));
     }
 
-    let context = Arc::new(Context::new(client, config, pins));
+    let context = Arc::new(Context::new(client.clone(), config, pins));
+    let (keyring, namespace) = (context.keyring.clone(), context.config.namespace.clone());
+    let (seen, watched, within) = (keyring.clone(), client.clone(), namespace.clone());
+    tasks.essential(Stage::Work, "the keys of signatures", |stop| seen.follow(watched, within, stop));
+    if let Some(service) = context.config.admission_service.clone() {
+        // By every replica too: the API server asks any of them.
+        let address = context.config.admission_listen;
+        let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+        let (settings, served) = watch::channel(None);
+        let router = admission::router(Admission { client: client.clone(), keyring: keyring.clone() });
+        tasks.essential(Stage::Intake, "admission webhook", |stop| admission::serve(listener, served, router, stop));
+        let ready = readiness.part("admission");
+        let keeper = Keeper { client, namespace, service, keyring, settings, ready };
+        tasks.essential(Stage::Work, "the webhook's certificate", |stop| keeper.run(stop));
+    }
+
     tasks.essential(Stage::Work, "controllers", |token| async move {
         tokio::select! {
             () = token.cancelled() => return Ok(()),

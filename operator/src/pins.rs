@@ -21,6 +21,9 @@ pub const SESSION_HEAD: &str = "SessionHead";
 /// A checkpoint, and (by the name `base`) what its differences are shown against.
 pub const CHECKPOINT: &str = "Checkpoint";
 
+/// What a commit takes out of the cluster, and (by the name `base`) what its session started from.
+pub const COMMIT: &str = "Commit";
+
 /// When to try again what the store did not take.
 pub const RETRY: Duration = Duration::from_secs(15);
 /// For how long a store that did not answer is left in peace, so that sessions need not wait for each other's pins.
@@ -144,7 +147,7 @@ impl Pins {
         let Some(client) = &self.client else { return Ok(Vec::new()) };
         let latest = jiff::Timestamp::now().as_second() - grace.as_secs() as i64;
         let mut roots = client.clone().list_roots(ListRootsRequest::default()).await?.into_inner().roots;
-        let kinds = [SOURCE_REVISION, SESSION_HEAD, CHECKPOINT];
+        let kinds = [SOURCE_REVISION, SESSION_HEAD, CHECKPOINT, COMMIT];
         roots.retain(|root| root.pinned_at <= latest && kinds.contains(&root.kind.as_str()));
         Ok(roots)
     }

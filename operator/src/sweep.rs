@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use aether_api::checkpoint::DeletionPolicy;
 use aether_api::names;
-use aether_api::{AetherCheckpoint, AetherSession, AetherSource};
+use aether_api::{AetherCheckpoint, AetherCommit, AetherSession, AetherSource};
 use aether_proto::store::v1::Root;
 use k8s_openapi::api::core::v1::{Namespace, PersistentVolume};
 use kube::{Api, Resource, ResourceExt};
@@ -41,6 +41,7 @@ pub async fn sweep(context: &Arc<Context>) -> Result<()> {
     });
     let sessions = objects::list::<AetherSession>(&Api::all(client.clone()), "").await?;
     let sources = objects::list::<AetherSource>(&Api::all(client.clone()), "").await?;
+    let commits = objects::list::<AetherCommit>(&Api::all(client.clone()), "").await?;
 
     let session_uids: HashSet<String> = sessions.iter().filter_map(ResourceExt::uid).collect();
     for volume in labelled.into_iter().filter(|volume| is_stray_volume(volume, &session_uids)) {
@@ -50,6 +51,12 @@ pub async fn sweep(context: &Arc<Context>) -> Result<()> {
         }
     }
     for checkpoint in &checkpoints {
+        if commits
+            .iter()
+            .any(|commit| commit.namespace() == checkpoint.namespace() && commit.needs(&checkpoint.name_any()))
+        {
+            continue;
+        }
         let why = if is_stray_checkpoint(checkpoint, &session_uids) {
             "deleting a checkpoint that goes with its session, which is gone"
         } else if is_forgotten_diff(checkpoint) {
@@ -64,6 +71,7 @@ pub async fn sweep(context: &Arc<Context>) -> Result<()> {
         }
     }
     let uids = sources.iter().filter_map(ResourceExt::uid).chain(checkpoints.iter().filter_map(ResourceExt::uid));
+    let uids = uids.chain(commits.iter().filter_map(ResourceExt::uid));
     let living: HashSet<String> = uids.chain(session_uids).collect();
     let forgotten = async {
         let pinned = pinning?;

@@ -91,6 +91,9 @@ pub struct AetherCommandStatus {
     /// The checkpoint taken afterwards.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<String>,
+    /// Its uid: a later checkpoint of that name says nothing of what the command left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_uid: Option<String>,
     /// `Complete` or `Failed`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]

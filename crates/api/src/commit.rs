@@ -204,6 +204,13 @@ pub struct AetherCommitStatus {
     /// The source whose review rule decides.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<CommitSource>,
+    /// Who made the session, the checkpoint and this object: their approvals count only where the rule says `allowSelf`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub makers: Vec<String>,
+    /// What nobody knows the maker of. Then no approval can be told from one's own, and none counts, unless the rule says
+    /// `allowSelf`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unknown_makers: Vec<String>,
     /// Who has approved, and what is missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approvals: Option<Approvals>,
@@ -213,6 +220,12 @@ pub struct AetherCommitStatus {
     /// Its uid: another Job of that name is not believed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job_uid: Option<String>,
+    /// How many Jobs were made for it before this one, and came to nothing by no fault of the commit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retries: Option<u32>,
+    /// When the next one is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_at: Option<Time>,
     /// The id of the resulting git commit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,
@@ -287,5 +300,11 @@ impl AetherCommit {
     /// Whether it ended, well or badly.
     pub fn finished(&self) -> bool {
         self.status.as_ref().is_some_and(|status| status.finished.is_some())
+    }
+
+    /// Whether it has not ended and commits this checkpoint, of its own namespace: then no controller deletes that.
+    pub fn needs(&self, checkpoint: &str) -> bool {
+        let taken = self.status.as_ref().and_then(|status| status.checkpoint.as_deref());
+        !self.finished() && [self.spec.checkpoint.as_deref(), taken].contains(&Some(checkpoint))
     }
 }

@@ -8,7 +8,9 @@ pub const READY: &str = "Ready";
 pub const IMPORTING: &str = "Importing";
 /// A checkpoint: its tree is in the store, and losing the node loses nothing of it.
 pub const DURABLE: &str = "Durable";
-/// A request (restore, command) ended well.
+/// A commit: whether the review rule of its source is satisfied.
+pub const APPROVED: &str = "Approved";
+/// A request (restore, command, commit) ended well.
 pub const COMPLETE: &str = "Complete";
 /// A request or checkpoint ended badly, for good.
 pub const FAILED: &str = "Failed";
@@ -76,6 +78,30 @@ pub mod reason {
     pub const NODE_FAILED: &str = "NodeFailed";
     /// What was asked for is done.
     pub const DONE: &str = "Done";
+    /// A commit: the review rule is satisfied.
+    pub const APPROVED: &str = "Approved";
+    /// A commit: approvals or checks are missing.
+    pub const AWAITING_APPROVAL: &str = "AwaitingApproval";
+    /// A commit: a reviewer rejects it.
+    pub const REJECTED: &str = "Rejected";
+    /// A commit: the operator has not written down who asked for it, or not what it says now.
+    pub const NOT_SIGNED: &str = "NotSigned";
+    /// A commit: the repository does not have the commit that the session started from.
+    pub const BASE_NOT_FOUND: &str = "BaseNotFound";
+    /// A commit: the branch is not where the session started from.
+    pub const BRANCH_MOVED: &str = "BranchMoved";
+    /// A commit: the branch has changed the same paths.
+    pub const CONFLICT: &str = "Conflict";
+    /// A commit: the branch has all of it already.
+    pub const NOTHING_TO_COMMIT: &str = "NothingToCommit";
+    /// A commit: the git server does not take the push.
+    pub const PUSH_REJECTED: &str = "PushRejected";
+    /// A commit: the store does not have all of the tree.
+    pub const TREE_INCOMPLETE: &str = "TreeIncomplete";
+    /// A commit: its Job failed in a way that has no reason of its own; the message has its last words.
+    pub const COMMIT_FAILED: &str = "CommitFailed";
+    /// A commit: the Job of its name is not the one that the operator asks for.
+    pub const INVALID_JOB: &str = "InvalidJob";
     /// The store has no good copy of some contents any more; the message names the paths.
     pub const CONTENTS_LOST: &str = "ContentsLost";
     /// The store has again what it had lost.

@@ -54,6 +54,8 @@ pub const COMMAND_UID_ANNOTATION: &str = "aether.dev/command-uid";
 /// Annotation on sessions and checkpoints: who made them, with the operator's proof, as JSON. Written by the operator when the
 /// object is made.
 pub const CREATOR_ANNOTATION: &str = "aether.dev/created-by";
+/// Annotation on the Job of a commit: `NAMESPACE/NAME` of the AetherCommit.
+pub const COMMIT_ANNOTATION: &str = "aether.dev/commit";
 /// Annotation on a source: any new value asks for a new import.
 pub const REFRESH_ANNOTATION: &str = "aether.dev/refresh";
 

@@ -5,7 +5,7 @@
 //! finalizers only begin to go, and changes no version when a write changes nothing. It knows no schemas, no controllers and
 //! no watches: what the binder, the kubelet or the garbage collector would do, a test does with [`ApiServer::change`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::fmt::Debug;
 use std::future::{Ready, ready};
@@ -59,6 +59,8 @@ struct State {
     logs: BTreeMap<(String, String), String>,
     /// Accounts and audiences by token.
     tokens: BTreeMap<String, (String, Vec<String>)>,
+    /// Who may do what, as `USER VERB RESOURCE NAMESPACE/NAME`.
+    rights: BTreeSet<String>,
     writes: Vec<Write>,
     version: u64,
     made: u64,
@@ -150,6 +152,13 @@ impl ApiServer {
     pub fn know_token(&self, token: &str, account: &str, audiences: &[&str]) {
         let audiences = audiences.iter().map(|audience| (*audience).to_owned()).collect();
         self.state().tokens.insert(token.into(), (account.into(), audiences));
+    }
+
+    /// From now on a SubjectAccessReview says that this user may do this to the object of this name, or may not.
+    pub fn set_right(&self, user: &str, verb: &str, resource: &str, namespace: &str, name: &str, allowed: bool) {
+        let right = format!("{user} {verb} {resource} {namespace}/{name}");
+        let rights = &mut self.state().rights;
+        let _ = if allowed { rights.insert(right) } else { rights.remove(&right) };
     }
 
     /// From now on a TokenReview says that the token is nobody's.
@@ -256,6 +265,7 @@ impl State {
             Method::GET if path.name.is_empty() => Ok(self.list(&path, uri)),
             Method::GET => self.objects.get(&path.key()).cloned().ok_or_else(|| not_found(&path.name)),
             Method::POST if path.plural == "tokenreviews" => Ok(self.review_token(sent)),
+            Method::POST if path.plural == "subjectaccessreviews" => Ok(self.review_access(sent)),
             Method::POST => self.create(&path, sent),
             Method::PUT => self.update(&path, |_| Ok(sent)),
             Method::PATCH => self.update(&path, |old| {
@@ -287,6 +297,16 @@ impl State {
             Some(_) => json!({"authenticated": false, "error": "token audiences are not those that were asked for"}),
             None => json!({"authenticated": false, "error": "invalid bearer token"}),
         };
+        review
+    }
+
+    fn review_access(&self, mut review: Value) -> Value {
+        let asked = &review["spec"]["resourceAttributes"];
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let [verb, resource, namespace, name] =
+            ["verb", "resource", "namespace", "name"].map(|part| text(&asked[part]));
+        let right = format!("{} {verb} {resource} {namespace}/{name}", text(&review["spec"]["user"]));
+        review["status"] = json!({"allowed": self.rights.contains(&right)});
         review
     }
 

@@ -194,7 +194,7 @@ async fn wait(commands: &Api<AetherCommand>, command: &AetherCommand, why: &str,
 }
 
 /// The status that says what became of the command.
-fn next_status(command: &AetherCommand, outcome: Outcome, checkpoint: Option<String>) -> AetherCommandStatus {
+fn next_status(command: &AetherCommand, outcome: Outcome, checkpoint: Option<Taken>) -> AetherCommandStatus {
     let generation = command.meta().generation;
     let mut status = command.status.clone().unwrap_or_default();
     match outcome {
@@ -226,7 +226,8 @@ fn next_status(command: &AetherCommand, outcome: Outcome, checkpoint: Option<Str
             status.exit_code = ended.exit_code;
             status.started = ended.started.or(status.started);
             status.finished = Some(ended.finished.unwrap_or_else(objects::now));
-            status.checkpoint = checkpoint;
+            (status.checkpoint, status.checkpoint_uid) =
+                checkpoint.map_or((None, None), |taken| (Some(taken.name), taken.uid));
             if !complete {
                 conditions::set(
                     &mut status.conditions,
@@ -240,20 +241,27 @@ fn next_status(command: &AetherCommand, outcome: Outcome, checkpoint: Option<Str
     status
 }
 
-/// Takes the checkpoint that the command asks for; its name. One of the command's own name may be somebody else's: of an
+/// A checkpoint that was taken after a command.
+struct Taken {
+    name: String,
+    /// Only of one that was made here and now: what is found could have been made by anybody at any time.
+    uid: Option<String>,
+}
+
+/// Takes the checkpoint that the command asks for. One of the command's own name may be somebody else's: of an
 /// earlier command of that name, perhaps.
-async fn take_checkpoint(command: &AetherCommand, context: &Context) -> Result<Option<String>> {
+async fn take_checkpoint(command: &AetherCommand, context: &Context) -> Result<Option<Taken>> {
     let checkpoints: Api<AetherCheckpoint> =
         objects::namespaced(&context.client, &command.namespace().unwrap_or_default());
     let (name, uid) = (command.name_any(), command.uid().unwrap_or_default());
     let another = objects::derived_name(&name, "after", &[&uid]);
     for name in [name, another] {
-        if objects::create(&checkpoints, &checkpoint_after(command, &name, &uid)).await?.is_some() {
-            return Ok(Some(name));
+        if let Some(made) = objects::create(&checkpoints, &checkpoint_after(command, &name, &uid)).await? {
+            return Ok(Some(Taken { name, uid: made.uid() }));
         }
         let there = objects::get(&checkpoints, &name).await?;
         if there.is_some_and(|there| there.annotations().get(COMMAND_UID_ANNOTATION) == Some(&uid)) {
-            return Ok(Some(name));
+            return Ok(Some(Taken { name, uid: None }));
         }
     }
     let message = format!(

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use aether_api::checkpoint::DeletionPolicy;
 use aether_api::names;
-use aether_api::{AetherCheckpoint, AetherSession};
+use aether_api::{AetherCheckpoint, AetherCommit, AetherSession};
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
 use kube::runtime::controller::Action;
 use kube::{Api, Client, Resource, ResourceExt};
@@ -93,7 +93,12 @@ async fn delete_claim(volume: &PersistentVolume, client: &Client) -> Result<bool
 /// Deletes the checkpoints that were taken of the session and are to go with it.
 async fn delete_checkpoints(session: &Named, client: &Client) -> Result<()> {
     let checkpoints: Api<AetherCheckpoint> = objects::namespaced(client, &session.namespace);
+    let commits = objects::list::<AetherCommit>(&objects::namespaced(client, &session.namespace), "").await?;
     for checkpoint in objects::list(&checkpoints, "").await? {
+        // The sweep deletes it when the commit has ended.
+        if commits.iter().any(|commit| commit.needs(&checkpoint.name_any())) {
+            continue;
+        }
         let taken_of = checkpoint.status.as_ref().and_then(|status| status.session_uid.as_ref());
         if taken_of == Some(&session.uid)
             && checkpoint.spec.deletion_policy == DeletionPolicy::WithSession

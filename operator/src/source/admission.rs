@@ -1,7 +1,9 @@
-//! What lets an import into the store: a token of its own account for the store's audience, and the store's authority.
+//! What lets the Job of an import or a commit into the store: a token of its own account for the store's audience, and the
+//! store's authority.
 //!
 //! The account is of the source's namespace, where the Job runs. Whoever may create pods there can run them under it and
-//! have such a token too; so the store lets it bring contents and ask which are missing, and read nothing.
+//! have such a token too; so the store lets an import bring contents and ask which are missing, and read nothing, and lets commits read
+//! only from the namespaces that the chart is told.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::objects;
 
 /// The service account of import Jobs, in each namespace of sources; the chart grants it `write`.
-const ACCOUNT: &str = "aether-importer";
+pub(crate) const IMPORTER: &str = "aether-importer";
 /// Carries the authority into the pod: a certificate is no secret, and a ConfigMap of another namespace cannot be mounted.
 const AUTHORITY_ANNOTATION: &str = "aether.dev/store-ca";
 /// Where the authority and the token are, as files.
@@ -25,8 +27,10 @@ const DIRECTORY: &str = "/var/run/aether/store";
 /// For how long a token is good; the kubelet renews it before.
 const TOKEN_SECONDS: i64 = 3600;
 
-/// The authority (PEM) that import Jobs are to believe; none for a store in the clear.
-pub(super) fn authority(file: Option<&Path>) -> Result<Option<String>> {
+/// The service account of Jobs that commit, in each namespace of sources; the chart grants it `read` where it is told to.
+pub(crate) const COMMITTER: &str = "aether-committer";
+/// The authority (PEM) that these Jobs are to believe; none for a store in the clear.
+pub(crate) fn authority(file: Option<&Path>) -> Result<Option<String>> {
     let read = |file: &Path| {
         std::fs::read_to_string(file).map_err(|source| Error::Authority { file: file.display().to_string(), source })
     };
@@ -34,16 +38,16 @@ pub(super) fn authority(file: Option<&Path>) -> Result<Option<String>> {
 }
 
 /// Makes the account where it is missing. One that is there stays as it is: platform teams give it pull secrets.
-pub(super) async fn provide_account(client: &Client, namespace: &str) -> Result<()> {
+pub(crate) async fn provide_account(client: &Client, namespace: &str, name: &str) -> Result<()> {
     let mut account = ServiceAccount { automount_service_account_token: Some(false), ..ServiceAccount::default() };
-    account.metadata.name = Some(ACCOUNT.into());
+    account.metadata.name = Some(name.into());
     account.metadata.labels =
         Some([("app.kubernetes.io/name", "aether")].map(|(key, value)| (key.into(), value.into())).into());
     objects::create(&objects::namespaced(client, namespace), &account).await.map(drop)
 }
 
 /// Lets the pods of a Job into a store that `authority` vouches for.
-pub(super) fn admit(pods: &mut PodTemplateSpec, authority: String) {
+pub(crate) fn admit(pods: &mut PodTemplateSpec, account: &str, authority: String) {
     let file = |path: &str| format!("{DIRECTORY}/{path}");
     let token = ServiceAccountTokenProjection {
         audience: Some(AUDIENCE.into()),
@@ -70,7 +74,7 @@ pub(super) fn admit(pods: &mut PodTemplateSpec, authority: String) {
     let annotations = BTreeMap::from([(AUTHORITY_ANNOTATION.to_owned(), authority)]);
     pods.metadata.get_or_insert_default().annotations.get_or_insert_default().extend(annotations);
     let Some(pod) = &mut pods.spec else { return };
-    pod.service_account_name = Some(ACCOUNT.into());
+    pod.service_account_name = Some(account.into());
     pod.volumes.get_or_insert_default().push(Volume {
         name: "store".into(),
         projected: Some(volume),

@@ -17,7 +17,7 @@ const DEFAULT_DNS: &str = "ClusterFirst";
 const DEFAULT_WORDS: &str = "/dev/termination-log";
 
 /// What of a pod, or of a Job's template, is not as `wanted` says; nothing when it is genuine.
-pub(super) fn difference(
+pub(crate) fn difference(
     wanted: &PodTemplateSpec,
     metadata: Option<&ObjectMeta>,
     spec: Option<&PodSpec>,

@@ -4,11 +4,12 @@
 //! what is wrong. A revision is added only when its tree differs from the newest one's. Only a pod that runs exactly what
 //! the operator asked for is believed.
 
-mod admission;
-mod genuine;
+pub(crate) mod admission;
+pub(crate) mod genuine;
 mod job;
 mod outcome;
 mod plan;
+pub(crate) mod promote;
 mod validate;
 
 use std::sync::Arc;
@@ -146,7 +147,7 @@ async fn start(
     let known = known_state(status, &origin);
     let authority = admission::authority(context.config.credentials.authority.as_deref())?;
     if authority.is_some() {
-        admission::provide_account(&context.client, &namespace).await?;
+        admission::provide_account(&context.client, &namespace, admission::IMPORTER).await?;
     }
     let job = admitted_job(source, name.clone(), known.as_deref(), authority.as_deref(), &context.config);
     let made = match objects::create(&jobs, &job).await? {
@@ -187,7 +188,7 @@ fn admitted_job(
 ) -> Job {
     let mut job = job::job(source, name, known, config);
     if let (Some(spec), Some(authority)) = (&mut job.spec, authority) {
-        admission::admit(&mut spec.template, authority.to_owned());
+        admission::admit(&mut spec.template, admission::IMPORTER, authority.to_owned());
     }
     job
 }
@@ -198,7 +199,12 @@ fn known_state(status: &AetherSourceStatus, origin: &str) -> Option<String> {
     let last = status.import.as_ref()?;
     let same = last.origin == origin && last.phase == plan::DONE_PHASE;
     let whole = conditions::get(&status.conditions, INTACT).is_none_or(|intact| intact.status == "True");
-    state(status.revisions.first().filter(|_| same && whole)?).map(str::to_owned)
+    state(newest_import(status).filter(|_| same && whole)?).map(str::to_owned)
+}
+
+/// The newest revision that was not promoted.
+fn newest_import(status: &AetherSourceStatus) -> Option<&Revision> {
+    status.revisions.iter().find(|revision| revision.promoted.is_none())
 }
 
 /// What a source was like when a revision of it was made: the commit that its ref meant, or the listing of its bucket.
@@ -216,7 +222,7 @@ fn template_of(
     config: &Config,
 ) -> Result<std::result::Result<PodTemplateSpec, &'static str>> {
     let authority = admission::authority(config.credentials.authority.as_deref())?;
-    let newest = status.revisions.first().and_then(state);
+    let newest = newest_import(status).and_then(state);
     let given = job.spec.as_ref().map(|spec| &spec.template);
     let mut different = "spec";
     for known in [None, newest] {
@@ -341,21 +347,13 @@ async fn follow(source: &AetherSource, status: &mut AetherSourceStatus, context:
 
 /// Puts a new revision first, unless the tree is the newest one's. Says what became of it.
 fn add_revision(status: &mut AetherSourceStatus, imported: Imported) -> String {
-    if let Some(newest) = status.revisions.first_mut().filter(|newest| newest.root == imported.root) {
+    let newest = status.revisions.iter_mut().find(|revision| revision.promoted.is_none());
+    if let Some(newest) = newest.filter(|newest| newest.root == imported.root) {
         // Objects that were written anew as they were: the next refresh knows them.
         newest.listing = imported.listing;
         return format!("nothing changed since revision {}", newest.name);
     }
-    let number = |name: &str| name.strip_prefix('r')?.parse::<u64>().ok();
-    let last = status
-        .revisions
-        .iter()
-        .map(|revision| revision.name.as_str())
-        .chain(status.latest.as_deref())
-        .filter_map(number)
-        .max()
-        .unwrap_or(0);
-    let name = format!("r{}", last + 1);
+    let name = next_name(status);
     let revision = Revision {
         name: name.clone(),
         root: imported.root,
@@ -369,6 +367,13 @@ fn add_revision(status: &mut AetherSourceStatus, imported: Imported) -> String {
     };
     status.revisions.insert(0, revision);
     format!("imported revision {name}")
+}
+
+/// The name of the next revision.
+fn next_name(status: &AetherSourceStatus) -> String {
+    let number = |name: &str| name.strip_prefix('r')?.parse::<u64>().ok();
+    let names = status.revisions.iter().map(|revision| revision.name.as_str()).chain(status.latest.as_deref());
+    format!("r{}", names.filter_map(number).max().unwrap_or(0) + 1)
 }
 
 /// The condition of the last import stands, but not one that spoke of a spec or a Secret which is mended since.
@@ -398,12 +403,9 @@ fn resting(status: &AetherSourceStatus) -> Wanted {
 fn describe(status: &mut AetherSourceStatus, source: &AetherSource, importing: Wanted) {
     let generation = source.meta().generation;
     status.revisions.truncate(source.spec.revisions_to_keep.max(1) as usize);
-    let newest = status.revisions.first();
-    status.latest = newest.map(|revision| revision.name.clone());
-    status.files = newest.map(|revision| revision.files);
-    status.bytes = newest.map(|revision| revision.bytes);
+    show_newest(status);
     status.observed_generation = generation;
-    let ready = ready(newest, &importing);
+    let ready = ready(status.revisions.first(), &importing);
     status.phase = Some(
         match (importing.status, ready.status) {
             (true, _) => "Importing",
@@ -414,6 +416,14 @@ fn describe(status: &mut AetherSourceStatus, source: &AetherSource, importing: W
     );
     conditions::set(&mut status.conditions, ready, generation);
     conditions::set(&mut status.conditions, importing, generation);
+}
+
+/// What people see first of the newest revision.
+fn show_newest(status: &mut AetherSourceStatus) {
+    let newest = status.revisions.first();
+    status.latest = newest.map(|revision| revision.name.clone());
+    status.files = newest.map(|revision| revision.files);
+    status.bytes = newest.map(|revision| revision.bytes);
 }
 
 /// A source is ready as soon as it has a revision, whatever becomes of later imports.

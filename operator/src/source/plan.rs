@@ -30,7 +30,11 @@ pub(super) enum Plan {
 
 /// Digest of where the source comes from: an import is worth repeating when it changes.
 pub(super) fn origin(source: &AetherSource) -> String {
-    let spec = &source.spec;
+    let mut spec = source.spec.clone();
+    if let Some(git) = &mut spec.git {
+        // What commits are pushed by changes nothing of what is imported.
+        git.push_secret_ref = None;
+    }
     let parts = match &spec.s3 {
         // Without it the digest stays what it was when there was no such kind: nothing is imported again.
         None => serde_json::json!([spec.git, spec.claim, spec.empty]),

@@ -1,0 +1,184 @@
+//! The rules of commits, approvals and notes, for people. The schemas say them too, but old API servers drop what they
+//! cannot check. Pure.
+
+use aether_api::{AetherApprovalSpec, AetherCommitSpec, AetherNoteSpec, AetherSourceSpec};
+
+/// The first rule that a commit breaks by itself.
+pub fn commit(spec: &AetherCommitSpec) -> Option<String> {
+    match (&spec.checkpoint, &spec.session) {
+        (None, None) => return Some("spec says not what to commit: say exactly one of checkpoint and session".into()),
+        (Some(_), Some(_)) => {
+            return Some("spec says both a checkpoint and a session: say exactly one of them".into());
+        }
+        (Some(name), None) | (None, Some(name)) if name.is_empty() => {
+            return Some("the checkpoint or session to commit has an empty name".into());
+        }
+        _ => {}
+    }
+    let target = &spec.target;
+    match [target.git.is_some(), target.promote.is_some(), target.export.is_some()].into_iter().filter(|it| *it).count()
+    {
+        0 => return Some("spec.target says not where to: say exactly one of git and promote".into()),
+        1 => {}
+        _ => return Some("spec.target says more than one place to go to: say exactly one of git and promote".into()),
+    }
+    if target.export.is_some() {
+        return Some("spec.target.export is not served by this operator: say git or promote".into());
+    }
+    let git = target.git.as_ref()?;
+    if git.message.trim().is_empty() {
+        return Some("spec.target.git.message is empty: say what the commit does".into());
+    }
+    branch(&git.branch).map(|why| format!("spec.target.git.branch {:?} {why}", git.branch))
+}
+
+/// Why git would not take this as the short name of a branch; see git-check-ref-format(1).
+fn branch(name: &str) -> Option<&'static str> {
+    let bad = |c: char| c.is_control() || c == ' ' || "~^:?*[\\".contains(c);
+    if name.is_empty() {
+        return Some("is empty");
+    }
+    if name.starts_with("refs/") {
+        return Some("begins with refs/: say the branch by its short name");
+    }
+    if name.starts_with('-') || name == "@" || name.contains(bad) || name.contains("..") || name.contains("@{") {
+        return Some("is not a name that git takes for a branch");
+    }
+    let part = |part: &str| part.is_empty() || part.starts_with('.') || part.ends_with('.') || part.ends_with(".lock");
+    name.split('/').any(part).then_some("is not a name that git takes for a branch")
+}
+
+/// The first rule that an approval breaks by itself.
+pub fn approval(spec: &AetherApprovalSpec) -> Option<String> {
+    if spec.commit.is_empty() {
+        return Some("spec.commit is empty: name an AetherCommit of this namespace".into());
+    }
+    spec.root
+        .is_empty()
+        .then(|| "spec.root is empty: say status.root of the commit, the tree that you have seen".into())
+}
+
+/// The first rule that a note breaks by itself.
+pub fn note(spec: &AetherNoteSpec) -> Option<String> {
+    if spec.checkpoint.is_empty() || spec.path.is_empty() {
+        return Some("a note says spec.checkpoint and spec.path".into());
+    }
+    if spec.text.trim().is_empty() {
+        return Some("spec.text is empty: say what there is to say".into());
+    }
+    let lines = spec.lines.as_ref()?;
+    (lines.from < 1 || lines.to < lines.from)
+        .then(|| format!("spec.lines {}..{} are none: from is 1 or more, and not behind to", lines.from, lines.to))
+}
+
+/// Why the source takes no commit to this target.
+pub fn fits(commit: &AetherCommitSpec, source: &AetherSourceSpec) -> Option<String> {
+    let git = commit.target.git.as_ref()?;
+    if source.git.is_none() {
+        return Some("the source is no git repository: say spec.target.promote".into());
+    }
+    let allowed = &source.review.as_ref()?.branches;
+    let takes = allowed.is_empty() || allowed.iter().any(|pattern| matches(pattern, &git.branch));
+    (!takes)
+        .then(|| format!("branch {:?} is not one that the source takes commits to: {}", git.branch, allowed.join(", ")))
+}
+
+/// Whether the pattern is good for the name: `**` for any text, `*` for any without `/`.
+fn matches(pattern: &str, name: &str) -> bool {
+    if let Some(rest) = pattern.strip_prefix("**") {
+        return ends(name, true).any(|end| matches(rest, &name[end..]));
+    }
+    if let Some(rest) = pattern.strip_prefix('*') {
+        return ends(name, false).any(|end| matches(rest, &name[end..]));
+    }
+    match pattern.chars().next() {
+        None => name.is_empty(),
+        Some(first) => name.strip_prefix(first).is_some_and(|name| matches(&pattern[first.len_utf8()..], name)),
+    }
+}
+
+/// Where each beginning of the name ends that a star may stand for.
+fn ends(name: &str, slashes: bool) -> impl Iterator<Item = usize> {
+    let part = name.char_indices().take_while(move |(_, c)| slashes || *c != '/');
+    std::iter::once(0).chain(part.map(|(at, c)| at + c.len_utf8()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use aether_api::commit::{ExportTarget, GitTarget, PromoteTarget, Target};
+    use aether_api::note::Lines;
+    use aether_api::review::ReviewRule;
+    use aether_api::source::GitSource;
+
+    fn git(branch: &str) -> AetherCommitSpec {
+        let git = GitTarget { branch: branch.into(), message: "mend".into(), ..GitTarget::default() };
+        AetherCommitSpec {
+            session: Some("fix".into()),
+            target: Target { git: Some(git), ..Target::default() },
+            ..AetherCommitSpec::default()
+        }
+    }
+
+    #[test]
+    fn a_commit_says_one_thing_and_one_place() {
+        assert_eq!(commit(&git("main")), None);
+        let broken = |change: fn(&mut AetherCommitSpec), word: &str| {
+            let mut spec = git("main");
+            change(&mut spec);
+            let said = commit(&spec).expect(word);
+            assert!(said.contains(word), "{said}");
+        };
+        broken(|spec| spec.checkpoint = Some("c".into()), "both");
+        broken(|spec| spec.session = None, "exactly one of checkpoint and session");
+        broken(|spec| spec.session = Some(String::new()), "empty name");
+        broken(|spec| spec.target.git = None, "not where to");
+        broken(|spec| spec.target.promote = Some(PromoteTarget {}), "more than one");
+        broken(
+            |spec| spec.target = Target { export: Some(ExportTarget::default()), ..Target::default() },
+            "not served",
+        );
+        broken(|spec| spec.target.git.as_mut().unwrap().message = " \n".into(), "message");
+    }
+
+    #[test]
+    fn a_branch_is_one_that_git_takes() {
+        for good in ["main", "agents/fix-7", "a.b", "ä"] {
+            assert_eq!(commit(&git(good)), None, "{good}");
+        }
+        for bad in
+            ["", "refs/heads/main", "-f", "a..b", "a b", "a/.b", "a//b", "/a", "a/", "a.lock", "a:b", "a\nb", "@{x"]
+        {
+            assert!(commit(&git(bad)).is_some(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_source_says_which_branches_it_takes() {
+        let mut source = AetherSourceSpec { git: Some(GitSource::default()), ..Default::default() };
+        assert_eq!(fits(&git("main"), &source), None);
+        let branches = ["agents/*", "wip/**", "release-*"].map(String::from).to_vec();
+        source.review = Some(ReviewRule { branches, ..ReviewRule::default() });
+        for good in ["agents/a", "wip/a/b", "release-1", "release-"] {
+            assert_eq!(fits(&git(good), &source), None, "{good}");
+        }
+        for bad in ["main", "agents/a/b", "xagents/a", "release-1/a", "wip"] {
+            assert!(fits(&git(bad), &source).unwrap().contains("agents/*"), "{bad}");
+        }
+        source.git = None;
+        assert!(fits(&git("agents/a"), &source).unwrap().contains("no git repository"));
+    }
+
+    #[test]
+    fn approvals_and_notes_name_what_they_speak_of() {
+        let mut spec = AetherApprovalSpec { commit: "c".into(), ..Default::default() };
+        assert!(approval(&spec).unwrap().contains("status.root"));
+        spec.root = "aa/1".into();
+        assert_eq!(approval(&spec), None);
+        let mut spec =
+            AetherNoteSpec { checkpoint: "c".into(), path: "a".into(), text: "why?".into(), ..Default::default() };
+        assert_eq!(note(&spec), None);
+        spec.lines = Some(Lines { from: 2, to: 1 });
+        assert!(note(&spec).unwrap().contains("2..1"));
+    }
+}
