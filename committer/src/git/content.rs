@@ -11,12 +11,12 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path as FilePath, PathBuf};
 
 use aether_cas::{Blob, Store};
-use aether_git::{Call, LFS_FILTER};
+use aether_git::{Call, LFS_FILTER, Reason as Git};
 
 use super::difference::{Difference, Object, Path, loss};
 use super::repository::Repository;
-use crate::cli::Git;
-use crate::failure::Failure;
+use crate::cli;
+use crate::failure::{Failure, Kind};
 use crate::trees::{Trees, batches, read_batch};
 
 /// Contents up to this size are read into memory, several at a time.
@@ -43,7 +43,7 @@ struct Copy<'a> {
 /// Writes the tree into `repository`, which has the base commit. `files` must not exist.
 pub(super) async fn write(
     repository: &Repository<'_>,
-    asked: &Git,
+    asked: &cli::Git,
     files: PathBuf,
     store: &dyn Store,
 ) -> Result<Written, Failure> {
@@ -67,7 +67,7 @@ pub(super) async fn write(
     // First, because what is removed may be in the way of what is written.
     copy.git(&["update-index", "-z", "--force-remove", "--stdin"], &joined(&difference.removed)).await?;
     copy.git(&["update-index", "-z", "--add", "--stdin"], &joined(difference.written.keys())).await?;
-    copy.find_converted(&mut difference, asked.lfs).await?;
+    copy.compare(&mut difference, asked.lfs).await?;
     // Contents of other files are not here.
     let tree = copy.git(&["write-tree", "--missing-ok"], &[]).await?;
     Ok(Written {
@@ -81,7 +81,11 @@ impl Copy<'_> {
     async fn git(&self, arguments: &[&str], input: &[u8]) -> Result<Vec<u8>, Failure> {
         let environment = self.environment.each_ref().map(|(key, value)| (*key, value.as_str()));
         let call = Call { input, environment: &environment };
-        Ok(self.repository.git.ask(&self.files, arguments, call).await?)
+        self.repository.git.ask(&self.files, arguments, call).await.map_err(|failure| match failure.reason {
+            // Such as a name that git takes for its own: it will say so again.
+            Git::Failed => Failure { kind: Kind::Permanent, ..failure.into() },
+            _ => failure.into(),
+        })
     }
 
     /// All paths of the index, with mode and id.
@@ -129,8 +133,15 @@ impl Copy<'_> {
         Ok(())
     }
 
-    /// Notes the files of which git keeps other bytes than were reviewed. Pointers are what Git LFS is for.
-    async fn find_converted(&self, difference: &mut Difference, lfs: bool) -> Result<(), Failure> {
+    /// Notes what git leaves out without a word, and the files of which it keeps other bytes than were reviewed. Pointers
+    /// are what Git LFS is for.
+    async fn compare(&self, difference: &mut Difference, lfs: bool) -> Result<(), Failure> {
+        let kept: HashMap<Path, (Vec<u8>, Vec<u8>)> = self.index().await?.into_iter().collect();
+        let left_out: Vec<Path> = difference.written.keys().filter(|path| !kept.contains_key(*path)).cloned().collect();
+        for path in left_out {
+            difference.written.remove(&path);
+            difference.losses.add(loss::NAME, &path);
+        }
         let files = difference.written.iter().filter(|(_, object)| matches!(object, Object::File { .. }));
         let files: Vec<&Path> = files.map(|(path, _)| path).collect();
         // One name a line, so none is left as it is.
@@ -138,10 +149,8 @@ impl Copy<'_> {
             |path: &Path| format!("\"{}\"\n", path.iter().map(|byte| format!("\\{byte:03o}")).collect::<String>());
         let names: String = files.iter().map(|path| quoted(path)).collect();
         let plain = self.git(&["hash-object", "--no-filters", "--stdin-paths"], names.as_bytes()).await?;
-        let kept: HashMap<Path, (Vec<u8>, Vec<u8>)> = self.index().await?.into_iter().collect();
         let plain = plain.split(|byte| *byte == b'\n');
-        let converted =
-            files.into_iter().zip(plain).filter(|(path, id)| kept.get(*path).is_some_and(|(_, kept)| kept != id));
+        let converted = files.into_iter().zip(plain).filter(|(path, id)| kept[*path].1 != *id);
         let mut converted: BTreeSet<Path> = converted.map(|(path, _)| path.clone()).collect();
         if lfs && !converted.is_empty() {
             let filters = self.git(&["check-attr", "-z", "--stdin", "filter"], &joined(&converted)).await?;

@@ -43,6 +43,7 @@ pub(super) mod loss {
     pub(in crate::git) const REPOSITORY: &str =
         "repositories within the repository: their files are committed, their histories are not";
     pub(in crate::git) const SUBMODULE: &str = "changes in submodules are left out: they are to be committed there";
+    pub(in crate::git) const NAME: &str = "files of these names are left out, because git takes them for its own";
     pub(in crate::git) const CONVERTED: &str = "these are committed as .gitattributes says, which is not byte for byte";
 }
 

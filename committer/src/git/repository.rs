@@ -10,6 +10,8 @@ use aether_git::{Call, Program, Reason as Git};
 use super::message::{COMMIT, ROOT};
 use crate::failure::{Failure, Reason};
 
+/// How wrong the clocks of those who commit may be, in seconds.
+const SKEW: i64 = 7 * 24 * 3600;
 /// Names that one command takes.
 const MANY: usize = 1000;
 /// Where a fetched branch is kept.
@@ -61,11 +63,14 @@ impl<'a> Repository<'a> {
         let repository = Self { git, path, branch: format!("refs/heads/{branch}") };
         repository.configure("remote.origin.url", url).await?;
         repository.configure("fetch.recurseSubmodules", "false").await?;
+        // What is `.git` to any file system that this may be checked out on is not committed.
+        repository.configure("core.protectHFS", "true").await?;
+        repository.configure("core.protectNTFS", "true").await?;
         Ok(repository)
     }
 
     pub(super) async fn configure(&self, key: &str, value: &str) -> Result<(), Failure> {
-        Ok(self.git.run(&self.path, &["config", "set", key, value]).await?)
+        Ok(self.git.run(&self.path, &["config", key, value]).await?)
     }
 
     /// Runs git in it, and gives the one line that it prints.
@@ -103,15 +108,15 @@ impl<'a> Repository<'a> {
             return Ok(Seen::default());
         }
         let refspec = format!("+{}:{TIP}", self.branch);
-        let since = format!("--shallow-since=@{since} +0000");
+        let since = format!("--shallow-since=@{} +0000", since - SKEW);
         let recent = [&FETCH[..], &[&since, "origin", &refspec]].concat();
         if let Err(failure) = self.git.run(&self.path, &recent).await {
-            // So says a server of which the branch is older than that.
+            // So says a server of which the branch is older than that, or that knows no times.
             if !matches!(failure.reason, Git::Failed) {
                 return Err(failure.into());
             }
-            let tip = [&FETCH[..], &["--depth=1", "origin", &refspec]].concat();
-            self.git.run(&self.path, &tip).await?;
+            let all = [&FETCH[..], &["origin", &refspec]].concat();
+            self.git.run(&self.path, &all).await?;
         }
         let tip = self.line(&["rev-parse", TIP]).await?;
         Ok(Seen { made: self.find(uid).await?, tip: Some(tip) })

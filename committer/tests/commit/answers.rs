@@ -72,6 +72,35 @@ async fn nobody_speaks_in_our_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_git_takes_for_its_own_is_never_committed() {
+    let world = World::new().await;
+    let session = world.session("hostile").await;
+    let names = [".GIT/config", ".g\u{200c}it/x", "a/.Git", "src/git~1/config"];
+    for name in names {
+        session.write(name, "[core]\n\tfsmonitor = touch /tmp/owned\n");
+    }
+    world.commit(&session, "uid-0", &[]).await.failed("NothingToCommit", "Permanent");
+    session.write("more", "more\n");
+    let done = world.commit(&session, "uid-0", &[]).await;
+    let warnings = done.done()["warnings"].to_string();
+    assert!(warnings.contains("because git takes them for its own: 4 (.GIT/config, "), "{warnings}");
+    assert_eq!(done.result["files"], 1, "{warnings}");
+    let listed = world.server(&["diff", "--name-only", "main^", "main"]);
+    assert_eq!(listed, "more");
+    // What lies in a repository of the session's own is its own, whatever it says.
+    let session = world.session("session").await;
+    session.write(
+        ".git/config",
+        "[core]\n\tfsmonitor = exit 1\n\thooksPath = /nosuch\n[url \"file:///nosuch\"]\n\tinsteadOf = file://\n",
+    );
+    session.write(".git/hooks/pre-push", "#!/bin/sh\nexit 1\n");
+    session.write("new", "new\n");
+    world.commit(&session, "uid-1", &[]).await.done();
+    session.remove(".git");
+    world.compare("main", &session);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_makes_no_sense_is_refused_and_what_is_lost_is_named() {
     let world = World::new().await;
     let session = world.session("session").await;

@@ -2,10 +2,13 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::path::Path;
 
 use aether_importer::cli;
 use aether_testkit::git_server::Server;
 use aether_testkit::sshd::Sshd;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 use crate::world::{Session, World, mode, run, secret, write};
 
@@ -77,6 +80,69 @@ async fn every_change_arrives_over_a_file_and_says_where_it_came_from() {
     assert_eq!(world.server(&["rev-parse", "main"]), head);
     let left: Vec<_> = fs::read_dir(world.folder.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("aether-commit-")), "{left:?}");
+}
+
+const NAMES: [&str; 9] = ["a", "b.rs", "ä ö", "new\nline", "\"quoted\"", ".hidden", "a.b", "a-b", "back\\slash"];
+
+/// Adds, changes, replaces and removes files and directories.
+fn change(random: &mut StdRng, root: &Path) {
+    for _ in 0..random.random_range(1..15) {
+        let mut path = root.to_owned();
+        for _ in 0..random.random_range(0..4) {
+            path.push(NAMES[random.random_range(0..NAMES.len())]);
+            if !path.is_dir() || path.is_symlink() {
+                let _ = fs::remove_file(&path);
+                fs::create_dir_all(&path).unwrap();
+            }
+        }
+        path.push(NAMES[random.random_range(0..NAMES.len())]);
+        // What is there may be of any kind.
+        let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
+        match random.random_range(0..6) {
+            0 => {}
+            1 => symlink(format!("to/{}", random.random::<u16>()), &path).unwrap(),
+            kind => {
+                let length = if random.random_range(0..8) == 0 { 1_100_000 } else { random.random_range(0..3000) };
+                fs::write(&path, vec![random.random(); length]).unwrap();
+                mode(&path, if kind == 2 { 0o755 } else { 0o644 });
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn random_changes_arrive_as_they_are() {
+    for seed in 0..5 {
+        let world = World::new().await;
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut committed = 0;
+        for number in 0..4 {
+            let session = world.session(&format!("session-{number}")).await;
+            change(&mut random, &session.files);
+            let done = world.commit(&session, &format!("uid-{number}"), &[]).await;
+            if done.result["reason"] != "NothingToCommit" {
+                done.done();
+                committed += 1;
+            }
+            world.compare("main", &session);
+        }
+        assert!(committed > 1, "seed {seed}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repository_may_name_its_objects_by_sha256() {
+    let world = World::new().await;
+    fs::remove_dir_all(world.at("app.git")).unwrap();
+    fs::remove_dir_all(world.at("work/.git")).unwrap();
+    let format = "--object-format=sha256";
+    run(world.folder.path(), &["init", "--quiet", "--bare", format, "--initial-branch=main", "app.git"]);
+    run(world.folder.path(), &["init", "--quiet", format, "--initial-branch=main", "work"]);
+    assert_eq!(world.publish("first").len(), 64);
+    let session = world.session("session").await;
+    edit(&session);
+    world.commit(&session, "uid-1", &[]).await.done();
+    world.compare("main", &session);
 }
 
 #[tokio::test(flavor = "multi_thread")]
