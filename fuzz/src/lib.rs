@@ -60,6 +60,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "pack", check: check_pack, seeds: packs },
     Target { name: "record", check: check_record, seeds: records },
     Target { name: "lazy-message", check: aether_lazy::testing::decode, seeds: messages },
+    Target { name: "audit", check: aether_audit::chain::check, seeds: chains },
 ];
 
 fn check_directory(input: &[u8]) {
@@ -212,4 +213,17 @@ fn packs() -> Vec<Vec<u8>> {
 
 fn messages() -> Vec<Vec<u8>> {
     vec![vec![0; 104], (0..40).collect(), vec![0xff; 32]]
+}
+
+fn chains() -> Vec<Vec<u8>> {
+    let (nothing, of) = (Digest::EMPTY, |line: &str| Digest::of(line.as_bytes()));
+    let line = |sequence: u8, previous: Digest, root: &str| {
+        let object = r#"{"kind":"AetherCommit","namespace":"n","name":"c","uid":"u"}"#;
+        format!(
+            r#"{{"sequence":{sequence},"previous":"{previous}","time":"2026-01-01T00:00:00Z","actor":"a","verb":"Approved","object":{object}{root}}}"#
+        )
+    };
+    let first = line(1, nothing, "");
+    let second = line(2, of(&first), r#","root":"r/1""#);
+    vec![Vec::new(), format!("{first}\n").into_bytes(), format!("{first}\n{second}\n").into_bytes()]
 }
