@@ -320,9 +320,15 @@ async fn what_was_written_while_the_webhook_was_away_does_not_count() {
     // And a commit that was changed after it was asked for.
     world.operator.api.remove::<AetherApproval>(NAMESPACE, &joe);
     world.say("joe", &name, "bb/2", Decision::Approve).await.unwrap();
-    world.operator.api.change::<AetherCommit>(NAMESPACE, &name, |commit| commit.spec.target = git("main"));
-    let status = world.reconcile(&name).await;
-    assert_eq!(status.phase, Some(CommitPhase::Pending));
+    let target = |branch: &str| {
+        world.operator.api.change::<AetherCommit>(NAMESPACE, &name, |commit| commit.spec.target = git(branch));
+    };
+    target("main");
+    assert_eq!(world.reconcile(&name).await.phase, Some(CommitPhase::Pending));
+    target("agents/fix");
+    assert_eq!(world.reconcile(&name).await.phase, Some(CommitPhase::Running));
+    target("main");
+    assert_eq!(world.reconcile(&name).await.phase, Some(CommitPhase::Pending), "also after it was released");
     assert!(world.jobs().is_empty());
 }
 
@@ -384,9 +390,16 @@ async fn two_operators_make_one_job_and_only_what_was_asked_for_is_believed() {
     let status = world.reconcile(&name).await;
     assert_eq!((status.phase, status.retries, &status.job), (Some(CommitPhase::Running), Some(1), &None));
     let first = world.jobs()[0].name_any();
+    // Meanwhile somebody thinks better of it.
+    let no = world.say("joe", &name, "bb/2", Decision::Reject).await.unwrap();
     world.operator.api.change::<AetherCommit>(NAMESPACE, &name, |commit| {
         commit.status.as_mut().unwrap().retry_at = Some(common::now());
     });
+    assert_eq!(world.reconcile(&name).await.phase, Some(CommitPhase::Rejected));
+    world.reconcile(&name).await;
+    assert_eq!(world.jobs().len(), 1);
+    world.operator.api.remove::<AetherApproval>(NAMESPACE, &no);
+    assert_eq!(world.reconcile(&name).await.phase, Some(CommitPhase::Running));
     world.reconcile(&name).await;
     let second = world.jobs().into_iter().find(|job| job.name_any() != first).expect("another Job");
     world.operator.api.remove::<Job>(NAMESPACE, &first);

@@ -79,17 +79,15 @@ async fn step(commit: &AetherCommit, status: &mut AetherCommitStatus, context: &
         fail(commit, status, reason::INVALID, violation);
         return Ok(None);
     }
-    if status.phase == Some(CommitPhase::Running) {
-        return carry(commit, status, context).await;
-    }
-    let Some(keys) = context.keyring.keys() else {
-        wait(commit, status, reason::NOT_SIGNED, "the operator has no keys to check signatures by yet");
-        return Ok(Some(POLL));
-    };
+    // Without keys nothing can be said of anybody; they are there in a moment.
+    let Some(keys) = context.keyring.keys() else { return Ok(Some(POLL)) };
     if let Err(why) = settle::is_genuine(commit, &keys) {
         let message = format!("who asked for this commit cannot be believed: {why}; delete it and make another one");
         wait(commit, status, reason::NOT_SIGNED, message);
         return Ok(Some(RECOUNT));
+    }
+    if status.phase == Some(CommitPhase::Running) {
+        return carry(commit, status, &keys, context).await;
     }
     if status.root.is_none() {
         match settle::settle(commit, status, &keys, context).await? {
@@ -149,7 +147,7 @@ async fn review(
     status.approvals = Some(counted.approvals.clone());
     if counted.is_released() {
         status.phase = Some(CommitPhase::Running);
-        status.started = Some(objects::now());
+        status.started.get_or_insert_with(objects::now);
     } else if counted.approvals.rejected.is_empty() {
         status.phase = Some(CommitPhase::AwaitingApproval);
     } else {
@@ -241,7 +239,12 @@ async fn answer(
 }
 
 /// Carries out a commit that was released.
-async fn carry(commit: &AetherCommit, status: &mut AetherCommitStatus, context: &Context) -> Result<Again> {
+async fn carry(
+    commit: &AetherCommit,
+    status: &mut AetherCommitStatus,
+    keys: &Keys,
+    context: &Context,
+) -> Result<Again> {
     let source = match settle::source(commit, status, context).await? {
         Ok(source) => source,
         Err((why, message)) => {
@@ -257,7 +260,9 @@ async fn carry(commit: &AetherCommit, status: &mut AetherCommitStatus, context: 
         if !left.is_zero() {
             return Ok(Some(left));
         }
+        // Somebody may have rejected it in the meantime, or lost the right to approve.
         status.retry_at = None;
+        return review(commit, status, keys, context).await;
     }
     let namespace = source.namespace().unwrap_or_default();
     let authority = admission::authority(context.config.credentials.authority.as_deref())?;
