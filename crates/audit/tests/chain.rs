@@ -16,7 +16,7 @@ fn entry(number: usize) -> Entry {
             name: "c".into(),
             uid: format!("uid \"{number}\""),
         },
-        root: (number % 2 == 0).then(|| "r/1".into()),
+        root: number.is_multiple_of(2).then(|| "r/1".into()),
     }
 }
 
