@@ -32,12 +32,13 @@ pub const TOOLS: &str = "docker.io/aether/tools:dev";
 pub const DEVELOPER: &str = "docker.io/aether/developer:dev";
 
 /// The product's images and their programs; the first is the entry point.
-const COMPONENTS: [(&str, &[&str]); 6] = [
+const COMPONENTS: [(&str, &[&str]); 7] = [
     ("operator", &["aether-operator"]),
     ("driver", &["aether-csi-driver", "aether-node"]),
     ("lazy", &["aether-lazy"]),
     ("store", &["aether-store-node"]),
     ("importer", &["aether-importer"]),
+    ("committer", &["aether-committer"]),
     ("review", &["aether-review"]),
 ];
 /// Parts that run as pods of the chart, and so must be rolled when their image is another one.

@@ -70,6 +70,9 @@ async fn install(cluster: &Cluster, digests: &[(&str, &str)]) -> Result<()> {
         "--set-string",
         "store.nodeSelector.kubernetes\\.io/hostname=node-1",
         "--set",
+        // Where the story and the tests have sources that commits go back to.
+        "store.access.commitNamespaces={platform}",
+        "--set",
         "driver.pool.size=4Gi",
         "--set",
         "driver.pool.memorySize=512Mi",

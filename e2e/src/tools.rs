@@ -53,6 +53,11 @@ impl Tools {
         Self { namespace: namespace.to_owned(), ..self.clone() }
     }
 
+    /// The same for the user of another kubeconfig.
+    pub fn of_user(&self, kubeconfig: PathBuf) -> Self {
+        Self { kubeconfig: Some(kubeconfig), ..self.clone() }
+    }
+
     /// A kubectl command line, to be run by the caller.
     pub fn kubectl_command(&self, args: &[&str]) -> Command {
         self.prepare("kubectl", &["--namespace", &self.namespace], args)

@@ -2,7 +2,7 @@
 //! password if wished, with the part of Git LFS's protocol that moves contents. Who has the password may push.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -12,6 +12,8 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::PrivateKeyDer;
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
+
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// A running server. Its threads end with the test's process.
 pub struct Server {
@@ -39,7 +41,7 @@ impl Server {
     /// # Panics
     /// When it does not start.
     pub fn http(root: &Path, credentials: Option<(&str, &str)>) -> Self {
-        Self::start(root, credentials, None, Box::new(|stream| Box::new(stream)))
+        Self::start(LOOPBACK, root, credentials, None, Box::new(|stream| Box::new(stream)))
     }
 
     /// The same over TLS, with a certificate for 127.0.0.1 of an authority that nobody knows.
@@ -47,18 +49,32 @@ impl Server {
     /// # Panics
     /// When it does not start.
     pub fn https(root: &Path, credentials: Option<(&str, &str)>) -> Self {
-        let (authority, config) = tls();
+        Self::https_at(LOOPBACK, root, credentials)
+    }
+
+    /// The same at another address of this machine.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn https_at(address: IpAddr, root: &Path, credentials: Option<(&str, &str)>) -> Self {
+        let (authority, config) = tls_at(address);
         let accept: Accept = Box::new(move |stream| {
             Box::new(StreamOwned::new(
                 ServerConnection::new(config.clone()).expect("the configuration is good"),
                 stream,
             ))
         });
-        Self::start(root, credentials, Some(authority), accept)
+        Self::start(address, root, credentials, Some(authority), accept)
     }
 
-    fn start(root: &Path, credentials: Option<(&str, &str)>, authority: Option<String>, accept: Accept) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback is there");
+    fn start(
+        address: IpAddr,
+        root: &Path,
+        credentials: Option<(&str, &str)>,
+        authority: Option<String>,
+        accept: Accept,
+    ) -> Self {
+        let listener = TcpListener::bind((address, 0)).expect("the address is this machine's");
         let address = listener.local_addr().expect("it is bound");
         let token = credentials.map(|(user, password)| {
             format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}")))
@@ -99,9 +115,13 @@ pub fn authority() -> (String, Issuer<'static, KeyPair>) {
 /// # Panics
 /// When there can be none.
 pub fn tls() -> (String, Arc<ServerConfig>) {
+    tls_at(LOOPBACK)
+}
+
+fn tls_at(address: IpAddr) -> (String, Arc<ServerConfig>) {
     let (pem, issuer) = authority();
     let key = KeyPair::generate().expect("keys can be made");
-    let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("an address is a name");
+    let params = CertificateParams::new(vec![address.to_string()]).expect("an address is a name");
     let certificate = params.signed_by(&key, &issuer).expect("it can be signed");
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = ServerConfig::builder_with_provider(provider)

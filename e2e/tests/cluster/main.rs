@@ -2,6 +2,7 @@
 //! `cargo test -p aether-e2e --test cluster NAME`. They bring the cluster up when it is not.
 
 mod harness;
+mod review;
 mod store_access;
 mod store_nodes;
 mod story;
