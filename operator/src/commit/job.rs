@@ -59,7 +59,6 @@ pub(super) fn job(
     option("--base-root", &base.root);
     option("--root", status.root.as_deref()?);
     option("--commit-uid", &commit.uid()?);
-    // With the sign of equality, for a message that begins like an option.
     let asked = commit.spec.requested_by.as_ref()?;
     let (author, email) = match &target.author {
         Some(author) => (author.name.clone(), author.email.clone()),
@@ -85,6 +84,7 @@ pub(super) fn job(
     for approver in status.approvals.iter().flat_map(|approvals| &approvals.by) {
         trailer("Approved-by", approver);
     }
+    // With the sign of equality, for a message that begins like an option.
     arguments.extend([
         format!("--message={}", target.message),
         format!("--author-name={author}"),
