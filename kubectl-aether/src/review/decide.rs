@@ -114,13 +114,8 @@ pub(super) async fn record(
     match me(cluster).await? {
         Some(user) => {
             let own = names::approval_name(&name, &user);
-            let before = api.get_opt(&own).await.map_err(|error| explain(error, &format!("read approval {own}")))?;
-            if let Some(before) = before {
-                let same = (before.spec.decision, before.spec.root.as_str()) == (decision, root);
-                if same && (text.is_none() || before.spec.text.as_deref() == text) {
-                    return Ok(before);
-                }
-                withdraw(cluster, &before).await?;
+            if let Some(before) = said_already(cluster, &own, &wanted).await? {
+                return Ok(before);
             }
             wanted.metadata.name = Some(own);
         }
@@ -130,11 +125,36 @@ pub(super) async fn record(
             wanted.metadata.generate_name = Some(format!("{name}."));
         }
     }
+    let mut made = api.create(&PostParams::default(), &wanted).await;
+    if let Err(kube::Error::Api(status)) = &made
+        && status.is_already_exists()
+        && wanted.metadata.name.is_none()
+        && let Some(own) = status.details.as_ref().map(|details| details.name.clone()).filter(|own| !own.is_empty())
+    {
+        if let Some(before) = said_already(cluster, &own, &wanted).await? {
+            return Ok(before);
+        }
+        made = api.create(&PostParams::default(), &wanted).await;
+    }
     let verb = match decision {
         Decision::Approve => "approve",
         Decision::Reject => "reject",
     };
-    api.create(&PostParams::default(), &wanted).await.map_err(|error| explain(error, &format!("{verb} commit {name}")))
+    made.map_err(|error| explain(error, &format!("{verb} commit {name}")))
+}
+
+/// What the caller has said before by this name, if it is the same; what is not is withdrawn.
+async fn said_already(cluster: &Cluster, own: &str, wanted: &AetherApproval) -> Result<Option<AetherApproval>> {
+    let before = cluster.api::<AetherApproval>().get_opt(own).await;
+    let Some(before) = before.map_err(|error| explain(error, &format!("read approval {own}")))? else {
+        return Ok(None);
+    };
+    let (was, is) = (&before.spec, &wanted.spec);
+    if (was.decision, &was.root) == (is.decision, &is.root) && (is.text.is_none() || was.text == is.text) {
+        return Ok(Some(before));
+    }
+    withdraw(cluster, &before).await?;
+    Ok(None)
 }
 
 /// Deletes a decision of the caller's own, and not one that was made of its name meanwhile.
