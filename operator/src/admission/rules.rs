@@ -1,6 +1,7 @@
 //! The rules of commits, approvals and notes, for people. The schemas say them too, but old API servers drop what they
 //! cannot check. Pure.
 
+use aether_api::commit::History;
 use aether_api::{AetherApprovalSpec, AetherCommitSpec, AetherNoteSpec, AetherSourceSpec};
 
 /// The first rule that a commit breaks by itself.
@@ -28,6 +29,9 @@ pub fn commit(spec: &AetherCommitSpec) -> Option<String> {
     let git = target.git.as_ref()?;
     if git.message.trim().is_empty() {
         return Some("spec.target.git.message is empty: say what the commit does".into());
+    }
+    if git.history == History::Keep {
+        return Some("spec.target.git.history Keep is not served by this operator: say Squash".into());
     }
     branch(&git.branch).map(|why| format!("spec.target.git.branch {:?} {why}", git.branch))
 }
@@ -139,6 +143,7 @@ mod tests {
             "not served",
         );
         broken(|spec| spec.target.git.as_mut().unwrap().message = " \n".into(), "message");
+        broken(|spec| spec.target.git.as_mut().unwrap().history = History::Keep, "Squash");
     }
 
     #[test]
