@@ -312,22 +312,26 @@ impl Durable {
     /// What is missing, and what is not but needs a new lease.
     fn look_up(&self, blobs: &[Blob], view: &View) -> Result<(Vec<Blob>, Vec<Blob>)> {
         let index = &self.0.index;
-        let missing = index.missing(blobs, |place| !view.is_condemned(place.pack))?;
-        let absent: HashSet<&Blob> = missing.iter().collect();
-        let mut present: Vec<Blob> = blobs.iter().filter(|b| !b.is_empty() && !absent.contains(b)).copied().collect();
-        present.sort_unstable();
-        present.dedup();
         let lease = whole_millis(self.0.terms.lease);
-        let good = now().saturating_add(lease / 2);
-        let mut stale = Vec::new();
-        for (blob, until) in present.iter().zip(index.leases(&present)?) {
-            let mut ends = index.places(blob)?;
-            ends.retain(|place| !view.is_condemned(place.pack));
-            let by_pack = ends.last().map_or(0, |place| millis(place.pack.time()).saturating_add(lease));
-            if until.max(by_pack) < good {
-                stale.push(*blob);
+        let (mut seen, mut missing) = (HashSet::new(), Vec::new());
+        // What is present, and until when it is leased because it is new.
+        let (mut present, mut ends) = (Vec::new(), Vec::new());
+        for blob in blobs.iter().filter(|blob| !blob.is_empty()) {
+            if !seen.insert(blob) {
+                continue;
+            }
+            match index.places(blob)?.into_iter().rfind(|place| !view.is_condemned(place.pack)) {
+                None => missing.push(*blob),
+                Some(newest) => {
+                    present.push(*blob);
+                    ends.push(millis(newest.pack.time()).saturating_add(lease));
+                }
             }
         }
+        let good = now().saturating_add(lease / 2);
+        let leases = index.leases(&present)?;
+        let untils = leases.into_iter().zip(ends).map(|(granted, new)| granted.max(new));
+        let stale = present.into_iter().zip(untils).filter(|(_, until)| *until < good).map(|(blob, _)| blob).collect();
         Ok((missing, stale))
     }
 
