@@ -22,6 +22,7 @@ pub mod process;
 pub mod product;
 pub mod site;
 pub mod story;
+pub mod team;
 pub mod testing;
 pub mod third_party;
 pub mod tools;

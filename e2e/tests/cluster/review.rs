@@ -1,14 +1,14 @@
 //! Nothing leaves a session without the reviewers whom its source demands, whatever an agent may do; on a cluster with real users.
 
 mod operator;
-mod repository;
-mod team;
 
 use aether_api::AetherCommit;
 use aether_api::approval::Decision::{Approve, Reject};
 use aether_api::commit::CommitPhase;
 use aether_api::conditions::{self, reason};
 use aether_api::names::{COMMIT_UID_LABEL, approval_name};
+use aether_e2e::team::repository::PASSWORD;
+use aether_e2e::team::{Team, create, refused, refused_to_create, with_team};
 use aether_e2e::testing::LIMIT;
 use aether_e2e::wait;
 use anyhow::{Context, Result, ensure};
@@ -18,8 +18,6 @@ use kube::api::ListParams;
 use serde_json::{Value, json};
 
 use self::operator::Operator;
-use self::repository::PASSWORD;
-use self::team::{Team, create, refused, refused_to_create, with_team};
 use crate::{alone_with_namespace, with_namespace};
 
 /// Changes of all kinds that git knows.

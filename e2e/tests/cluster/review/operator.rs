@@ -1,6 +1,7 @@
 //! The operator and its webhook, taken away and given back.
 
 use aether_e2e::site::SYSTEM_NAMESPACE;
+use aether_e2e::team::create;
 use aether_e2e::testing::{LIMIT, Test, pod_ready};
 use aether_e2e::tools::Tools;
 use aether_e2e::wait;
@@ -9,8 +10,6 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::ListParams;
 use serde_json::Value;
-
-use super::team::create;
 
 const LABEL: &str = "app.kubernetes.io/name=aether";
 const PODS: &str = "app.kubernetes.io/name=aether,app.kubernetes.io/component=operator";

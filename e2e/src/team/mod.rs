@@ -1,21 +1,23 @@
 //! Who takes part: a platform team with a source behind a review rule, an agent with a session of it, two reviewers, a reader who
-//! must not approve, and an outsider. Each with a client certificate; the agent's pod has a service account.
+//! must not approve, and an outsider. Each with a client certificate; the agent's pod has a service account. What they share is a
+//! [`repository`] on a git server.
+
+pub mod repository;
 
 use aether_api::approval::Decision;
 use aether_api::commit::CommitPhase;
 use aether_api::names::approval_name;
 use aether_api::{AetherApproval, AetherCheckpoint, AetherCommit, AetherSource, conditions};
-use aether_e2e::command;
-use aether_e2e::story::Story;
-use aether_e2e::testing::{LIMIT, Test};
-use aether_e2e::tools::Tools;
-use aether_e2e::wait;
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::ServiceAccount;
 use kube::Api;
 use serde_json::{Value, json};
 
-use super::repository::{LISTING, Repository};
+use self::repository::{LISTING, Repository};
+use crate::story::Story;
+use crate::testing::{LIMIT, Test};
+use crate::tools::Tools;
+use crate::{command, wait};
 
 /// Asks the API server from a pod, with the pod's own token.
 const ASK: &str = r#"
@@ -34,9 +36,11 @@ except urllib.error.HTTPError as error:
 
 /// The agents' namespace is the test's own. The platform team's is the one from which the store lets commits read; what a team has
 /// there is called, and labelled, like the agents' namespace.
-pub(crate) struct Team<'a> {
-    pub(crate) test: &'a Test,
-    pub(crate) repository: Repository,
+pub struct Team<'a> {
+    /// The test in whose namespace the agent works.
+    pub test: &'a Test,
+    /// Where the source is from, and commits go to.
+    pub repository: Repository,
     platform: Test,
 }
 
@@ -44,7 +48,7 @@ pub(crate) struct Team<'a> {
 const LABEL: &str = "aether.dev/e2e";
 
 /// Plays with a team; what it made goes afterwards.
-pub(crate) async fn with_team(test: &Test, body: impl AsyncFnOnce(&Team<'_>) -> Result<()>) -> Result<()> {
+pub async fn with_team(test: &Test, body: impl AsyncFnOnce(&Team<'_>) -> Result<()>) -> Result<()> {
     let namespace = test.site.platform_namespace.clone();
     let made = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}});
     test.tools.apply(&made.to_string()).await?;
@@ -65,17 +69,17 @@ pub(crate) async fn with_team(test: &Test, body: impl AsyncFnOnce(&Team<'_>) -> 
 
 impl Team<'_> {
     /// The platform team's namespace.
-    pub(crate) fn platform(&self) -> &str {
+    pub fn platform(&self) -> &str {
         &self.platform.namespace
     }
 
     /// The name of the source, which is in that namespace.
-    pub(crate) fn source(&self) -> &str {
+    pub fn source(&self) -> &str {
         &self.test.namespace
     }
 
     /// The name of the Secret by which commits are pushed.
-    pub(crate) fn push_secret(&self) -> String {
+    pub fn push_secret(&self) -> String {
         format!("{}-push", self.test.namespace)
     }
 
@@ -87,12 +91,12 @@ impl Team<'_> {
     }
 
     /// The user behind a first name. Of this test alone, because a kubeconfig is a file of that name.
-    pub(crate) fn user(&self, name: &str) -> String {
+    pub fn user(&self, name: &str) -> String {
         format!("{name}@{}", self.test.namespace)
     }
 
     /// kubectl as this person, in the agents' namespace.
-    pub(crate) fn of(&self, name: &str) -> Result<Tools> {
+    pub fn of(&self, name: &str) -> Result<Tools> {
         let group = match name {
             "grace" | "linus" => Some("reviewers"),
             _ => None,
@@ -168,7 +172,7 @@ impl Team<'_> {
     }
 
     /// Gives the agent a right that no role of the chart's gives it, as a platform team may by mistake.
-    pub(crate) async fn mistake(&self, namespace: &str, verb: &str, resource: &str) -> Result<()> {
+    pub async fn mistake(&self, namespace: &str, verb: &str, resource: &str) -> Result<()> {
         let name = format!("{}-{verb}", self.test.namespace);
         let rule = json!({"apiGroups": ["aether.dev"], "resources": [resource], "verbs": [verb]});
         let role = json!({"apiVersion": RBAC, "kind": "Role", "metadata": {"name": name}, "rules": [rule]});
@@ -182,17 +186,17 @@ impl Team<'_> {
     }
 
     /// Runs a script in the agent's workspace.
-    pub(crate) async fn work(&self, script: &str) -> Result<String> {
+    pub async fn work(&self, script: &str) -> Result<String> {
         self.test.tools.exec("agent", &format!("cd /workspace; {script}")).await
     }
 
     /// What the session has, as a clone of it should be.
-    pub(crate) async fn listing(&self) -> Result<String> {
+    pub async fn listing(&self) -> Result<String> {
         self.work(LISTING).await
     }
 
     /// The agent's pod asks the API server; the code of the answer, and what it says.
-    pub(crate) async fn ask_from_pod(&self, method: &str, path: &str, body: &Value) -> Result<(u16, String)> {
+    pub async fn ask_from_pod(&self, method: &str, path: &str, body: &Value) -> Result<(u16, String)> {
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let args = ["exec", "agent", "--", "python3", "-c", ASK, method, path, &body];
         let said = self.test.tools.kubectl(&args).await?;
@@ -201,7 +205,7 @@ impl Team<'_> {
     }
 
     /// The agent takes a checkpoint; its tree.
-    pub(crate) async fn checkpoint(&self, name: &str) -> Result<String> {
+    pub async fn checkpoint(&self, name: &str) -> Result<String> {
         let mut command = self.of("ada")?.aether_command(&["checkpoint", "work", "--name", name, "--wait", "durable"]);
         command::expect_success(&mut command).await?;
         let checkpoint: AetherCheckpoint = self.test.api().get(name).await?;
@@ -209,7 +213,7 @@ impl Team<'_> {
     }
 
     /// What the agent asks for: that a checkpoint becomes a commit of branch `agents/NAME`.
-    pub(crate) fn request(&self, name: &str, checkpoint: &str) -> Value {
+    pub fn request(&self, name: &str, checkpoint: &str) -> Value {
         let git = json!({"branch": format!("agents/{name}"), "message": "Mend it\n\nAll of it.", "rebase": false});
         json!({
             "apiVersion": "aether.dev/v1alpha1", "kind": "AetherCommit", "metadata": {"name": name},
@@ -218,7 +222,7 @@ impl Team<'_> {
     }
 
     /// What somebody says of a commit.
-    pub(crate) fn voice(&self, who: &str, commit: &str, root: &str, decision: Decision) -> Value {
+    pub fn voice(&self, who: &str, commit: &str, root: &str, decision: Decision) -> Value {
         json!({
             "apiVersion": "aether.dev/v1alpha1", "kind": "AetherApproval",
             "metadata": {"name": approval_name(commit, &self.user(who))},
@@ -227,18 +231,18 @@ impl Team<'_> {
     }
 
     /// Somebody says it.
-    pub(crate) async fn decide(&self, who: &str, commit: &str, root: &str, decision: Decision) -> Result<Value> {
+    pub async fn decide(&self, who: &str, commit: &str, root: &str, decision: Decision) -> Result<Value> {
         create(&self.of(who)?, &self.voice(who, commit, root, decision)).await
     }
 
     /// They take it back.
-    pub(crate) async fn withdraw(&self, who: &str, commit: &str) -> Result<()> {
+    pub async fn withdraw(&self, who: &str, commit: &str) -> Result<()> {
         let name = approval_name(commit, &self.user(who));
         self.of(who)?.kubectl(&["delete", "aetherapproval", &name]).await.map(drop)
     }
 
     /// Waits until the operator says of an approval whether it counts; why not.
-    pub(crate) async fn verdict(&self, who: &str, commit: &str) -> Result<Option<String>> {
+    pub async fn verdict(&self, who: &str, commit: &str) -> Result<Option<String>> {
         let name = approval_name(commit, &self.user(who));
         let approval: AetherApproval =
             self.test.until(&name, "is judged", |approval: &AetherApproval| approval.status.is_some()).await?;
@@ -246,7 +250,7 @@ impl Team<'_> {
     }
 
     /// Waits until a commit waits for approvals, of which it has so many; the commit.
-    pub(crate) async fn until_waiting(&self, commit: &str, have: u32) -> Result<AetherCommit> {
+    pub async fn until_waiting(&self, commit: &str, have: u32) -> Result<AetherCommit> {
         let what = format!("waits, with {have} approvals");
         self.test
             .until(commit, &what, |commit: &AetherCommit| {
@@ -258,7 +262,7 @@ impl Team<'_> {
     }
 
     /// Waits until a commit is in a phase; the commit.
-    pub(crate) async fn until_phase(&self, commit: &str, phase: CommitPhase) -> Result<AetherCommit> {
+    pub async fn until_phase(&self, commit: &str, phase: CommitPhase) -> Result<AetherCommit> {
         let what = format!("is {phase:?}");
         // Parts of ours may have been killed meanwhile, and the kubelet takes its time to start them again.
         let is = |commit: &AetherCommit| commit.status.as_ref().is_some_and(|status| status.phase == Some(phase));
@@ -266,7 +270,7 @@ impl Team<'_> {
     }
 
     /// Fails unless the pushed branch is the agent's tree, file by file, as one commit that tells where it is from.
-    pub(crate) async fn is_pushed(&self, commit: &AetherCommit, listing: &str) -> Result<()> {
+    pub async fn is_pushed(&self, commit: &AetherCommit, listing: &str) -> Result<()> {
         let status = commit.status.as_ref().context("a status")?;
         let name = commit.metadata.name.as_deref().context("a name")?;
         let branch = format!("agents/{name}");
@@ -289,7 +293,7 @@ impl Team<'_> {
     }
 
     /// An API of the platform team's namespace, with all rights.
-    pub(crate) fn platform_api<K>(&self) -> Api<K>
+    pub fn platform_api<K>(&self) -> Api<K>
     where
         K: kube::Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>,
     {
@@ -304,7 +308,7 @@ fn subject(user: &str) -> Value {
 }
 
 /// Makes an object; as it was stored.
-pub(crate) async fn create(tools: &Tools, object: &Value) -> Result<Value> {
+pub async fn create(tools: &Tools, object: &Value) -> Result<Value> {
     let args = ["create", "--filename", "-", "--output=json"];
     let output = tools.kubectl_output(&args, Some(&object.to_string())).await?;
     ensure!(output.code == 0, "kubectl create: {}", output.stderr.trim());
@@ -312,14 +316,14 @@ pub(crate) async fn create(tools: &Tools, object: &Value) -> Result<Value> {
 }
 
 /// Fails unless making an object is refused with these words.
-pub(crate) async fn refused_to_create(tools: &Tools, object: &Value, words: &[&str]) -> Result<()> {
+pub async fn refused_to_create(tools: &Tools, object: &Value, words: &[&str]) -> Result<()> {
     let args = ["create", "--filename", "-"];
     let output = tools.kubectl_output(&args, Some(&object.to_string())).await?;
     expect_words(&output, words, &object.to_string())
 }
 
 /// Fails unless kubectl is refused with these words.
-pub(crate) async fn refused(tools: &Tools, args: &[&str], words: &[&str]) -> Result<()> {
+pub async fn refused(tools: &Tools, args: &[&str], words: &[&str]) -> Result<()> {
     let output = tools.kubectl_output(args, None).await?;
     expect_words(&output, words, &args.join(" "))
 }

@@ -3,19 +3,20 @@
 
 use std::path::Path;
 
-use aether_e2e::command::{command, expect_success, run};
-use aether_e2e::network::HOST;
 use aether_testkit::git_server::Server;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::command::{command, expect_success, run};
+use crate::network::HOST;
+
 const USER: &str = "pusher";
 /// What the push Secret holds. Nobody but the Jobs of the source's namespace may ever see it.
-pub(crate) const PASSWORD: &str = "only-the-job-has-this-1f6b";
+pub const PASSWORD: &str = "only-the-job-has-this-1f6b";
 
 /// Of every file below the current folder but git's own: its mode as git has it, where a symlink goes, and the contents' digests.
-pub(crate) const LISTING: &str = r"
+pub const LISTING: &str = r"
     find . -path ./.git -prune -o -type l -printf '120000 %p -> %l\n' \
         -o -type f -perm -u+x -printf '100755 %p\n' -o -type f -printf '100644 %p\n' | LC_ALL=C sort
     find . -path ./.git -prune -o -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum";
@@ -27,13 +28,14 @@ const CONTENTS: &str = r"
     ln -s README.md link; ln -s gone.txt dangling; head -c 300000 /dev/urandom >large";
 
 /// The repository `app.git` with the branch `main`.
-pub(crate) struct Repository {
+pub struct Repository {
     folder: TempDir,
     server: Server,
 }
 
 impl Repository {
-    pub(crate) async fn serve() -> Result<Self> {
+    /// On a server that ends with this process.
+    pub async fn serve() -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let script = format!(
             "set -e; git init -q -b main work; cd work; {CONTENTS}; git add .
@@ -44,12 +46,13 @@ impl Repository {
         Ok(Self { folder, server })
     }
 
-    pub(crate) fn url(&self) -> String {
+    /// Its address.
+    pub fn url(&self) -> String {
         self.server.url("app.git")
     }
 
     /// What opens it, as a Secret.
-    pub(crate) fn secret(&self, name: &str) -> Value {
+    pub fn secret(&self, name: &str) -> Value {
         json!({
             "apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "type": "kubernetes.io/basic-auth",
             "stringData": {"username": USER, "password": PASSWORD, "ca.crt": self.server.authority},
@@ -57,17 +60,18 @@ impl Repository {
     }
 
     /// What git says of the repository itself.
-    pub(crate) async fn git(&self, args: &[&str]) -> Result<String> {
+    pub async fn git(&self, args: &[&str]) -> Result<String> {
         let repository = self.folder.path().join("app.git").display().to_string();
         Ok(run("git", ["--git-dir", &repository].iter().chain(args)).await?.trim().to_owned())
     }
 
-    pub(crate) async fn has(&self, branch: &str) -> Result<bool> {
+    /// Whether it has a branch of this name.
+    pub async fn has(&self, branch: &str) -> Result<bool> {
         Ok(!self.git(&["branch", "--list", branch]).await?.is_empty())
     }
 
     /// Clones the branch from the server, as anybody with the password would; the [`LISTING`] of the clone.
-    pub(crate) async fn cloned(&self, branch: &str) -> Result<String> {
+    pub async fn cloned(&self, branch: &str) -> Result<String> {
         let authority = self.folder.path().join("ca.crt");
         std::fs::write(&authority, self.server.authority.as_deref().context("the server speaks TLS")?)?;
         let url = self.url().replacen("https://", &format!("https://{USER}:{PASSWORD}@"), 1);
@@ -79,7 +83,7 @@ impl Repository {
     }
 
     /// Fails unless the branch is exactly one commit ahead of `main`, with these lines at the end of its message, in any order.
-    pub(crate) async fn is_one_commit(&self, branch: &str, trailers: &[String]) -> Result<()> {
+    pub async fn is_one_commit(&self, branch: &str, trailers: &[String]) -> Result<()> {
         let commits = self.git(&["rev-list", "--parents", &format!("main..{branch}")]).await?;
         ensure!(commits.lines().count() == 1, "{branch} is not one commit ahead of main: {commits}");
         let main = self.git(&["rev-parse", "main"]).await?;
