@@ -11,7 +11,7 @@ use aether_operator::damage::Damage;
 use aether_operator::leader::{Candidate, Times};
 use aether_operator::pins::Pins;
 use aether_operator::store_certificate::StoreCertificate;
-use aether_runtime::{Metrics, Readiness, Stage, Tasks, http, logs, signals};
+use aether_runtime::{Metrics, Readiness, Stage, Tasks, http, logs, signals, tls};
 use anyhow::Context as _;
 use clap::Parser;
 use kube::{Api, Client};
@@ -84,7 +84,7 @@ async fn main() -> anyhow::Result<()> {
         let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
         let (settings, served) = watch::channel(None);
         let router = admission::router(Admission { client: client.clone(), keyring: keyring.clone() });
-        tasks.essential(Stage::Intake, "admission webhook", |stop| admission::serve(listener, served, router, stop));
+        tasks.essential(Stage::Intake, "admission webhook", |stop| tls::serve(listener, served, router, stop));
         let ready = readiness.part("admission");
         let keeper = Keeper { client, namespace, service, keyring, settings, ready };
         tasks.essential(Stage::Work, "the webhook's certificate", |stop| keeper.run(stop));

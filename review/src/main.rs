@@ -8,8 +8,7 @@ use aether_cas::remote::RemoteConfig;
 use aether_review::api::{self, Service};
 use aether_review::config::Config;
 use aether_review::keeper::Keeper;
-use aether_review::server;
-use aether_runtime::{Metrics, Readiness, Stage, Tasks, http, logs, signals};
+use aether_runtime::{Metrics, Readiness, Stage, Tasks, http, logs, signals, tls};
 use anyhow::{Context, Result};
 use clap::Parser;
 use tokio::net::TcpListener;
@@ -57,7 +56,7 @@ async fn main() -> Result<()> {
         metrics: aether_review::metrics::Metrics::new(&metrics),
     });
     let tasks = Tasks::new();
-    tasks.essential(Stage::Intake, "review API", |stop| server::serve(listener, served, router, stop));
+    tasks.essential(Stage::Intake, "review API", |stop| tls::serve(listener, served, router, stop));
     tasks.essential(Stage::Work, "certificate", |stop| keeper.run(stop));
     let health = http::routes(readiness, metrics);
     tasks.essential(Stage::Foundation, "health", |stop| http::serve(config.health, health, stop));

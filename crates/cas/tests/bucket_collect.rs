@@ -187,7 +187,10 @@ async fn what_is_damaged_is_stored_anew_or_written_down_for_all_nodes() {
         });
         scrubbing.await.unwrap().unwrap()
     };
-    // Broken off and gone on with.
+    // Broken off, within the first pack too, and gone on with.
+    let state = scrub(&b, Some(on_disk.clone()), 1).await;
+    assert!(state.is_running() && state.state.blobs == 0, "{state:?}");
+    assert!(b.durable.scrub_state().unwrap().is_running(), "who asks knows that it is to be gone on with");
     let state = scrub(&b, Some(on_disk.clone()), 3).await;
     assert!(state.is_running() && state.state.blobs == 2, "{state:?}");
     let state = scrub(&b, Some(on_disk.clone()), u64::MAX).await;

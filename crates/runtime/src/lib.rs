@@ -6,7 +6,7 @@
 //! - [`readiness`]: which parts are not ready, and why;
 //! - [`metrics`]: a table of metrics with labels from closed sets;
 //! - [`http`]: `/healthz`, `/readyz` and `/metrics`;
-//! - `certificate` (a feature): a serving certificate of our own authority, kept in a Secret.
+//! - `certificate` (a feature): a serving certificate of our own authority, kept in a Secret, and with it `tls`, a server under such.
 //!
 //! A `main` reads: start logs, parse configuration, make [`tasks::Tasks`], spawn, and end with [`tasks::Tasks::run`].
 
@@ -18,6 +18,8 @@ pub mod metrics;
 pub mod readiness;
 pub mod signals;
 pub mod tasks;
+#[cfg(feature = "certificate")]
+pub mod tls;
 
 pub use metrics::Metrics;
 pub use readiness::{Part, Readiness};

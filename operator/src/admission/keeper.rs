@@ -1,11 +1,13 @@
 //! Keeps what the API server needs to ask here: a certificate for the Service, and in both webhook configurations of the chart
 //! whom to believe and where to ask. Nothing is written that is as it should be.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use aether_runtime::CancellationToken;
 use aether_runtime::certificate::{Data, Kept};
 use aether_runtime::readiness::Part;
+use aether_runtime::tls;
 use anyhow::{Context, Result, anyhow};
 use futures::StreamExt;
 use jiff::Timestamp;
@@ -18,9 +20,9 @@ use kube::api::PostParams;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::watch_object;
 use kube::{Api, Client};
+use rustls::ServerConfig;
 use tokio::sync::watch;
 
-use super::server::{Settings, settings};
 use crate::objects::{self, Object};
 use crate::signature::Keyring;
 
@@ -41,7 +43,7 @@ pub struct Keeper {
     /// The keys, of which the address has its secret word.
     pub keyring: Keyring,
     /// Where settings go.
-    pub settings: watch::Sender<Option<Settings>>,
+    pub settings: watch::Sender<Option<Arc<ServerConfig>>>,
     /// Ready when the API server can ask here.
     pub ready: Part,
 }
@@ -93,7 +95,7 @@ impl Keeper {
         let certificate = kept.look(secret).await?.ok_or_else(|| anyhow!("its certificate is being made"))?;
         let data = secret.and_then(|secret| secret.data.clone());
         if *served != data {
-            self.settings.send_replace(Some(settings(&certificate).context("its certificate")?));
+            self.settings.send_replace(Some(tls::config(&certificate, None).context("its certificate")?));
             tracing::info!(renew_at = %certificate.renew_at, now = %Timestamp::now(), "the webhook has a new certificate");
             *served = data;
         }

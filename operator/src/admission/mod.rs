@@ -9,7 +9,6 @@
 mod keeper;
 mod review;
 pub mod rules;
-mod server;
 
 use std::sync::Arc;
 
@@ -29,7 +28,6 @@ use serde_json::{Value, json};
 
 pub use keeper::Keeper;
 pub use review::{Answer, Change, Question, Request, response};
-pub use server::{Settings, serve};
 
 use crate::signature::{Keyring, Keys, Statement};
 use crate::{access, objects};

@@ -39,14 +39,17 @@ const NOTE_EVERY: u64 = 256 << 20;
 pub struct PackScrub {
     /// In numbers: see [`ScrubState`].
     pub state: ScrubState,
-    /// The last pack that was read; empty when no pass runs.
+    /// Whether a pass has begun and not ended.
+    #[serde(default)]
+    running: bool,
+    /// The last pack that this pass has read; empty before the first.
     after: String,
 }
 
 impl PackScrub {
     /// Whether a pass has begun and not ended.
     pub fn is_running(&self) -> bool {
-        !self.after.is_empty()
+        self.running
     }
 }
 
@@ -110,10 +113,11 @@ impl Durable {
         here.block_on(self.rebuild())?;
         let mut scrub = self.scrub_state()?;
         if !scrub.is_running() {
-            scrub.state = scrub.state.next();
+            scrub = PackScrub { state: scrub.state.next(), running: true, after: String::new() };
+            self.note_scrub(&scrub)?;
         }
         let after: Option<PackName> = scrub.after.parse().ok();
-        let mut noted = 0;
+        let mut noted = scrub.state.bytes;
         for pack in self.packs()?.into_iter().filter(|pack| after.is_none_or(|after| *pack > after)) {
             let entries = self.pack_entries(pack)?;
             let places: Vec<Place> = entries.into_iter().map(|entry| Place { pack, entry }).collect();
@@ -159,7 +163,7 @@ impl Durable {
                 noted = scrub.state.bytes;
             }
         }
-        scrub.after.clear();
+        (scrub.running, scrub.after) = (false, String::new());
         scrub.state.passes += 1;
         scrub.state.ended_at = now();
         self.note_scrub(&scrub)?;
