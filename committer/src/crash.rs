@@ -1,6 +1,8 @@
 //! Named points at which a test can end the process, to prove that the next one finds out what was done.
 //!
-//! How a point is armed is said in [`aether_cas::crash`].
+//! How a point is armed is said in [`aether_crash`].
+
+pub(crate) use aether_crash::crash_point;
 
 /// Every crash point, in the order in which they are passed. The kill test goes through this list, and a name that is
 /// not in it does not compile.
@@ -15,12 +17,3 @@ pub const POINTS: &[&str] = &[
     "export.folder.written",
     "export.folder.renamed",
 ];
-
-/// A point named in [`POINTS`].
-macro_rules! crash_point {
-    ($name:literal) => {{
-        const { assert!(aether_cas::crash::is_listed($crate::crash::POINTS, $name), "crash point is not in crash::POINTS") };
-        aether_cas::crash::pass($name);
-    }};
-}
-pub(crate) use crash_point;

@@ -15,6 +15,7 @@ pub mod commit;
 pub mod config;
 pub mod context;
 pub mod controllers;
+pub mod crash;
 pub mod damage;
 pub mod error;
 pub mod leader;

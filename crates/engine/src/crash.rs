@@ -1,6 +1,8 @@
 //! Named points at which a test can end the process, to prove that [`crate::repair`] understands what is left.
 //!
-//! How a point is armed is said in [`aether_cas::crash`].
+//! How a point is armed is said in [`aether_crash`].
+
+pub(crate) use aether_crash::crash_point;
 
 /// Every crash point, in the order in which an operation passes them. The kill test goes through this list, and a
 /// name that is not in it does not compile.
@@ -29,12 +31,3 @@ pub const POINTS: &[&str] = &[
     "delete.recorded",
     "delete.removed",
 ];
-
-/// A point named in [`POINTS`].
-macro_rules! crash_point {
-    ($name:literal) => {{
-        const { assert!(aether_cas::crash::is_listed($crate::crash::POINTS, $name), "crash point is not in crash::POINTS") };
-        aether_cas::crash::pass($name);
-    }};
-}
-pub(crate) use crash_point;

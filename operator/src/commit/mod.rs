@@ -29,6 +29,7 @@ use kube::{Api, Resource, ResourceExt};
 
 use crate::admission::{is_genuine, rules};
 use crate::context::Context;
+use crate::crash::crash_point;
 use crate::error::Result;
 use crate::pins::{self, Pin};
 use crate::schedule::{self, Again};
@@ -69,6 +70,12 @@ pub async fn reconcile(seen: Arc<AetherCommit>, context: Arc<Context>) -> Result
     let mut status = before.clone();
     let again = step(&commit, &mut status, &context).await?;
     let commit = objects::write_status(&commits, &commit, &status).await?.unwrap_or(commit);
+    match status.phase.filter(|phase| before.phase != Some(*phase)) {
+        Some(CommitPhase::AwaitingApproval) => crash_point!("commit.waiting"),
+        Some(CommitPhase::Running) => crash_point!("commit.released"),
+        Some(CommitPhase::Succeeded) => crash_point!("commit.finished"),
+        _ => {}
+    }
     tell(&commit, &before, &status, &context).await;
     let pinned = context.pins.keep(pins_of(&commit)).await;
     Ok(schedule::action(if pinned { again } else { schedule::sooner(again, pins::RETRY) }))
@@ -91,7 +98,7 @@ async fn step(commit: &AetherCommit, status: &mut AetherCommitStatus, context: &
     }
     if status.root.is_none() {
         match settle::settle(commit, status, &keys, context).await? {
-            settle::Settled::Yes => {}
+            settle::Settled::Yes => crash_point!("commit.settled"),
             settle::Settled::NotYet(why, message) => {
                 wait(commit, status, why, message);
                 return Ok(Some(POLL));
@@ -225,10 +232,13 @@ async fn answer(
         let Some(verdict) = counted.verdicts.get(&approval.name_any()) else { continue };
         let wanted = AetherApprovalStatus { counts: verdict.is_ok(), reason: verdict.clone().err() };
         match objects::write_status(approvals, approval, &wanted).await {
-            Ok(Some(written)) => match &wanted.reason {
-                Some(why) => context.tell(&written, EventType::Warning, "DoesNotCount", why).await,
-                None => context.tell(&written, EventType::Normal, "Counts", "it counts").await,
-            },
+            Ok(Some(written)) => {
+                crash_point!("commit.answered");
+                match &wanted.reason {
+                    Some(why) => context.tell(&written, EventType::Warning, "DoesNotCount", why).await,
+                    None => context.tell(&written, EventType::Normal, "Counts", "it counts").await,
+                }
+            }
             Ok(None) => {}
             // It was withdrawn just now: that wakes us.
             Err(error) if error.is_conflict() || error.is_not_found() => {}
@@ -284,8 +294,12 @@ async fn carry(
             if authority.is_some() {
                 admission::provide_account(&context.client, &namespace, admission::COMMITTER).await?;
             }
+            crash_point!("commit.admitted");
             match objects::create(&jobs, &ours).await? {
-                Some(made) => made,
+                Some(made) => {
+                    crash_point!("commit.job.made");
+                    made
+                }
                 None => return Ok(Some(POLL)),
             }
         }
@@ -299,6 +313,7 @@ async fn carry(
         && why == reason::INVALID_JOB
     {
         objects::delete(&jobs, &job).await?;
+        crash_point!("commit.job.deleted");
     }
     Ok(conclude(commit, status, outcome))
 }
@@ -350,6 +365,7 @@ fn conclude(commit: &AetherCommit, status: &mut AetherCommitStatus, outcome: Out
             Some(POLL)
         }
         Outcome::Done(done) => {
+            crash_point!("commit.heard");
             let branch = commit.spec.target.git.as_ref().map(|git| git.branch.clone()).unwrap_or_default();
             let message = format!("commit {} is on branch {branch}", done.commit);
             (status.commit, status.warnings) = (Some(done.commit), done.warnings);
@@ -391,6 +407,7 @@ async fn promote(
     let sources: Api<AetherSource> = objects::namespaced(&context.client, &namespace);
     if let Some(written) = objects::write_status(&sources, &source, &wanted).await? {
         let message = format!("revision {name}: promoted from AetherCommit {of}/{}", commit.name_any());
+        crash_point!("commit.promoted");
         context.tell(&written, EventType::Normal, "RevisionPromoted", &message).await;
     }
     status.revision = Some(name.clone());

@@ -13,6 +13,7 @@ use kube::{Api, Resource, ResourceExt};
 use crate::admission::Creation;
 use crate::checkpoint::GRACE;
 use crate::context::Context;
+use crate::crash::crash_point;
 use crate::error::Result;
 use crate::objects;
 use crate::signature::{Keys, Refusal, Statement};
@@ -127,6 +128,7 @@ async fn take(commit: &AetherCommit, checkpoints: &Api<AetherCheckpoint>) -> Res
             status: None,
         };
         if objects::create(checkpoints, &checkpoint).await?.is_some() {
+            crash_point!("commit.checkpoint.taken");
             return Ok(name.clone());
         }
         let there = objects::get(checkpoints, name).await?;
