@@ -224,6 +224,6 @@ fn chains() -> Vec<Vec<u8>> {
         )
     };
     let first = line(1, nothing, "");
-    let second = line(2, of(&first), r#","root":"r/1""#);
+    let second = line(2, of(&first), r#","root":"r/1","occasion":2"#);
     vec![Vec::new(), format!("{first}\n").into_bytes(), format!("{first}\n{second}\n").into_bytes()]
 }

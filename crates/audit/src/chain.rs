@@ -2,6 +2,9 @@
 //!
 //! A line has one encoding, and a decoder takes no other, so that one hash stands for one meaning.
 
+use std::fmt;
+use std::str::FromStr;
+
 use aether_cas::Digest;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -61,16 +64,21 @@ pub struct Entry {
     pub object: Object,
     /// The tree that it was about.
     pub root: Option<String>,
+    /// Tells apart what the same actor does to the same object more than once, such as to resolve a note again. It follows from
+    /// the object, so that whoever has to write a line again gives it the same one.
+    pub occasion: u64,
 }
 
 impl Entry {
-    /// Whether both tell of one thing, by whatever attempt of whoever writes it down.
+    /// Whether both tell of one thing, by whatever attempt of whoever writes it down: all is the same but the time, which is
+    /// that of the attempt where the object says none.
     pub fn repeats(&self, other: &Self) -> bool {
-        (&self.actor, self.verb, &self.object, &self.root) == (&other.actor, other.verb, &other.object, &other.root)
+        let identity = |entry: &Self| Self { time: Timestamp::UNIX_EPOCH, ..entry.clone() };
+        identity(self) == identity(other)
     }
 }
 
-/// The end of a chain: how many lines there are, and the hash of the last one.
+/// The end of a chain: how many lines there are, and the hash of the last one. As text, `LINES:HASH`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
     /// How many lines.
@@ -85,6 +93,23 @@ impl Head {
 
     fn after(self, line: &[u8]) -> Self {
         Self { count: self.count + 1, hash: Digest::of(line) }
+    }
+}
+
+impl fmt::Display for Head {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.count, self.hash)
+    }
+}
+
+impl FromStr for Head {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.split_once(':').and_then(|(count, hash)| Some((count.parse().ok()?, hash.parse().ok()?)));
+        parts
+            .map(|(count, hash)| Self { count, hash })
+            .ok_or_else(|| "LINES:HASH is expected, as it was printed".to_owned())
     }
 }
 
@@ -109,6 +134,13 @@ struct Line {
     object: Object,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     root: Option<String>,
+    #[serde(default, skip_serializing_if = "is_first")]
+    occasion: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+fn is_first(occasion: &u64) -> bool {
+    *occasion == 0
 }
 
 /// Adds the line of `entry` to `segment`, which ends at `head`; the new end.
@@ -124,6 +156,7 @@ pub fn append(segment: &mut Vec<u8>, head: Head, entry: &Entry) -> Result<Head, 
         verb: entry.verb,
         object: entry.object.clone(),
         root: entry.root.clone(),
+        occasion: entry.occasion,
     };
     let broken = |problem| Broken { line: line.sequence, problem };
     let text = serde_json::to_vec(&line).map_err(|_| broken("it cannot be written as JSON"))?;
@@ -194,6 +227,7 @@ impl Verifier {
                 verb: line.verb,
                 object: line.object,
                 root: line.root,
+                occasion: line.occasion,
             });
         }
         Ok(entries)

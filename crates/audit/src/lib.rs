@@ -2,7 +2,7 @@
 //! reorder without its being found out.
 //!
 //! [`chain`] is the format: every line carries the hash of the one before it, so that the hash of the last line ([`Head`])
-//! speaks for all. [`log`] keeps the lines in the store: segments in one tree, whose root one pin holds.
+//! speaks for all. [`log`] keeps the lines in the store: segments in one tree, of which an anchor elsewhere says which one it is.
 //!
 //! What a chain alone cannot show is that its end was cut off: whoever wants to know compares with a head that was written
 //! down elsewhere ([`chain::Verifier`] says whether a head was passed).
@@ -11,4 +11,4 @@ pub mod chain;
 pub mod log;
 
 pub use chain::{Broken, Entry, Head, Object, Verb};
-pub use log::{Anchor, Error, Log};
+pub use log::{Anchor, Error, Held, Log, Refusal};

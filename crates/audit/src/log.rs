@@ -1,25 +1,58 @@
-//! Where the log is kept: segments as files of one tree in the store, the root of which one pin holds.
+//! Where the log is kept: segments as files of one tree in the store, and beside it an anchor that says which tree, and with which
+//! line it ends.
 //!
-//! Appending writes the newest segment anew, then the directory, then moves the pin. Killed in between, the log is what it was
-//! before. Segments that are full are never written again. There is one writer at a time: the operator's leader.
+//! Appending writes the newest segment anew, then the directory, then moves the anchor. Killed in between, the log is what it was
+//! before. Segments that are full are never written again. Of several writers at a time one moves the anchor, and the others
+//! begin again with what it holds then, so that no line is lost and none is written twice.
+//!
+//! The anchor has the end of the chain beside the tree: whoever can exchange one of them, but not both, is found out.
 
-use aether_cas::tree::{Attributes, Directory, Name, Node};
+use aether_cas::tree::{Attributes, Directory, Mtime, Name, Node};
 use aether_cas::{Blob, Store, StoreError};
 use bytes::Bytes;
+use jiff::Timestamp;
 
 use crate::chain::{self, Broken, Entry, Head, Verifier};
 
 /// A segment of this size takes no more lines.
 const FULL: usize = 256 << 10;
+/// How often a writer begins again because another was faster. Each time one of them has written something.
+const ATTEMPTS: usize = 256;
 
-/// What holds the newest root of the log, as a pin under one owner does.
+/// What an anchor holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Where the log ends.
+    pub head: Head,
+    /// The tree of its segments; `None` before the first line.
+    pub root: Option<Blob>,
+    /// By which the anchor knows whether it was moved since; `None` before it was ever moved.
+    pub version: Option<String>,
+}
+
+impl Held {
+    /// Before the first line.
+    pub const NOTHING: Self = Self { head: Head::EMPTY, root: None, version: None };
+}
+
+/// Why an anchor was not moved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Somebody else has moved it since it was looked at.
+    Conflict,
+    /// It cannot be moved, or it is not known whether it was.
+    Failed(String),
+}
+
+/// What holds the end of the log, for all writers.
 #[async_trait::async_trait]
 pub trait Anchor: Send + Sync {
-    /// The root that is held; `None` before the first line.
-    async fn newest(&self) -> Result<Option<Blob>, String>;
+    /// What is held.
+    async fn newest(&self) -> Result<Held, String>;
 
-    /// Holds `root` instead. When this returns, `newest` says so to everybody, and the store keeps all below it.
-    async fn hold(&self, root: Blob) -> Result<(), String>;
+    /// Holds this instead of `before`, if that is still held. When this returns, `newest` says so to everybody, and the store
+    /// keeps all below the root.
+    async fn hold(&self, before: &Held, head: Head, root: Blob) -> Result<(), Refusal>;
 }
 
 /// Why there is no answer.
@@ -28,9 +61,12 @@ pub enum Error {
     /// The store failed, or lacks a part of the log.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The newest root cannot be had or held.
-    #[error("the root of the audit log: {0}")]
+    /// The end of the log cannot be had or held.
+    #[error("the end of the audit log: {0}")]
     Anchor(String),
+    /// Others wrote all the time.
+    #[error("the end of the audit log was moved by others {ATTEMPTS} times")]
+    Busy,
     /// The log is no chain.
     #[error("the audit log is broken: {0}")]
     Broken(#[from] Broken),
@@ -43,55 +79,79 @@ pub enum Error {
 pub struct Log<'a> {
     /// Where the segments are.
     pub store: &'a dyn Store,
-    /// What holds the newest root.
+    /// What holds the end.
     pub anchor: &'a dyn Anchor,
 }
 
+/// The newest segment.
+struct Tail {
+    number: usize,
+    text: Vec<u8>,
+    /// The newest time of its lines.
+    latest: Timestamp,
+}
+
 impl Log<'_> {
-    /// Writes these behind what is there, but not those that the newest segment tells of already: whoever writes may have been
-    /// killed before it knew that it had. The new end.
+    /// Writes these behind what is there, but not those that the log tells of already: whoever writes may have been killed before
+    /// it knew that it had. None of them was written before `since`. The new end.
     ///
     /// # Errors
-    /// See [`Error`]; then nothing was written.
-    pub async fn append(&self, entries: &[Entry]) -> Result<Head, Error> {
-        let newest = self.anchor.newest().await.map_err(Error::Anchor)?;
-        let mut tree = match newest {
-            Some(root) => self.tree(root).await?,
-            None => Directory { attributes: attributes(0o755), entries: Default::default() },
-        };
-        let (mut segment, mut head, mut told) = match tree.entries.last_key_value() {
-            None => (Vec::new(), Head::EMPTY, Vec::new()),
-            Some((_, node)) => {
-                let segment = self.store.read(content(node)?).await?.to_vec();
-                let (head, told) = chain::tail(&segment)?;
-                (segment, head, told)
+    /// See [`Error`]; then nothing was written, except that this is not known when the anchor failed.
+    pub async fn append(&self, entries: &[Entry], since: Timestamp) -> Result<Head, Error> {
+        let since = entries.iter().map(|entry| entry.time).fold(since, Timestamp::min);
+        for _ in 0..ATTEMPTS {
+            let held = self.anchor.newest().await.map_err(Error::Anchor)?;
+            let Some((head, root)) = self.prepare(&held, entries, since).await? else { return Ok(held.head) };
+            match self.anchor.hold(&held, head, root).await {
+                Ok(()) => return Ok(head),
+                Err(Refusal::Conflict) => {}
+                Err(Refusal::Failed(why)) => return Err(Error::Anchor(why)),
             }
-        };
-        let mut number = tree.entries.len().max(1);
-        let mut changed = false;
-        for entry in entries {
-            if told.iter().any(|other| other.repeats(entry)) {
-                continue;
-            }
-            if segment.len() >= FULL {
-                self.put(&mut tree, number, &segment).await?;
-                number += 1;
-                segment.clear();
-            }
-            head = chain::append(&mut segment, head, entry)?;
-            told.push(entry.clone());
-            changed = true;
         }
-        if changed {
-            self.put(&mut tree, number, &segment).await?;
-            let root = tree.blob();
-            self.store.write(root, tree.encode()).await?;
-            self.anchor.hold(root).await.map_err(Error::Anchor)?;
-        }
-        Ok(head)
+        Err(Error::Busy)
     }
 
-    /// Reads all of it, and checks that it is one chain which passes these heads. `each` sees the entries, oldest first.
+    /// Stores what the log is with these entries; `None` when it tells of them all.
+    async fn prepare(&self, held: &Held, entries: &[Entry], since: Timestamp) -> Result<Option<(Head, Blob)>, Error> {
+        let mut tree = match held.root {
+            Some(root) => self.tree(root).await?,
+            None => Directory { attributes: attributes(0o755, Mtime::default()), entries: Default::default() },
+        };
+        let (mut tail, mut head, told) = self.newest_segment(&tree).await?;
+        agrees(held.head, head)?;
+        let mut fresh: Vec<&Entry> = Vec::new();
+        for entry in entries {
+            if !told.iter().chain(fresh.iter().copied()).any(|other| other.repeats(entry)) {
+                fresh.push(entry);
+            }
+        }
+        // A segment whose lines are all older cannot tell of it.
+        for node in tree.entries.values().rev().skip(1) {
+            if fresh.is_empty() || node.attributes().is_some_and(|of| of.mtime < mtime(since)) {
+                break;
+            }
+            let (_, told) = chain::tail(&self.store.read(content(node)?).await?)?;
+            fresh.retain(|entry| !told.iter().any(|other| other.repeats(entry)));
+        }
+        if fresh.is_empty() {
+            return Ok(None);
+        }
+        for entry in fresh {
+            if tail.text.len() >= FULL {
+                self.put(&mut tree, &tail).await?;
+                tail = Tail { number: tail.number + 1, text: Vec::new(), latest: Timestamp::MIN };
+            }
+            head = chain::append(&mut tail.text, head, entry)?;
+            tail.latest = tail.latest.max(entry.time);
+        }
+        self.put(&mut tree, &tail).await?;
+        let root = tree.blob();
+        self.store.write(root, tree.encode()).await?;
+        Ok(Some((head, root)))
+    }
+
+    /// Reads all of it, and checks that it is one chain which passes these heads and ends where the anchor says. `each` sees the
+    /// entries, oldest first.
     ///
     /// # Errors
     /// See [`Error`].
@@ -100,14 +160,28 @@ impl Log<'_> {
         heads: impl IntoIterator<Item = Head>,
         mut each: impl FnMut(Entry),
     ) -> Result<Head, Error> {
-        let mut verifier = Verifier::awaiting(heads);
-        if let Some(root) = self.anchor.newest().await.map_err(Error::Anchor)? {
+        let held = self.anchor.newest().await.map_err(Error::Anchor)?;
+        let mut verifier = Verifier::awaiting(heads.into_iter().chain([held.head]));
+        if let Some(root) = held.root {
             for node in self.tree(root).await?.entries.values() {
                 let segment = self.store.read(content(node)?).await?;
                 verifier.segment(&segment)?.into_iter().for_each(&mut each);
             }
         }
-        Ok(verifier.end()?)
+        let end = verifier.end()?;
+        agrees(held.head, end)?;
+        Ok(end)
+    }
+
+    /// The newest segment, the end of the log by its word, and what it tells.
+    async fn newest_segment(&self, tree: &Directory) -> Result<(Tail, Head, Vec<Entry>), Error> {
+        let Some((_, node)) = tree.entries.last_key_value() else {
+            return Ok((Tail { number: 1, text: Vec::new(), latest: Timestamp::MIN }, Head::EMPTY, Vec::new()));
+        };
+        let text = self.store.read(content(node)?).await?.to_vec();
+        let (head, told) = chain::tail(&text)?;
+        let latest = told.iter().map(|entry| entry.time).fold(Timestamp::MIN, Timestamp::max);
+        Ok((Tail { number: tree.entries.len(), text, latest }, head, told))
     }
 
     /// The directory of the segments, whose names are their numbers.
@@ -118,13 +192,29 @@ impl Log<'_> {
         if named { Ok(tree) } else { Err(Error::Foreign(root)) }
     }
 
-    async fn put(&self, tree: &mut Directory, number: usize, segment: &[u8]) -> Result<(), Error> {
-        let content = Blob::of(segment);
-        self.store.write(content, Bytes::copy_from_slice(segment)).await?;
-        let node = Node::File { content, attributes: attributes(0o644), link_group: None };
-        let name = Name::new(text(number)).map_err(|error| StoreError::Invalid(error.to_string()))?;
+    async fn put(&self, tree: &mut Directory, segment: &Tail) -> Result<(), Error> {
+        let content = Blob::of(&segment.text);
+        self.store.write(content, Bytes::copy_from_slice(&segment.text)).await?;
+        let node = Node::File { content, attributes: attributes(0o644, mtime(segment.latest)), link_group: None };
+        let name = Name::new(text(segment.number)).map_err(|error| StoreError::Invalid(error.to_string()))?;
         tree.entries.insert(name, node);
         Ok(())
+    }
+}
+
+/// Whether the log ends where the anchor says.
+fn agrees(held: Head, found: Head) -> Result<(), Broken> {
+    let broken = |line, problem| Err(Broken { line, problem });
+    if held.count < found.count {
+        return broken(held.count + 1, "it is behind the end that is written down in the cluster");
+    }
+    if held.count > found.count {
+        return broken(found.count + 1, "it is missing: the end that is written down in the cluster is behind it");
+    }
+    if held.hash == found.hash {
+        Ok(())
+    } else {
+        broken(found.count, "it is another than is written down in the cluster")
     }
 }
 
@@ -137,6 +227,11 @@ fn content(node: &Node) -> Result<Blob, Error> {
     node.content().ok_or_else(|| Error::Store(StoreError::Invalid("a segment of the audit log is no file".into())))
 }
 
-fn attributes(mode: u32) -> Attributes {
-    Attributes { mode, ..Attributes::default() }
+fn attributes(mode: u32, mtime: Mtime) -> Attributes {
+    Attributes { mode, mtime, ..Attributes::default() }
+}
+
+/// Rounded down, so that no line is newer than its segment by less than a second.
+fn mtime(time: Timestamp) -> Mtime {
+    Mtime { seconds: time.as_second(), nanos: 0 }
 }

@@ -17,6 +17,7 @@ fn entry(number: usize) -> Entry {
             uid: format!("uid \"{number}\""),
         },
         root: number.is_multiple_of(2).then(|| "r/1".into()),
+        occasion: number as u64 % 4,
     }
 }
 
@@ -104,6 +105,7 @@ fn a_line_has_one_encoding_and_a_bound() {
     for other in [
         line.replace(":1,", ": 1,"),
         line.replace("00Z", "00.0Z"),
+        line.replace("}\n", ",\"occasion\":0}\n"),
         line.replace("\"actor\"", "\"more\":1,\"actor\""),
         line.replace('\n', "\r\n"),
         format!("\n{line}"),
@@ -114,6 +116,15 @@ fn a_line_has_one_encoding_and_a_bound() {
     }
     let long = Entry { actor: "a".repeat(MAX_LINE), ..entry(0) };
     assert!(append(&mut Vec::new(), Head::EMPTY, &long).is_err());
+}
+
+#[test]
+fn a_head_is_read_as_it_was_printed() {
+    let (_, head, _) = chain(3);
+    assert_eq!(head.to_string().parse(), Ok(head));
+    for bad in ["", "3", "3:", "x:00", ":", "3:00"] {
+        assert!(bad.parse::<Head>().is_err(), "{bad}");
+    }
 }
 
 proptest! {
