@@ -29,7 +29,7 @@ pub struct Committed {
     /// It was there already: an earlier run had pushed it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub found: bool,
-    /// The branch had moved, and this was put on top.
+    /// The branch had moved, and this was put on top. Not told of an earlier run that kept commits of the session.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub rebased: bool,
     /// Files and symlinks that were added, changed or removed.

@@ -14,35 +14,48 @@ pub(super) const ROOT: &str = "Aether-Root";
 /// Keys that nobody else may use.
 const OURS: &str = "aether-";
 
-/// The whole message.
-pub(super) async fn compose(asked: &Git, git: &Program<'_>, directory: &Path) -> Result<Vec<u8>, Failure> {
+/// What is said of all that has no words of its own.
+pub(super) fn of(asked: &Git) -> Result<Vec<u8>, Failure> {
     let said = match (&asked.message, &asked.message_file) {
         (Some(message), _) => message.clone(),
         (None, Some(file)) => std::fs::read_to_string(file)
             .map_err(|error| Failure::new(Reason::Invalid, format!("cannot read {}: {error}", file.display())))?,
         (None, None) => String::new(),
     };
-    check(&said, asked)?;
+    let refuse = |why: String| Failure::new(Reason::Invalid, why);
+    if said.trim().is_empty() || said.contains('\0') {
+        return Err(refuse("the message is empty, or no text".into()));
+    }
+    check(&said, asked).map_err(|why| refuse(format!("the message has {why}")))?;
+    Ok(format!("{}\n", said.trim_end()).into_bytes())
+}
+
+/// The words of a commit that was made in the session.
+///
+/// # Errors
+/// Why they cannot stay.
+pub(super) fn kept(said: &str, asked: &Git) -> Result<Vec<u8>, String> {
+    check(said, asked).map_err(|why| format!("its message has {why}"))?;
+    Ok(said.as_bytes().to_owned())
+}
+
+/// With the lines at its end.
+pub(super) async fn sign(said: &[u8], asked: &Git, git: &Program<'_>, directory: &Path) -> Result<Vec<u8>, Failure> {
     let mut trailers: Vec<String> = asked.trailers.iter().map(|(key, value)| format!("{key}: {value}")).collect();
     trailers.push(format!("{ROOT}: {}", asked.root));
     trailers.push(format!("{COMMIT}: {}", asked.commit_uid));
     let mut arguments = vec!["interpret-trailers", "--no-divider", "--if-exists=add", "--where=end"];
     arguments.extend(trailers.iter().flat_map(|trailer| ["--trailer", trailer]));
-    let input = format!("{}\n", said.trim_end());
-    Ok(git.ask(directory, &arguments, Call { input: input.as_bytes(), ..Call::default() }).await?)
+    Ok(git.ask(directory, &arguments, Call { input: said, ..Call::default() }).await?)
 }
 
 /// Nobody says in our name who approved, or that another request is done.
-fn check(said: &str, asked: &Git) -> Result<(), Failure> {
-    let refuse = |why: String| Err(Failure::new(Reason::Invalid, why));
-    if said.trim().is_empty() || said.contains('\0') {
-        return refuse("the message is empty, or no text".into());
-    }
+fn check(said: &str, asked: &Git) -> Result<(), String> {
     for line in said.lines() {
         let Some((key, _)) = line.split_once(':') else { continue };
         let key = key.trim().to_ascii_lowercase();
         if key.starts_with(OURS) || asked.trailers.iter().any(|(ours, _)| ours.eq_ignore_ascii_case(&key)) {
-            return refuse(format!("the message has a line {line:?}, which only Aether may write: take it out"));
+            return Err(format!("a line {line:?}, which only Aether may write: take it out"));
         }
     }
     Ok(())

@@ -1,12 +1,14 @@
-//! A reviewed tree as one commit on a branch.
+//! A reviewed tree as a commit on a branch.
 //!
 //! The commit's tree is the base commit's, with what the session changed; its parent is the base commit, or what the branch
-//! has become since, if it may be rebased. It is pushed only from the very commit that the branch was seen at, and after
-//! that fetched anew and compared. Its trailer holds the UID of the request: that is looked for before anything is done,
-//! and again whenever a push did not go well, so that a branch never gets it twice.
+//! has become since, if it may be rebased. Where commits that were made in the session are kept, it comes after them, or is
+//! the last of them. It is pushed only from the very commit that the branch was seen at, and after that fetched anew and
+//! compared. Its trailer holds the UID of the request: that is looked for before anything is done, and again whenever a push
+//! did not go well, so that a branch never gets it twice.
 
 mod content;
 mod difference;
+mod history;
 mod message;
 mod push;
 mod repository;
@@ -21,6 +23,7 @@ use crate::cli::{Git, History};
 use crate::crash::crash_point;
 use crate::failure::{Failure, Kind, Reason};
 use crate::report::Committed;
+use history::Author;
 use push::Pushed;
 use repository::{Made, Repository, Seen};
 
@@ -55,7 +58,15 @@ pub async fn commit(asked: &Git, scratch: &Path, store: &dyn Store) -> Result<Co
     let seen = work.look().await?;
     crash_point!("git.looked");
     if let Some(made) = seen.made {
-        return Ok(work.committed(made, true));
+        let committed = work.found(made);
+        // What the earlier run said of it nobody may have heard. The same is said again, if the store still has the trees.
+        return Ok(match content::write(&work.repository, asked, scratch.join("files"), store).await {
+            Ok(written) => Committed { files: written.files, warnings: written.warnings, ..committed },
+            Err(failure) => {
+                tracing::warn!("what the commit holds is not told: {failure}");
+                committed
+            }
+        });
     }
     work.may_go_on(&seen)?;
     let written = content::write(&work.repository, asked, scratch.join("files"), store).await?;
@@ -63,7 +74,8 @@ pub async fn commit(asked: &Git, scratch: &Path, store: &dyn Store) -> Result<Co
     if asked.lfs {
         work.repository.push_large().await?;
     }
-    let committed = work.put(&written.tree, seen).await?;
+    let changes = work.changes(&written.tree, scratch, store).await?;
+    let committed = work.put(&changes, seen).await?;
     crash_point!("git.pushed");
     let committed = Committed { files: written.files, warnings: written.warnings, ..committed };
     work.verify(&committed, scratch).await?;
@@ -80,10 +92,21 @@ fn check(asked: &Git) -> Result<(), Failure> {
     if asked.commit_uid.is_empty() || asked.commit_uid.contains(|c: char| c.is_whitespace() || c.is_control()) {
         return refuse(format!("--commit-uid {:?} is not a UID", asked.commit_uid));
     }
-    if asked.history == History::Keep {
-        return refuse("commits that were made in the session cannot be kept yet: ask for history Squash".into());
-    }
-    Ok(())
+    message::of(asked).map(drop)
+}
+
+/// What a commit says, and who wrote it.
+struct Words {
+    message: Vec<u8>,
+    author: Author,
+}
+
+/// A step from the base commit to the reviewed tree, as it was done in the session.
+struct Change {
+    commit: String,
+    parent: String,
+    tree: String,
+    words: Words,
 }
 
 /// One request under way.
@@ -118,18 +141,49 @@ impl Work<'_> {
         }
     }
 
-    /// Puts the change on the branch, wherever that goes meanwhile.
-    async fn put(&self, tree: &str, mut seen: Seen) -> Result<Committed, Failure> {
-        let base = self.asked.base_commit.as_str();
-        let base_tree = self.repository.line(&["rev-parse", &format!("{base}^{{tree}}")]).await?;
-        if base_tree == tree {
+    /// What brings the base commit to `tree`.
+    async fn changes(&self, tree: &str, scratch: &Path, store: &dyn Store) -> Result<Vec<Change>, Failure> {
+        let asked = self.asked;
+        let base = asked.base_commit.as_str();
+        if self.tree(base).await? == tree {
             return Err(nothing("the session changed nothing that git keeps"));
         }
-        let change = self.commit_tree(tree, base).await?;
+        let mut changes = Vec::new();
+        let (mut at, mut parent) = (self.tree(base).await?, base.to_owned());
+        let mut add = async |tree: &str, words: Words| {
+            let commit = self.commit_tree(tree, &parent, &words.message, &words.author).await?;
+            changes.push(Change {
+                parent: std::mem::replace(&mut parent, commit.clone()),
+                commit,
+                tree: tree.to_owned(),
+                words,
+            });
+            Ok::<_, Failure>(())
+        };
+        if asked.history == History::Keep {
+            for kept in history::read(&self.repository, asked, scratch.join("session"), store).await? {
+                add(&kept.tree, Words { message: kept.message, author: kept.author }).await?;
+                at = kept.tree;
+            }
+        }
+        if at != tree {
+            let author = Author {
+                name: asked.author_name.as_ref().unwrap_or(&asked.committer_name).clone(),
+                email: asked.author_email.as_ref().unwrap_or(&asked.committer_email).clone(),
+                date: self.date(),
+            };
+            add(tree, Words { message: message::of(asked)?, author }).await?;
+        }
+        Ok(changes)
+    }
+
+    /// Puts the changes on the branch, wherever that goes meanwhile.
+    async fn put(&self, changes: &[Change], mut seen: Seen) -> Result<Committed, Failure> {
+        let base = self.asked.base_commit.as_str();
         let mut last = None;
         for _ in 0..TRIES {
             self.may_go_on(&seen)?;
-            let made = self.on(seen.tip.as_deref().unwrap_or(base), tree, &change).await?;
+            let made = self.on(seen.tip.as_deref().unwrap_or(base), changes).await?;
             crash_point!("git.committed");
             if seen.tip.is_none() {
                 // No branch of the server may tell it which commits it has.
@@ -137,7 +191,10 @@ impl Work<'_> {
             }
             let pushed = push::push(&self.repository, &self.asked.branch, &made.commit, seen.tip.as_deref()).await?;
             let (failure, moved) = match pushed {
-                Pushed::Done => return Ok(self.committed(made, false)),
+                Pushed::Done => {
+                    let rebased = seen.tip.as_deref().is_some_and(|tip| tip != base);
+                    return Ok(Committed { rebased, found: false, ..self.found(made) });
+                }
                 Pushed::Refused(failure) => return Err(failure),
                 Pushed::Moved(failure) => (failure, true),
                 Pushed::Failed(failure) => (failure, false),
@@ -146,7 +203,7 @@ impl Work<'_> {
             // The server may have done it all the same, or another run.
             seen = self.look().await?;
             if let Some(made) = seen.made {
-                return Ok(self.committed(made, true));
+                return Ok(self.found(made));
             }
             if !moved {
                 return Err(failure);
@@ -156,38 +213,53 @@ impl Work<'_> {
         Err(last.unwrap_or_else(|| Failure::new(Reason::CommitFailed, "others push to the branch all the time")))
     }
 
-    /// The commit that brings the change to `parent`.
-    async fn on(&self, parent: &str, tree: &str, change: &str) -> Result<Made, Failure> {
-        let base = self.asked.base_commit.as_str();
-        let (commit, tree) = if parent == base {
-            (change.to_owned(), tree.to_owned())
-        } else {
-            let merged = self.repository.merge(base, parent, change).await?;
-            if self.repository.line(&["rev-parse", &format!("{parent}^{{tree}}")]).await? == merged {
-                return Err(nothing("the branch has all that the session changed").at(Some(parent)));
+    /// The commits that bring the changes to `parent`; the last one of them says whose request it is.
+    async fn on(&self, parent: &str, changes: &[Change]) -> Result<Made, Failure> {
+        let (mut tip, mut last) = (parent.to_owned(), None);
+        for change in changes {
+            let tree = if tip == change.parent {
+                change.tree.clone()
+            } else {
+                self.repository.merge(&change.parent, &tip, &change.commit).await?
+            };
+            // What the branch has already, or was undone again in the session.
+            if self.tree(&tip).await? == tree {
+                continue;
             }
-            (self.commit_tree(&merged, parent).await?, merged)
+            let commit = self.commit_tree(&tree, &tip, &change.words.message, &change.words.author).await?;
+            last = Some((std::mem::replace(&mut tip, commit), tree, &change.words));
+        }
+        let Some((before, tree, words)) = last else {
+            return Err(nothing("the branch has all that the session changed").at(Some(parent)));
         };
-        Ok(Made { commit, tree, parent: parent.to_owned(), root: self.asked.root.to_string() })
+        let Repository { git, path, .. } = &self.repository;
+        let message = message::sign(&words.message, self.asked, git, path).await?;
+        let commit = self.commit_tree(&tree, &before, &message, &words.author).await?;
+        Ok(Made { commit, tree, parent: before, root: self.asked.root.to_string() })
     }
 
-    async fn commit_tree(&self, tree: &str, parent: &str) -> Result<String, Failure> {
-        let asked = self.asked;
-        let Repository { git, path, .. } = &self.repository;
-        let message = message::compose(asked, git, path).await?;
+    async fn tree(&self, commit: &str) -> Result<String, Failure> {
+        self.repository.line(&["rev-parse", &format!("{commit}^{{tree}}")]).await
+    }
+
+    /// When it was asked for, as git's environment has it.
+    fn date(&self) -> String {
         // Later than the base in any case, because commits are looked for from there on.
-        let time = asked.date.unwrap_or_else(jiff::Timestamp::now).as_second().max(self.since);
-        let date = format!("@{time} +0000");
-        let author = asked.author_name.as_deref().unwrap_or(&asked.committer_name);
+        let time = self.asked.date.unwrap_or_else(jiff::Timestamp::now).as_second().max(self.since);
+        format!("@{time} +0000")
+    }
+
+    async fn commit_tree(&self, tree: &str, parent: &str, message: &[u8], author: &Author) -> Result<String, Failure> {
+        let Repository { git, path, .. } = &self.repository;
         let environment = [
-            ("GIT_AUTHOR_NAME", author),
-            ("GIT_AUTHOR_EMAIL", asked.author_email.as_deref().unwrap_or(&asked.committer_email)),
-            ("GIT_AUTHOR_DATE", &date),
-            ("GIT_COMMITTER_NAME", &asked.committer_name),
-            ("GIT_COMMITTER_EMAIL", &asked.committer_email),
-            ("GIT_COMMITTER_DATE", &date),
+            ("GIT_AUTHOR_NAME", author.name.as_str()),
+            ("GIT_AUTHOR_EMAIL", &author.email),
+            ("GIT_AUTHOR_DATE", &author.date),
+            ("GIT_COMMITTER_NAME", &self.asked.committer_name),
+            ("GIT_COMMITTER_EMAIL", &self.asked.committer_email),
+            ("GIT_COMMITTER_DATE", &self.date()),
         ];
-        let call = Call { input: &message, environment: &environment };
+        let call = Call { input: message, environment: &environment };
         let id = git.ask(path, &["commit-tree", tree, "-p", parent, "-F", "-"], call).await?;
         Ok(String::from_utf8_lossy(&id).trim().to_owned())
     }
@@ -206,14 +278,16 @@ impl Work<'_> {
         Err(Failure { kind: Kind::Permanent, ..Failure::new(Reason::CommitFailed, message).at(seen.tip.as_deref()) })
     }
 
-    fn committed(&self, made: Made, found: bool) -> Committed {
+    /// What an earlier run did.
+    fn found(&self, made: Made) -> Committed {
         Committed {
-            rebased: made.parent != self.asked.base_commit,
+            // Where there is one commit for all, its parent tells.
+            rebased: self.asked.history == History::Squash && made.parent != self.asked.base_commit,
             commit: made.commit,
             tree: made.tree,
             branch: self.asked.branch.clone(),
             parent: made.parent,
-            found,
+            found: true,
             ..Committed::default()
         }
     }

@@ -19,7 +19,7 @@ const TIP: &str = "refs/aether/tip";
 /// Fetches no contents and no tags, and never asks submodules.
 const FETCH: [&str; 6] = ["fetch", "--quiet", "--filter=blob:none", "--no-tags", "--no-write-fetch-head", "--force"];
 /// Git looks for nothing elsewhere that is not here.
-const HERE: Call<'_> = Call { input: &[], environment: &[("GIT_NO_LAZY_FETCH", "1")] };
+pub(super) const HERE: Call<'_> = Call { input: &[], environment: &[("GIT_NO_LAZY_FETCH", "1")] };
 
 /// A repository without files, of which `origin` is the one to push to.
 pub(super) struct Repository<'a> {

@@ -106,7 +106,7 @@ async fn what_makes_no_sense_is_refused_and_what_is_lost_is_named() {
     let session = world.session("session").await;
     session.write("new", "new\n");
     world.commit(&session, "two words", &[]).await.failed("Invalid", "Permanent");
-    for more in [["--branch", "a..b"], ["--history", "keep"], ["--message", " \n"]] {
+    for more in [["--branch", "a..b"], ["--message", " \n"]] {
         world.commit(&session, "uid-1", &more).await.failed("Invalid", "Permanent");
     }
     let mut gone = crate::world::Session { commit: "0".repeat(39) + "1", ..session };

@@ -5,6 +5,7 @@
 
 mod answers;
 mod exported;
+mod kept;
 mod killed;
 mod moved;
 mod pushed;
