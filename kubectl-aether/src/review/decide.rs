@@ -19,8 +19,7 @@ pub(crate) async fn approve(cluster: &Cluster, args: &cli::Approve) -> Result<()
     let commit: AetherCommit = cluster.find(&args.commit).await?;
     let root = decidable(&commit, args.root.as_deref())?;
     if !args.yes {
-        eprint!("{}", summary(&commit));
-        confirm(&format!("Approve commit {} with tree {root}?", args.commit))?;
+        confirm(&format!("{}Approve commit {} with tree {root}?", summary(&commit), args.commit))?;
     }
     let approval = record(cluster, &commit, &root, Decision::Approve, args.message.as_deref()).await?;
     told(cluster, &approval, args.print.output)
@@ -30,8 +29,7 @@ pub(crate) async fn reject(cluster: &Cluster, args: &cli::Reject) -> Result<()> 
     let commit: AetherCommit = cluster.find(&args.commit).await?;
     let root = decidable(&commit, args.root.as_deref())?;
     if !args.yes {
-        eprint!("{}", summary(&commit));
-        confirm(&format!("Reject commit {}?", args.commit))?;
+        confirm(&format!("{}Reject commit {}?", summary(&commit), args.commit))?;
     }
     let approval = record(cluster, &commit, &root, Decision::Reject, Some(&args.message)).await?;
     told(cluster, &approval, args.print.output)
@@ -51,7 +49,7 @@ fn told(cluster: &Cluster, approval: &AetherApproval, format: Option<cli::Object
         Decision::Reject => ("rejected", "withdraw that"),
     };
     output::print(&format!(
-        "commit {} {done} with tree {}; `kubectl aether delete approval/{} -n {}` would {what}\n",
+        "commit {} {done} with tree {}\n`kubectl aether delete approval/{} -n {}` would {what}\n",
         approval.spec.commit,
         short(&approval.spec.root),
         approval.name_any(),
@@ -119,10 +117,10 @@ pub(super) async fn record(
             }
             wanted.metadata.name = Some(own);
         }
-        // The operator writes the name then.
+        // The operator writes the name then. This has to be the beginning of one all the same.
         None => {
             wanted.metadata.name = None;
-            wanted.metadata.generate_name = Some(format!("{name}."));
+            wanted.metadata.generate_name = Some(format!("{name}-"));
         }
     }
     let mut made = api.create(&PostParams::default(), &wanted).await;

@@ -31,6 +31,8 @@ pub(crate) struct Behaviour {
     pub(crate) commits: Vec<Value>,
     /// Whether the user may list objects of all namespaces.
     pub(crate) everywhere: bool,
+    /// Whether the cluster says who the user is, as all do since 1.28.
+    pub(crate) says_who: bool,
 }
 
 /// What the server was asked to do so far.
@@ -196,7 +198,10 @@ async fn notes(State(shared): Api) -> Response {
     Json(json!({"kind": "SessionNotes", "items": items})).into_response()
 }
 
-async fn who(Json(mut object): Json<Value>) -> Response {
+async fn who(State(shared): Api, Json(mut object): Json<Value>) -> Response {
+    if !shared.behaviour.says_who {
+        return not_found("selfsubjectreviews");
+    }
     object["status"] = json!({"userInfo": {"username": "ada"}});
     (StatusCode::CREATED, Json(object)).into_response()
 }
@@ -221,6 +226,11 @@ async fn records(
 /// What the webhook would do: a name, and who it was.
 async fn create_record(State(shared): Api, Path(plural): Path<String>, Json(mut object): Json<Value>) -> Response {
     let stem = object["metadata"]["generateName"].as_str().map(|stem| format!("{stem}x"));
+    // As the API server has it, also when the webhook has made a name of its own.
+    if object["metadata"]["generateName"].as_str().is_some_and(|stem| stem.ends_with('.')) {
+        let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 422, "message": "metadata.generateName: Invalid value", "reason": "Invalid"});
+        return (StatusCode::UNPROCESSABLE_ENTITY, Json(status)).into_response();
+    }
     let name = object["metadata"]["name"].as_str().map(ToOwned::to_owned).or(stem).unwrap();
     object["metadata"]["name"] = json!(name);
     object["metadata"]["namespace"] = json!("demo");

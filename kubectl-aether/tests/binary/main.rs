@@ -20,6 +20,7 @@ fn behaviour() -> Behaviour {
         log: "one\ntwo\n",
         commits: vec![],
         everywhere: true,
+        says_who: true,
     }
 }
 

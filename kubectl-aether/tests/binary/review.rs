@@ -81,6 +81,16 @@ async fn what_waits_goes_away_when_it_is_decided_on() {
 }
 
 #[tokio::test]
+async fn a_cluster_that_does_not_say_who_one_is_takes_decisions_too() {
+    let server = Server::start(Behaviour { commits: vec![waiting("c1", "bot")], says_who: false, ..behaviour() }).await;
+    let (code, out, err) = run(&server, &["approve", "c1"]).await;
+    assert!(code == 0 && out.starts_with("commit c1 approved"), "{out}{err}");
+    assert_eq!(server.seen.borrow().created[0]["metadata"]["generateName"], "c1-");
+    let (_, out, err) = run(&server, &["review"]).await;
+    assert!(out.contains("c1") && err.contains("does not say who you are"), "{out}{err}");
+}
+
+#[tokio::test]
 async fn who_may_not_look_everywhere_sees_the_namespace() {
     let server =
         Server::start(Behaviour { commits: vec![waiting("c1", "bot")], everywhere: false, ..behaviour() }).await;
