@@ -228,16 +228,16 @@ impl Cluster {
         format!("export KUBECONFIG={}\nexport PATH={}:\"$PATH\"", self.kubeconfig().display(), path.join(":"))
     }
 
-    /// A kubeconfig for a user of that name and group; its path.
-    pub fn kubeconfig_for(&self, user: &str, group: Option<&str>) -> Result<PathBuf> {
+    /// A kubeconfig for a user of that name and group, whose commands are about this namespace unless they say another; its path.
+    pub fn kubeconfig_for(&self, user: &str, group: Option<&str>, namespace: &str) -> Result<PathBuf> {
         let path = self.paths.pki().join(format!("user-{}.kubeconfig", user.replace([':', '/'], "-")));
-        write_private(&path, &Pki::at(self.paths.pki()).kubeconfig(SERVER, Subject::user(user, group))?)?;
+        write_private(&path, &Pki::at(self.paths.pki()).kubeconfig(SERVER, Subject::user(user, group), namespace)?)?;
         Ok(path)
     }
 
     /// A client that is a user of that name and group.
     pub async fn client_for(&self, user: &str, group: Option<&str>) -> Result<Client> {
-        client(Kubeconfig::read_from(self.kubeconfig_for(user, group)?)?).await
+        client(Kubeconfig::read_from(self.kubeconfig_for(user, group, "default")?)?).await
     }
 
     /// Tells a node's object the addresses of its pods: a kubelet that sees them becomes Ready at once, and without them with

@@ -34,7 +34,7 @@ pub fn configure(paths: &Paths, pki: &Pki) -> Result<()> {
     pki.issue("front-proxy-ca", "front-proxy-client", Subject::user("front-proxy-client", None))?;
     write_private(
         &paths.kubeconfig(),
-        &pki.kubeconfig(SERVER, Subject::user("kubernetes-admin", Some("system:masters")))?,
+        &pki.kubeconfig(SERVER, Subject::user("kubernetes-admin", Some("system:masters")), "default")?,
     )?;
     Ok(fs::write(audit_policy_file(paths), serde_json::to_vec_pretty(&audit_policy())?)?)
 }

@@ -159,7 +159,7 @@ async fn run(command: Command) -> Result<()> {
             if tools_only { cluster.load_tools().await? } else { cluster.load_images().await.map(drop)? }
         }
         Command::User { name, group } => {
-            println!("{}", Cluster::connect().await?.kubeconfig_for(&name, group.as_deref())?.display());
+            println!("{}", Cluster::connect().await?.kubeconfig_for(&name, group.as_deref(), "default")?.display());
         }
         Command::Node { action } => act(action).await?,
     }

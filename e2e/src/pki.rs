@@ -103,8 +103,8 @@ impl Pki {
         Ok(Pair { certificate: certificate.pem(), key: key.serialize_pem() })
     }
 
-    /// A kubeconfig, self-contained, for a user of the cluster whose API server is at `server`.
-    pub fn kubeconfig(&self, server: &str, subject: Subject<'_>) -> Result<String> {
+    /// A kubeconfig, self-contained, for a user of the cluster whose API server is at `server`; who says no namespace means this.
+    pub fn kubeconfig(&self, server: &str, subject: Subject<'_>, namespace: &str) -> Result<String> {
         let pair = self.sign("ca", subject)?;
         let encode = |pem: &str| BASE64_STANDARD.encode(pem);
         Ok(serde_yaml::to_string(&json!({
@@ -112,7 +112,7 @@ impl Pki {
             "kind": "Config",
             "clusters": [{"name": "aether", "cluster": {"server": server, "certificate-authority-data": encode(&self.authority_pem("ca")?)}}],
             "users": [{"name": subject.name, "user": {"client-certificate-data": encode(&pair.certificate), "client-key-data": encode(&pair.key)}}],
-            "contexts": [{"name": "aether", "context": {"cluster": "aether", "user": subject.name}}],
+            "contexts": [{"name": "aether", "context": {"cluster": "aether", "user": subject.name, "namespace": namespace}}],
             "current-context": "aether",
         }))?)
     }
@@ -120,7 +120,7 @@ impl Pki {
     /// Writes a kubeconfig for a component and gives its path.
     pub fn component(&self, server: &str, subject: Subject<'_>) -> Result<String> {
         let file = format!("{}.kubeconfig", subject.name.replace(':', "-"));
-        self.write(&file, &self.kubeconfig(server, subject)?)?;
+        self.write(&file, &self.kubeconfig(server, subject, "default")?)?;
         Ok(self.path(&file))
     }
 

@@ -78,6 +78,12 @@ impl Tools {
         self.prepare("kubectl", &["aether", "--namespace", &self.namespace], args)
     }
 
+    /// What somebody types into a shell, to be run by the caller: kubectl and `kubectl aether` are on the PATH, in the namespace of
+    /// the kubeconfig. What it prints and what it complains of come as one, in the order in which they appear on a screen.
+    pub fn typed(&self, line: &str) -> Command {
+        self.with_environment(command("bash", ["-c", &format!("exec 2>&1; {line}")]))
+    }
+
     /// Applies YAML.
     pub async fn apply(&self, yaml: &str) -> Result<()> {
         let args = ["apply", "--filename", "-"];
@@ -102,7 +108,10 @@ impl Tools {
     }
 
     fn prepare(&self, program: &str, first: &[&str], args: &[&str]) -> Command {
-        let mut command = command(self.programs.join(program), first.iter().chain(args));
+        self.with_environment(command(self.programs.join(program), first.iter().chain(args)))
+    }
+
+    fn with_environment(&self, mut command: Command) -> Command {
         command.env("PATH", &self.path);
         if let Some(kubeconfig) = &self.kubeconfig {
             command.env("KUBECONFIG", kubeconfig);

@@ -41,23 +41,33 @@ pub struct Team<'a> {
     pub test: &'a Test,
     /// Where the source is from, and commits go to.
     pub repository: Repository,
+    session: &'static str,
     platform: Test,
 }
 
 /// By which what is the team's is found in the platform team's namespace.
 const LABEL: &str = "aether.dev/e2e";
 
-/// Plays with a team; what it made goes afterwards.
-pub async fn with_team(test: &Test, body: impl AsyncFnOnce(&Team<'_>) -> Result<()>) -> Result<()> {
+/// Plays with a team whose agent has the session `work`; what it made goes afterwards.
+pub async fn with_team<T>(test: &Test, body: impl AsyncFnOnce(&Team<'_>) -> Result<T>) -> Result<T> {
+    with_team_at(test, "work", body).await
+}
+
+/// As [`with_team`], with a session of this name.
+pub async fn with_team_at<T>(
+    test: &Test,
+    session: &'static str,
+    body: impl AsyncFnOnce(&Team<'_>) -> Result<T>,
+) -> Result<T> {
     let namespace = test.site.platform_namespace.clone();
     let made = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}});
     test.tools.apply(&made.to_string()).await?;
     let platform = Test { tools: test.tools.in_namespace(&namespace), namespace, ..test.clone() };
-    let team = Team { test, repository: Repository::serve().await?, platform };
-    let mut played = team.settle().await;
-    if played.is_ok() {
-        played = body(&team).await;
-    }
+    let team = Team { test, repository: Repository::serve().await?, session, platform };
+    let played = match team.settle().await {
+        Ok(()) => body(&team).await,
+        Err(error) => Err(error),
+    };
     if played.is_err() {
         eprintln!("{}", team.platform.dump().await);
     }
@@ -83,10 +93,10 @@ impl Team<'_> {
         format!("{}-push", self.test.namespace)
     }
 
-    /// Nothing of the team stays in the platform team's namespace.
+    /// Nothing of the team stays outside its own namespace.
     async fn leave(&self) -> Result<()> {
         let label = format!("{LABEL}={}", self.test.namespace);
-        let kinds = "aethersources,secrets,rolebindings,roles";
+        let kinds = "aethersources,secrets,rolebindings,roles,clusterrolebindings";
         self.platform.tools.kubectl(&["delete", kinds, "--selector", &label, "--wait=false"]).await.map(drop)
     }
 
@@ -101,7 +111,11 @@ impl Team<'_> {
             "grace" | "linus" => Some("reviewers"),
             _ => None,
         };
-        Ok(self.test.tools.of_user(self.test.cluster()?.kubeconfig_for(&self.user(name), group)?))
+        Ok(self.test.tools.of_user(self.test.cluster()?.kubeconfig_for(
+            &self.user(name),
+            group,
+            &self.test.namespace,
+        )?))
     }
 
     /// Rights, the source and its Secrets, and an agent at work in a pod.
@@ -139,7 +153,7 @@ impl Team<'_> {
             })
             .await?;
         let session = json!({
-            "apiVersion": "aether.dev/v1alpha1", "kind": "AetherSession", "metadata": {"name": "work"},
+            "apiVersion": "aether.dev/v1alpha1", "kind": "AetherSession", "metadata": {"name": self.session},
             "spec": {"source": {"namespace": self.platform(), "name": self.source()}, "owner": {"uid": 1000, "gid": 1000}},
         });
         self.of("ada")?.apply(&session.to_string()).await?;
@@ -151,7 +165,7 @@ impl Team<'_> {
         self.test.tools.kubectl(&["create", "serviceaccount", "agent"]).await?;
         self.test.until("agent", "has a token", |account: &ServiceAccount| account.secrets.is_some()).await?;
         let story = Story::new(self.test);
-        let mut pod = story.pod_manifest("agent", "work", None, false)?;
+        let mut pod = story.pod_manifest("agent", self.session, None, false)?;
         pod["spec"]["serviceAccountName"] = "agent".into();
         self.test.tools.apply(&pod.to_string()).await?;
         self.test.until_ready("agent").await.map(drop)
@@ -171,6 +185,17 @@ impl Team<'_> {
         self.test.tools.in_namespace(namespace).apply(&self.labelled(binding).to_string()).await
     }
 
+    /// The two reviewers may look at what waits in all namespaces.
+    pub async fn review_everywhere(&self) -> Result<()> {
+        let subjects = ["grace", "linus"].map(|name| subject(&self.user(name)));
+        let binding = json!({
+            "apiVersion": RBAC, "kind": "ClusterRoleBinding", "metadata": {"name": format!("{}-reviewers", self.test.namespace)},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "aether-reviewer"},
+            "subjects": subjects,
+        });
+        self.test.tools.apply(&self.labelled(binding).to_string()).await
+    }
+
     /// Gives the agent a right that no role of the chart's gives it, as a platform team may by mistake.
     pub async fn mistake(&self, namespace: &str, verb: &str, resource: &str) -> Result<()> {
         let name = format!("{}-{verb}", self.test.namespace);
@@ -180,7 +205,8 @@ impl Team<'_> {
         self.bind_to(namespace, json!({"kind": "Role", "name": name}), &[subject(&self.user("ada"))]).await
     }
 
-    fn labelled(&self, mut object: Value) -> Value {
+    /// Marked as the team's, so that it goes with it.
+    pub fn labelled(&self, mut object: Value) -> Value {
         object["metadata"]["labels"] = json!({LABEL: self.test.namespace});
         object
     }
@@ -206,7 +232,8 @@ impl Team<'_> {
 
     /// The agent takes a checkpoint; its tree.
     pub async fn checkpoint(&self, name: &str) -> Result<String> {
-        let mut command = self.of("ada")?.aether_command(&["checkpoint", "work", "--name", name, "--wait", "durable"]);
+        let mut command =
+            self.of("ada")?.aether_command(&["checkpoint", self.session, "--name", name, "--wait", "durable"]);
         command::expect_success(&mut command).await?;
         let checkpoint: AetherCheckpoint = self.test.api().get(name).await?;
         checkpoint.status.and_then(|status| status.root).context("a durable checkpoint has a tree")
@@ -272,9 +299,8 @@ impl Team<'_> {
     /// Fails unless the pushed branch is the agent's tree, file by file, as one commit that tells where it is from.
     pub async fn is_pushed(&self, commit: &AetherCommit, listing: &str) -> Result<()> {
         let status = commit.status.as_ref().context("a status")?;
-        let name = commit.metadata.name.as_deref().context("a name")?;
-        let branch = format!("agents/{name}");
-        let cloned = self.repository.cloned(&branch).await?;
+        let branch = &commit.spec.target.git.as_ref().context("a branch")?.branch;
+        let cloned = self.repository.cloned(branch).await?;
         ensure!(cloned == *listing, "the branch is\n{cloned}\nand the session was\n{listing}");
         let namespace = &self.test.namespace;
         let field = |value: &Option<String>| value.clone().unwrap_or_default();
@@ -286,8 +312,8 @@ impl Team<'_> {
             format!("Requested-by: {}", self.user("ada")),
         ];
         trailers.extend(["grace", "linus"].map(|who| format!("Approved-by: {}", self.user(who))));
-        self.repository.is_one_commit(&branch, &trailers).await?;
-        let tip = self.repository.git(&["rev-parse", &branch]).await?;
+        self.repository.is_one_commit(branch, &trailers).await?;
+        let tip = self.repository.git(&["rev-parse", branch]).await?;
         ensure!(status.commit.as_ref() == Some(&tip), "the status names {:?}, the branch {tip}", status.commit);
         Ok(())
     }

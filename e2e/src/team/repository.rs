@@ -11,6 +11,8 @@ use tempfile::TempDir;
 use crate::command::{command, expect_success, run};
 use crate::network::HOST;
 
+/// By which the environment tells git which authorities to trust, instead of a repository's configuration.
+pub const TRUST: &str = "GIT_SSL_CAINFO";
 const USER: &str = "pusher";
 /// What the push Secret holds. Nobody but the Jobs of the source's namespace may ever see it.
 pub const PASSWORD: &str = "only-the-job-has-this-1f6b";
@@ -25,7 +27,8 @@ pub const LISTING: &str = r"
 const CONTENTS: &str = r"
     mkdir -p src deep/er; echo 'a line' >README.md; echo 'fn main() {}' >src/main.rs; echo deep >deep/er/file
     echo '#!/bin/sh' >run.sh; chmod 755 run.sh; echo '#!/bin/sh' >later.sh; echo gone >gone.txt; echo moved >before.txt
-    ln -s README.md link; ln -s gone.txt dangling; head -c 300000 /dev/urandom >large";
+    ln -s README.md link; ln -s gone.txt dangling; head -c 300000 /dev/urandom >large
+    mkdir test; printf '%s\n' '#!/bin/sh' '# The server needs a moment.' 'sleep 5' 'curl --fail http://localhost:8080/login' >test/login.sh";
 
 /// The repository `app.git` with the branch `main`.
 pub struct Repository {
@@ -70,16 +73,22 @@ impl Repository {
         Ok(!self.git(&["branch", "--list", branch]).await?.is_empty())
     }
 
-    /// Clones the branch from the server, as anybody with the password would; the [`LISTING`] of the clone.
-    pub async fn cloned(&self, branch: &str) -> Result<String> {
+    /// A clone from the server, as anybody with the password makes one, with the branch checked out. Its own configuration says whom
+    /// it trusts: git must not have the variable that says otherwise.
+    pub async fn clone(&self, branch: &str) -> Result<TempDir> {
         let authority = self.folder.path().join("ca.crt");
         std::fs::write(&authority, self.server.authority.as_deref().context("the server speaks TLS")?)?;
         let url = self.url().replacen("https://", &format!("https://{USER}:{PASSWORD}@"), 1);
         let clone = tempfile::tempdir_in(self.folder.path())?;
-        let to = clone.path().display().to_string();
-        let mut git = command("git", ["clone", "-q", "--branch", branch, &url, &to]);
-        expect_success(git.env("GIT_SSL_CAINFO", &authority)).await?;
-        shell(clone.path(), LISTING).await
+        let (trust, to) = (format!("http.sslCAInfo={}", authority.display()), clone.path().display().to_string());
+        let mut git = command("git", ["clone", "-q", "--config", &trust, "--branch", branch, &url, &to]);
+        expect_success(git.env_remove(TRUST)).await?;
+        Ok(clone)
+    }
+
+    /// The [`LISTING`] of such a clone.
+    pub async fn cloned(&self, branch: &str) -> Result<String> {
+        shell(self.clone(branch).await?.path(), LISTING).await
     }
 
     /// Fails unless the branch is exactly one commit ahead of `main`, with these lines at the end of its message, in any order.

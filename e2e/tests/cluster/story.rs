@@ -45,6 +45,7 @@ steps! {
     handoff "handoff"
     lost_node "lost-node"
     restore "restore"
+    review "review"
     volumes "volumes"
     lazy "lazy"
     killed "killed"
