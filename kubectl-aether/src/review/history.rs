@@ -13,10 +13,24 @@ use crate::output::{first_line, print, printable, table};
 
 use super::{phase, place, requester, session_of, session_of_checkpoint, short, target};
 
+/// Kinds of things that happen. The cluster tells time in whole seconds: within one they come in this order.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Order {
+    Made,
+    Kept,
+    Restored,
+    Asked,
+    Remarked,
+    Decided,
+    Released,
+    Ended,
+}
+
 /// One thing that happened.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Happening {
     time: Timestamp,
+    order: Order,
     what: String,
     who: String,
     text: String,
@@ -88,10 +102,10 @@ struct Objects {
 impl Objects {
     fn of(&self, name: &str, session: Option<&AetherSession>) -> Vec<Happening> {
         let mut happened = Vec::new();
-        let mut tell = |time: Option<&Time>, what: String, who: Option<&str>, text: String| {
+        let mut tell = |time: Option<&Time>, order: Order, what: String, who: Option<&str>, text: String| {
             if let Some(time) = time {
                 let who = who.map(printable).unwrap_or_default();
-                happened.push(Happening { time: time.0, what, who, text: printable(&text) });
+                happened.push(Happening { time: time.0, order, what, who, text: printable(&text) });
             }
         };
         if let Some(session) = session {
@@ -99,12 +113,20 @@ impl Objects {
             let by = creator(session.annotations());
             tell(
                 made,
+                Order::Made,
                 format!("session {name}"),
                 by.as_deref(),
                 format!("from {}", crate::get::origin(session, false)),
             );
         }
-        for checkpoint in self.checkpoints.iter().filter(|checkpoint| checkpoint.spec.session == name) {
+        // One that was taken for a commit is told with the commit.
+        let told_later = |checkpoint: &AetherCheckpoint| {
+            self.commits.iter().any(|commit| {
+                let taken = commit.status.as_ref().and_then(|status| status.checkpoint.as_ref());
+                commit.spec.session.is_some() && taken == checkpoint.metadata.name.as_ref()
+            })
+        };
+        for checkpoint in self.checkpoints.iter().filter(|it| it.spec.session == name && !told_later(it)) {
             let status = checkpoint.status.clone().unwrap_or_default();
             let time = status.local_time.as_ref().or(checkpoint.metadata.creation_timestamp.as_ref());
             let text = [
@@ -115,11 +137,13 @@ impl Objects {
             ];
             let text = text.into_iter().flatten().collect::<Vec<_>>().join(", ");
             let by = creator(checkpoint.annotations());
-            tell(time, format!("checkpoint {}", checkpoint.name_any()), by.as_deref(), text);
+            tell(time, Order::Kept, format!("checkpoint {}", checkpoint.name_any()), by.as_deref(), text);
         }
         for restore in self.restores.iter().filter(|restore| restore.spec.session == name) {
             let text = format!("to checkpoint {}", restore.spec.checkpoint);
-            tell(restore.metadata.creation_timestamp.as_ref(), format!("restore {}", restore.name_any()), None, text);
+            let (made, what) =
+                (restore.metadata.creation_timestamp.as_ref(), format!("restore {}", restore.name_any()));
+            tell(made, Order::Restored, what, None, text);
         }
         let checkpoint_of = |commit: &AetherCommit| {
             let checkpoint = commit.spec.checkpoint.as_deref()?;
@@ -131,14 +155,19 @@ impl Objects {
             }
             let (id, status) = (commit.name_any(), commit.status.clone().unwrap_or_default());
             let asked = commit.metadata.creation_timestamp.as_ref();
-            tell(asked, format!("commit {id}"), requester(commit), format!("to {}", target(&commit.spec.target)));
+            let text = [
+                Some(format!("to {}", target(&commit.spec.target))),
+                status.root.as_deref().map(|root| format!("tree {}", short(root))),
+            ];
+            let text = text.into_iter().flatten().collect::<Vec<_>>().join(", ");
+            tell(asked, Order::Asked, format!("commit {id}"), requester(commit), text);
             let by = status.approvals.map(|approvals| approvals.by.join(", ")).filter(|by| !by.is_empty());
             let by = by.map(|by| format!("approved by {by}")).unwrap_or_default();
-            tell(status.started.as_ref(), format!("commit {id} released"), None, by);
+            tell(status.started.as_ref(), Order::Released, format!("commit {id} released"), None, by);
             let result = status.commit.map(|id| format!("git commit {id}"));
             let result = result.or(status.revision.map(|revision| format!("revision {revision}")));
             let end = format!("commit {id} {}", phase(commit).to_lowercase());
-            tell(status.finished.as_ref(), end, None, result.unwrap_or_default());
+            tell(status.finished.as_ref(), Order::Ended, end, None, result.unwrap_or_default());
             for approval in self.approvals.iter().filter(|approval| approval.spec.commit == id) {
                 let done = match approval.spec.decision {
                     aether_api::approval::Decision::Approve => "approved",
@@ -151,7 +180,8 @@ impl Objects {
                 let text = [Some(tree), approval.spec.text.as_deref().map(first_line), void];
                 let who = approval.spec.reviewer.as_ref().map(|by| by.username.as_str());
                 let text = text.into_iter().flatten().collect::<Vec<_>>().join(", ");
-                tell(approval.metadata.creation_timestamp.as_ref(), format!("commit {id} {done}"), who, text);
+                let made = approval.metadata.creation_timestamp.as_ref();
+                tell(made, Order::Decided, format!("commit {id} {done}"), who, text);
             }
         }
         for note in &self.notes {
@@ -161,7 +191,8 @@ impl Objects {
             let resolved = if note.spec.resolved { " (resolved)" } else { "" };
             let text = format!("{}: {}{resolved}", place(&note.spec), first_line(&note.spec.text));
             let who = note.spec.author.as_ref().map(|by| by.username.as_str());
-            tell(note.metadata.creation_timestamp.as_ref(), format!("note {}", note.name_any()), who, text);
+            let (made, what) = (note.metadata.creation_timestamp.as_ref(), format!("note {}", note.name_any()));
+            tell(made, Order::Remarked, what, who, text);
         }
         happened.sort();
         happened
@@ -231,5 +262,38 @@ mod tests {
         assert_eq!(happened[2].text, "a: why\u{fffd}?");
         assert_eq!(happened[5].text, "git commit f00");
         assert!(objects.of("nobody", None).is_empty());
+    }
+
+    #[test]
+    fn a_commit_of_a_session_is_told_with_its_checkpoint_and_a_second_in_its_order() {
+        let mut checkpoint =
+            AetherCheckpoint::new("c", AetherCheckpointSpec { session: "s".into(), ..Default::default() });
+        checkpoint.metadata.creation_timestamp = time(1);
+        let mut commit = AetherCommit::new("c", AetherCommitSpec { session: Some("s".into()), ..Default::default() });
+        commit.metadata.creation_timestamp = time(1);
+        let (root, checkpoint_name) = (Some("abc/7".into()), Some("c".into()));
+        commit.status = Some(AetherCommitStatus { root, checkpoint: checkpoint_name, ..Default::default() });
+        let decision = AetherApprovalSpec { commit: "c".into(), root: "abc/7".into(), ..Default::default() };
+        let mut approval = AetherApproval::new("c.x", decision);
+        approval.metadata.creation_timestamp = time(2);
+        let mut note = AetherNote::new("n", AetherNoteSpec { checkpoint: "c".into(), ..Default::default() });
+        note.metadata.creation_timestamp = time(2);
+        let mut objects = Objects {
+            checkpoints: vec![checkpoint],
+            restores: vec![],
+            commits: vec![commit],
+            approvals: vec![approval],
+            notes: vec![note],
+        };
+        let whats = |objects: &Objects| -> Vec<String> {
+            objects.of("s", None).iter().map(|it| format!("{}: {}", it.what, it.text)).collect()
+        };
+        let told = whats(&objects);
+        assert_eq!(told[0], "commit c: to nowhere, tree abc/7");
+        assert!(told[1].starts_with("note n") && told[2].starts_with("commit c approved"), "{told:?}");
+        assert_eq!(told.len(), 3);
+        // Its own record outlives that of the commit.
+        objects.commits.clear();
+        assert!(whats(&objects)[0].starts_with("checkpoint c"));
     }
 }
