@@ -12,4 +12,3 @@ pub mod failure;
 pub mod git;
 mod losses;
 pub mod report;
-mod trees;

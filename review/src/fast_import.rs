@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aether_cas::transfer::{batches, read_batch};
 use aether_cas::{Blob, Store, StoreError, tree};
 use bytes::{Bytes, BytesMut};
 use tempfile::TempDir;
@@ -14,12 +15,10 @@ use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use crate::changes::{Changes, Entry, Object, batches};
+use crate::changes::{Changes, Entry, Object};
 
-/// Contents up to this size are read into memory, several at a time; larger ones pass through a file.
+/// Contents up to this size are read into memory, as many at a time as fit a message; larger ones pass through a file.
 const SMALL: u64 = 256 << 10;
-/// Small contents that are in memory at one time, in bytes.
-const BATCH_BYTES: u64 = 2 << 20;
 /// Pieces in which large contents are sent, in bytes.
 const PIECE: usize = 256 << 10;
 
@@ -116,9 +115,9 @@ impl Writer<'_> {
     ) -> Result<HashMap<Blob, u64>, Error> {
         let mut marks = HashMap::with_capacity(contents.len());
         let (small, large): (Vec<Blob>, Vec<Blob>) = contents.iter().partition(|blob| blob.size <= SMALL);
-        for batch in batches(&small, BATCH_BYTES) {
-            for (blob, data) in batch.iter().zip(store.read_batch(batch).await?) {
-                marks.insert(*blob, self.blob(data).await?);
+        for batch in batches(small) {
+            for (blob, data) in read_batch(batch, store).await? {
+                marks.insert(blob, self.blob(data).await?);
             }
         }
         if large.is_empty() {

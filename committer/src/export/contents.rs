@@ -4,12 +4,10 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use aether_cas::transfer::{BATCH_BYTES, Object, Objects};
+use aether_cas::transfer::{BATCH_BYTES, Object, Objects, batches, read_batch};
 use aether_cas::{Blob, Store, StoreError};
 use bytes::Bytes;
 use tokio::runtime::Handle;
-
-use crate::trees::{batches, read_batch};
 
 /// Contents of a store for somebody who may block.
 pub(super) struct Contents {
@@ -28,8 +26,7 @@ impl Contents {
     /// `wanted` is what will be asked for, in that order. Must be called within a Tokio runtime.
     pub(super) fn new(store: Arc<dyn Store>, wanted: impl Iterator<Item = Blob>, spool: PathBuf) -> Self {
         let mut once = HashSet::new();
-        let small = wanted.filter(|blob| blob.size <= BATCH_BYTES && once.insert(*blob)).collect();
-        let batches = batches(small);
+        let batches = batches(wanted.filter(|blob| blob.size <= BATCH_BYTES && once.insert(*blob)));
         let numbered = batches.iter().enumerate();
         let places = numbered.flat_map(|(number, batch)| batch.iter().map(move |blob| (*blob, number))).collect();
         Self { store, runtime: Handle::current(), places, batches, held: Mutex::default(), spool }
@@ -48,8 +45,7 @@ impl Objects for Contents {
         if let Some(data) = held.get(blob) {
             return Ok(Object::Bytes(data.clone()));
         }
-        let read = self.runtime.block_on(read_batch(&*self.store, batch))?;
-        *held = batch.iter().copied().zip(read).collect();
+        *held = self.runtime.block_on(read_batch(batch.clone(), &*self.store))?.into_iter().collect();
         Ok(Object::Bytes(held[blob].clone()))
     }
 }

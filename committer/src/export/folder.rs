@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use aether_cas::transfer::read_directories;
 use aether_cas::tree::walk::bottom_up;
 use aether_cas::tree::{Attributes, Directories, Directory, MemoryDirectories, Mtime, Node, Owner, walk};
 use aether_cas::{Blob, Store, StoreError};
@@ -25,7 +26,6 @@ use crate::crash::crash_point;
 use crate::failure::{Failure, Kind, Reason};
 use crate::losses::Losses;
 use crate::report::Exported;
-use crate::trees::whole;
 
 const OWNER: &str =
     "files of others than the session's owner belong to whom everything belongs, because only root gives files away";
@@ -35,7 +35,7 @@ const OWNER: &str =
 /// # Errors
 /// With the reason for the request's status, and whether the same may succeed later.
 pub async fn export(asked: &Folder, scratch: &Path, store: Arc<dyn Store>) -> Result<Exported, Failure> {
-    let directories = whole(&*store, asked.root).await?;
+    let directories = read_directories(&*store, asked.root).await?;
     let (asked, spool, runtime) = (asked.clone(), scratch.join("content"), tokio::runtime::Handle::current());
     let work = move || {
         let _within = runtime.enter();

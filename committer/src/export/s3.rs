@@ -8,6 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use aether_cas::transfer::read_directories;
 use aether_cas::tree::{Node, walk};
 use aether_cas::{Blob, Store, StoreError};
 use futures::{StreamExt, TryStreamExt, stream};
@@ -21,7 +22,6 @@ use crate::cli::S3;
 use crate::failure::{Failure, Reason};
 use crate::losses::Losses;
 use crate::report::Exported;
-use crate::trees::whole;
 
 /// The list of what was exported.
 const MANIFEST: &str = ".aether-export.json";
@@ -65,7 +65,7 @@ struct Bucket<'a> {
 /// With the reason for the request's status, and whether the same may succeed later.
 pub async fn export(asked: &S3, scratch: &Path, store: &dyn Store) -> Result<Exported, Failure> {
     let bucket = Bucket::open(asked, scratch)?;
-    let directories = whole(store, asked.root).await?;
+    let directories = read_directories(store, asked.root).await?;
     let mut losses = Losses::default();
     let mut files = BTreeMap::new();
     walk(&asked.root, &directories, |path, node| {

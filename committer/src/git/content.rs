@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path as FilePath, PathBuf};
 
+use aether_cas::transfer::{Differing, Extent, batches, read_batch};
 use aether_cas::{Blob, Store};
 use aether_git::{Call, LFS_FILTER, Reason as Git};
 
@@ -17,7 +18,6 @@ use super::difference::{Difference, Object, Path, loss};
 use super::repository::Repository;
 use crate::cli;
 use crate::failure::{Failure, Kind};
-use crate::trees::{Trees, batches, read_batch};
 
 /// Contents up to this size are read into memory, several at a time.
 const SMALL: u64 = 1 << 20;
@@ -61,7 +61,9 @@ pub(super) async fn write(
     let submodules = listed.into_iter().filter(|(_, (mode, _))| mode == GITLINK).map(|(path, _)| path);
     let submodules: BTreeSet<Path> = submodules.collect();
 
-    let trees = Trees::differing(store, asked.base_root, asked.root).await?;
+    // Git has no place for what is called as its own.
+    let extent = Extent { without: Some(b".git"), bytes: u64::MAX };
+    let trees = Differing::read(store, asked.base_root, asked.root, extent).await?.unwrap_or_default();
     let mut difference = Difference::between(&trees, &asked.base_root, &asked.root, &submodules)?;
     copy.write(&difference.written, store).await?;
     // First, because what is removed may be in the way of what is written.
@@ -116,8 +118,8 @@ impl Copy<'_> {
         }
         let (small, large): (Vec<Blob>, Vec<Blob>) = files.keys().partition(|blob| blob.size <= SMALL);
         for batch in batches(small) {
-            for (blob, data) in batch.iter().zip(read_batch(store, &batch).await?) {
-                for (path, executable) in &files[blob] {
+            for (blob, data) in read_batch(batch, store).await? {
+                for (path, executable) in &files[&blob] {
                     fs::write(path, &data).and_then(|()| allow(path, *executable)).map_err(failed)?;
                 }
             }

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
 
+use aether_cas::transfer::Differing;
 use aether_cas::tree::{self, Attributes, Change, Directories, Directory, Node};
 use aether_cas::{Blob, StoreError};
 
 use crate::losses::Losses;
-use crate::trees::Trees;
 
 /// From the root, without a leading slash; any bytes but NUL.
 pub(super) type Path = Vec<u8>;
@@ -50,7 +50,7 @@ pub(super) mod loss {
 impl Difference {
     /// What changed from `old` to `new`. `submodules` are paths at which git has commits of other repositories.
     pub(super) fn between(
-        trees: &Trees,
+        trees: &Differing,
         old: &Blob,
         new: &Blob,
         submodules: &BTreeSet<Path>,
@@ -92,7 +92,13 @@ impl Difference {
     }
 
     /// Notes what git does not keep of a new state.
-    fn lose(&mut self, trees: &Trees, path: &[u8], old: Option<&Node>, new: Option<&Node>) -> Result<(), StoreError> {
+    fn lose(
+        &mut self,
+        trees: &Differing,
+        path: &[u8],
+        old: Option<&Node>,
+        new: Option<&Node>,
+    ) -> Result<(), StoreError> {
         let Some(new) = new else { return Ok(()) };
         let before = old.map(|node| attributes(trees, node)).transpose()?.unwrap_or_default();
         let now = attributes(trees, new)?;
@@ -104,8 +110,8 @@ impl Difference {
                 if empty(blob)? && !was_empty && !path.is_empty() {
                     self.losses.add(loss::EMPTY, path);
                 }
-                let was_repository = matches!(old, Some(Node::Directory(old)) if trees.is_repository(old));
-                if trees.is_repository(blob) && !was_repository && !path.is_empty() {
+                let was_repository = matches!(old, Some(Node::Directory(old)) if trees.is_shortened(old));
+                if trees.is_shortened(blob) && !was_repository && !path.is_empty() {
                     self.losses.add(loss::REPOSITORY, path);
                 }
             }
@@ -146,7 +152,7 @@ fn object(node: &Node) -> Option<Object> {
     }
 }
 
-fn attributes(trees: &Trees, node: &Node) -> Result<Attributes, StoreError> {
+fn attributes(trees: &Differing, node: &Node) -> Result<Attributes, StoreError> {
     match (node, node.attributes()) {
         (_, Some(attributes)) => Ok(attributes.clone()),
         (Node::Directory(blob), None) => {

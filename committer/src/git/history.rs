@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use aether_cas::transfer::{Differing, Extent};
 use aether_cas::tree::{self, Change, Directory, Node};
 use aether_cas::{Blob, Store, StoreError};
 
@@ -17,7 +18,6 @@ use super::message;
 use super::repository::{HERE, Repository};
 use crate::cli;
 use crate::failure::{Failure, Reason};
-use crate::trees::Trees;
 
 /// The most commits that are kept.
 const MOST: usize = 1000;
@@ -148,7 +148,8 @@ impl Session<'_> {
 
     /// Takes the objects that one repository has and the other has not.
     async fn take(&self, store: &dyn Store, old: Blob, new: Blob) -> Result<(), Failure> {
-        let trees = Trees::differing(store, old, new).await?;
+        let extent = Extent { without: None, bytes: u64::MAX };
+        let trees = Differing::read(store, old, new, extent).await?.unwrap_or_default();
         for change in tree::diff(&old, &new, &trees)? {
             let Change { path, new: Some(Node::File { content, .. }), .. } = change else { continue };
             if !is_object(&path) {

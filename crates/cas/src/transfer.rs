@@ -7,6 +7,7 @@
 //!
 //! Memory: some [`IN_FLIGHT`] batches of [`BATCH_BYTES`], and the directories of the tree that are missing.
 
+mod directories;
 mod fetch;
 mod upload;
 
@@ -14,11 +15,12 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 
+pub use directories::{Differing, Extent, read_directories};
 pub use fetch::{fetch_directories, fetch_listed, fetch_objects};
 pub use upload::{upload_found, upload_tree};
 
 use crate::{
-    Blob, StoreError,
+    Blob, Store, StoreError,
     store::Result,
     tree::{Directories, Directory, MemoryDirectories},
 };
@@ -135,6 +137,36 @@ fn pack(blobs: impl IntoIterator<Item = Blob>) -> (Vec<Vec<Blob>>, Vec<Blob>) {
     (batches, large)
 }
 
+/// Runs of blobs for one message each, in their order; one that is too large for a message stands alone.
+pub fn batches(blobs: impl IntoIterator<Item = Blob>) -> Vec<Vec<Blob>> {
+    let mut batches: Vec<Vec<Blob>> = Vec::new();
+    let mut bytes = 0;
+    for blob in blobs {
+        let cost = blob.size + BLOB_OVERHEAD;
+        match batches.last_mut() {
+            Some(batch) if bytes + cost <= BATCH_BYTES => batch.push(blob),
+            _ => {
+                bytes = 0;
+                batches.push(vec![blob]);
+            }
+        }
+        bytes += cost;
+    }
+    batches
+}
+
+/// The contents of a batch.
+///
+/// # Errors
+/// Those of the store.
+pub async fn read_batch(batch: Vec<Blob>, from: &dyn Store) -> Result<Vec<(Blob, Bytes)>> {
+    let data = match batch[..] {
+        [blob] => vec![from.read(blob).await?],
+        _ => from.read_batch(&batch).await?,
+    };
+    Ok(batch.into_iter().zip(data).collect())
+}
+
 /// Runs work that blocks on a thread that may.
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
@@ -154,10 +186,13 @@ mod tests {
         let blobs: Vec<Blob> = (0..5000u64)
             .map(|n| Blob { digest: crate::Digest::of(&n.to_le_bytes()), size: sizes[n as usize % sizes.len()] })
             .collect();
+        let runs = batches(blobs.clone());
+        let cost = |batch: &[Blob]| batch.iter().map(|b| b.size + BLOB_OVERHEAD).sum::<u64>();
+        assert!(runs.iter().all(|run| run.len() == 1 || cost(run) <= BATCH_BYTES));
+        assert_eq!(runs.concat(), blobs);
         let (batches, large) = pack(blobs.clone());
         for batch in &batches {
-            let cost: u64 = batch.iter().map(|b| b.size + BLOB_OVERHEAD).sum();
-            assert!(!batch.is_empty() && cost <= BATCH_BYTES, "{cost}");
+            assert!(!batch.is_empty() && cost(batch) <= BATCH_BYTES, "{}", cost(batch));
         }
         assert!(large.iter().all(|b| b.size == BATCH_BYTES));
         let mut all: Vec<Blob> = batches.into_iter().flatten().chain(large).collect();

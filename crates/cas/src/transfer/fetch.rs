@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 
-use super::{IN_FLIGHT, OnProgress, Progress, Transferred, blocking, pack};
+use super::{IN_FLIGHT, OnProgress, Progress, Transferred, blocking, pack, read_batch};
 use crate::{
     Blob, LocalStore, Store, StoreError,
     store::Result,
@@ -71,14 +71,6 @@ async fn read_all(blobs: &[Blob], bulk: &mut HashMap<Blob, Bytes>, from: &dyn St
         .await?;
     found.extend(batches.into_iter().flatten());
     Ok(found)
-}
-
-async fn read_batch(batch: Vec<Blob>, from: &dyn Store) -> Result<Vec<(Blob, Bytes)>> {
-    let data = match batch[..] {
-        [blob] => vec![from.read(blob).await?],
-        _ => from.read_batch(&batch).await?,
-    };
-    Ok(batch.into_iter().zip(data).collect())
 }
 
 /// Stores messages so that each comes after all below it.
