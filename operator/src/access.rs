@@ -8,6 +8,8 @@ use kube::{Api, Client};
 
 /// The verb that approves and rejects what leaves a source's sessions.
 pub const APPROVE: &str = "approve";
+/// The verb that takes back what others have said.
+pub const WITHDRAW: &str = "withdraw";
 
 /// Whether the user may do this to the source of this name.
 ///

@@ -1,15 +1,16 @@
 //! What every reconciler is given: the client, the settings, events, and the store's pins.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use aether_api::conditions::Wanted;
-use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Client;
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::runtime::events::EventType;
 
+use crate::audit::Audit;
 use crate::config::Config;
+use crate::events::Events;
 use crate::nodes::Nodes;
 use crate::objects::Object;
 use crate::orphans::{self, Orphans};
@@ -37,18 +38,18 @@ pub struct Context {
     pub progress: Throttle,
     /// Keeps pods that the API server refuses from being asked for again at once.
     pub refused: Throttle,
-    recorder: Recorder,
+    /// The audit log.
+    pub audit: Arc<Audit>,
+    /// What people are told.
+    pub events: Events,
 }
 
 impl Context {
     /// A context for this client and these settings.
-    pub fn new(client: Client, config: Config, pins: Pins) -> Self {
-        let reporter = Reporter {
-            controller: aether_api::names::OPERATOR_MANAGER.into(),
-            instance: Some(config.identity.clone()),
-        };
+    pub fn new(client: Client, config: Config, pins: Pins, audit: Arc<Audit>) -> Self {
         Self {
-            recorder: Recorder::new(client.clone(), reporter),
+            events: Events::new(&client, &config.identity),
+            audit,
             progress: Throttle::new(Duration::from_secs(1)),
             refused: Throttle::new(REFUSED),
             orphans: Orphans::new(orphans::GRACE),
@@ -60,20 +61,9 @@ impl Context {
         }
     }
 
-    /// Tells people about `object`. An object that is being deleted gets no events, because its namespace may be
-    /// going too; an event that cannot be written is only logged.
+    /// Tells people about `object`.
     pub async fn tell<K: Object>(&self, object: &K, type_: EventType, reason: &str, message: &str) {
-        if object.meta().deletion_timestamp.is_some() {
-            return;
-        }
-        let reference: ObjectReference = object.object_ref(&());
-        // The API server takes notes of up to 1 kB.
-        let note: String = message.chars().take(900).collect();
-        let event =
-            Event { type_, reason: reason.into(), note: Some(note), action: "Reconcile".into(), secondary: None };
-        if let Err(error) = self.recorder.publish(&event, &reference).await {
-            tracing::debug!(name = reference.name, reason, %error, "event not written");
-        }
+        self.events.tell(object, type_, reason, message).await;
     }
 
     /// A warning about `object`.

@@ -9,6 +9,7 @@
 
 pub mod access;
 pub mod admission;
+pub mod audit;
 pub mod checkpoint;
 pub mod command;
 pub mod commit;
@@ -18,6 +19,7 @@ pub mod controllers;
 pub mod crash;
 pub mod damage;
 pub mod error;
+pub mod events;
 pub mod leader;
 pub mod nodes;
 pub mod objects;

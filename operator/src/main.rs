@@ -4,16 +4,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aether_operator::admission::{self, Admission, Keeper};
+use aether_operator::audit::{self, Audit, ClusterAnchor};
 use aether_operator::config::Config;
 use aether_operator::context::Context;
 use aether_operator::controllers;
 use aether_operator::damage::Damage;
+use aether_operator::events::Events;
 use aether_operator::leader::{Candidate, Times};
 use aether_operator::pins::Pins;
 use aether_operator::store_certificate::StoreCertificate;
 use aether_runtime::{Metrics, Readiness, Stage, Tasks, http, logs, signals, tls};
 use anyhow::Context as _;
-use clap::Parser;
+use clap::FromArgMatches;
 use kube::{Api, Client};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
@@ -23,7 +25,12 @@ const GRACE: Duration = Duration::from_secs(10);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let config = Config::parse();
+    let arguments = audit::command::program().get_matches();
+    if let Some(("audit", arguments)) = arguments.subcommand() {
+        let command = audit::command::Command::from_arg_matches(arguments)?;
+        std::process::exit(command.run(&mut std::io::stdout()).await?);
+    }
+    let config = Config::from_arg_matches(&arguments)?;
     logs::init()?;
     let client = Client::try_default()
         .await
@@ -74,7 +81,11 @@ async fn main() -> anyhow::Result<()> {
         tasks.essential(Stage::Work, "the store's certificate", |token| certificate.run(token));
     }
 
-    let context = Arc::new(Context::new(client.clone(), config, pins));
+    let events = Events::new(&client, &config.identity);
+    let pinned = Pins::connect(&config.store, &config.credentials)?;
+    let anchor = ClusterAnchor::new(&client, &config.namespace, pinned, events.clone());
+    let audit = Arc::new(Audit::new(audit::store(&config.store, &config.credentials)?, anchor));
+    let context = Arc::new(Context::new(client.clone(), config, pins, audit.clone()));
     let (keyring, namespace) = (context.keyring.clone(), context.config.namespace.clone());
     let (seen, watched, within) = (keyring.clone(), client.clone(), namespace.clone());
     tasks.essential(Stage::Work, "the keys of signatures", |stop| seen.follow(watched, within, stop));
@@ -83,7 +94,7 @@ async fn main() -> anyhow::Result<()> {
         let address = context.config.admission_listen;
         let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
         let (settings, served) = watch::channel(None);
-        let router = admission::router(Admission { client: client.clone(), keyring: keyring.clone() });
+        let router = admission::router(Admission { client: client.clone(), keyring: keyring.clone(), audit, events });
         tasks.essential(Stage::Intake, "admission webhook", |stop| tls::serve(listener, served, router, stop));
         let ready = readiness.part("admission");
         let keeper = Keeper { client, namespace, service, keyring, settings, ready };

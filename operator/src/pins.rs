@@ -24,6 +24,9 @@ pub const CHECKPOINT: &str = "Checkpoint";
 /// What a commit takes out of the cluster, and (by the name `base`) what its session started from.
 pub const COMMIT: &str = "Commit";
 
+/// The audit log, by a name that says where it ends ([`crate::audit::anchor`]). No sweep takes it for a stray.
+pub const AUDIT_LOG: &str = "AuditLog";
+
 /// When to try again what the store did not take.
 pub const RETRY: Duration = Duration::from_secs(15);
 /// For how long a store that did not answer is left in peace, so that sessions need not wait for each other's pins.
@@ -118,6 +121,28 @@ impl Pins {
             }
         }
         all
+    }
+
+    /// Pins now, or says why not.
+    ///
+    /// # Errors
+    /// What the store said.
+    pub async fn hold(&self, pin: Pin) -> Result<(), tonic::Status> {
+        let Some(client) = &self.client else { return Ok(()) };
+        let Pin { owner, kind, name, tree } = pin;
+        let root = Root { owner_uid: owner, kind: kind.into(), name, tree, pinned_at: 0 };
+        client.clone().pin_root(PinRootRequest { root: Some(root) }).await?;
+        Ok(())
+    }
+
+    /// What this owner has pinned of this kind.
+    ///
+    /// # Errors
+    /// What the store said.
+    pub async fn of(&self, owner: &str, kind: &'static str) -> Result<Vec<Root>, tonic::Status> {
+        let Some(client) = &self.client else { return Ok(Vec::new()) };
+        let request = ListRootsRequest { owner_uid: owner.into(), kind: kind.into() };
+        Ok(client.clone().list_roots(request).await?.into_inner().roots)
     }
 
     /// Whether the store said anything; tells when that changes.

@@ -1,8 +1,11 @@
 //! The webhook as the API server asks it: AdmissionReviews over HTTP.
 
+mod common;
+
 use aether_api::commit::{AetherCommitStatus, CommitSource};
 use aether_api::{AetherApprovalSpec, AetherCommit};
 use aether_operator::admission::{Admission, router};
+use aether_operator::events::Events;
 use aether_operator::signature::{self, Keyring, Keys, Statement};
 use aether_testkit::ApiServer;
 use axum::Router;
@@ -25,7 +28,9 @@ async fn webhook() -> Webhook {
     signature::rotate(&api.client(), "aether-system", jiff::Timestamp::now()).await.unwrap();
     let keyring = Keyring::default();
     keyring.set(Keys::read(&api.get("aether-system", signature::SECRET).unwrap()));
-    let router = router(Admission { client: api.client(), keyring: keyring.clone() });
+    let events = Events::new(&api.client(), "operator");
+    let router =
+        router(Admission { client: api.client(), keyring: keyring.clone(), audit: common::audit(&api), events });
     let mut commit = AetherCommit::new("fix", Default::default());
     commit.metadata.namespace = Some("agents".into());
     let source = CommitSource { namespace: "platform".into(), name: "linux".into(), uid: "u".into() };

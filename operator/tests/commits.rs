@@ -20,7 +20,7 @@ use aether_operator::signature::{self, Keys};
 use clap::Parser;
 use common::{NAMESPACE, Operator, short};
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::{Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -52,12 +52,17 @@ impl World {
         let api = aether_testkit::ApiServer::new();
         let arguments = "aether-operator --store http://store --importer-image i:1 --worker-image w:1 --command-image t:1 --committer-image committer:1";
         let config = aether_operator::config::Config::parse_from(arguments.split(' '));
-        let context = Arc::new(Context::new(api.client(), config, Pins::nowhere()));
+        let audit = common::audit(&api);
+        let context = Arc::new(Context::new(api.client(), config, Pins::nowhere(), audit.clone()));
         let operator = Operator { api: api.clone(), context };
         signature::rotate(&api.client(), "aether-system", jiff::Timestamp::now()).await.unwrap();
         let keyring = operator.context.keyring.clone();
         keyring.set(Keys::read(&api.get("aether-system", signature::SECRET).unwrap()));
-        let world = Self { admission: Admission { client: api.client(), keyring }, operator };
+        let events = operator.context.events.clone();
+        let world = Self { admission: Admission { client: api.client(), keyring, audit, events }, operator };
+        let mut namespace = Namespace::default();
+        namespace.metadata.name = Some(NAMESPACE.into());
+        api.put(&namespace);
         world.operator.put_source("linux");
         api.change::<AetherSource>(NAMESPACE, "linux", |source| {
             source.spec.empty = None;
@@ -127,6 +132,12 @@ impl World {
 
     async fn say(&self, who: &str, commit: &str, root: &str, decision: Decision) -> Result<String, String> {
         self.create(who, &approval(commit, root, decision)).await
+    }
+
+    async fn withdraw(&self, who: &str, name: &str) {
+        let approval: AetherApproval = self.operator.api.get(NAMESPACE, name).unwrap();
+        self.ask(who, "DELETE", &approval, serde_json::to_value(&approval).unwrap()).await.unwrap();
+        self.operator.api.remove::<AetherApproval>(NAMESPACE, name);
     }
 
     async fn reconcile(&self, name: &str) -> AetherCommitStatus {
@@ -348,7 +359,7 @@ async fn makers_do_not_approve_their_own_work_and_a_rejection_blocks_until_withd
         (status.phase, &status.approvals.unwrap().rejected[..]),
         (Some(CommitPhase::Rejected), &["joe".to_owned()][..])
     );
-    world.operator.api.remove::<AetherApproval>(NAMESPACE, &no);
+    world.withdraw("joe", &no).await;
     assert_eq!(world.reconcile(&name).await.phase, Some(CommitPhase::Running));
 }
 
@@ -398,7 +409,7 @@ async fn two_operators_make_one_job_and_only_what_was_asked_for_is_believed() {
     assert_eq!(world.reconcile(&name).await.phase, Some(CommitPhase::Rejected));
     world.reconcile(&name).await;
     assert_eq!(world.jobs().len(), 1);
-    world.operator.api.remove::<AetherApproval>(NAMESPACE, &no);
+    world.withdraw("joe", &no).await;
     assert_eq!(world.reconcile(&name).await.phase, Some(CommitPhase::Running));
     world.reconcile(&name).await;
     let second = world.jobs().into_iter().find(|job| job.name_any() != first).expect("another Job");

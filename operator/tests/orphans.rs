@@ -28,7 +28,8 @@ async fn operator(roots: Roots) -> (Operator, Arc<Context>) {
     let arguments =
         ["aether-operator", "--store", &address, "--importer-image=i", "--worker-image=w", "--command-image=c"];
     let pins = Pins::connect(&address, &Credentials::default()).unwrap();
-    let mut context = Context::new(operator.api.client(), Config::parse_from(arguments), pins);
+    let mut context =
+        Context::new(operator.api.client(), Config::parse_from(arguments), pins, common::audit(&operator.api));
     context.orphans = Orphans::new(Duration::from_millis(1));
     (operator, Arc::new(context))
 }

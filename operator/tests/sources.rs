@@ -389,7 +389,8 @@ async fn an_import_with_a_token_for_the_store_is_believed() {
         ["aether-operator", "--store=https://store", "--importer-image=i", "--worker-image=w", "--command-image=c"];
     let mut config = Config::parse_from(arguments);
     config.credentials.authority = Some(authority.path().into());
-    operator.context = Arc::new(Context::new(operator.api.client(), config, Pins::nowhere()));
+    operator.context =
+        Arc::new(Context::new(operator.api.client(), config, Pins::nowhere(), common::audit(&operator.api)));
     put(&operator, None);
     reconcile(&operator).await;
     ends(&operator, json!({"ok": true, "root": "aa/1", "files": 1, "bytes": 1}));

@@ -103,7 +103,7 @@ fn operator(world: &World) -> Arc<Context> {
         ["aether-operator", "--store=https://store", "--importer-image=i", "--worker-image=w", "--command-image=c"];
     let credentials = ["--store-ca", &file, "--store-token", "/var/run/aether/store/token"];
     let config = Config::parse_from(arguments.into_iter().chain(credentials));
-    Arc::new(Context::new(world.api.client(), config, Pins::nowhere()))
+    Arc::new(Context::new(world.api.client(), config, Pins::nowhere(), common::audit(&world.api)))
 }
 
 #[tokio::test]

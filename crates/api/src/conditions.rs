@@ -86,6 +86,8 @@ pub mod reason {
     pub const REJECTED: &str = "Rejected";
     /// A commit: the operator has not written down who asked for it, or not what it says now.
     pub const NOT_SIGNED: &str = "NotSigned";
+    /// A commit: what becomes of it cannot be written into the audit log, so nothing does.
+    pub const AUDIT_LOG_UNAVAILABLE: &str = "AuditLogUnavailable";
     /// A commit: the repository does not have the commit that the session started from.
     pub const BASE_NOT_FOUND: &str = "BaseNotFound";
     /// A commit: the branch is not where the session started from.

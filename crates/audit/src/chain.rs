@@ -52,7 +52,7 @@ pub struct Object {
 }
 
 /// One thing that happened.
-#[derive(Clone, Debug, Deserialize, Serialize, PartialEq, Eq)]
+#[derive(Clone, Debug, Deserialize, Serialize, PartialEq, Eq, Hash)]
 pub struct Entry {
     /// When.
     pub time: Timestamp,
@@ -70,11 +70,15 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// Whether both tell of one thing, by whatever attempt of whoever writes it down: all is the same but the time, which is
-    /// that of the attempt where the object says none.
+    /// All that makes it this thing, whoever writes it down at whatever attempt: all but the time, which is that of the attempt
+    /// where the object says none.
+    pub fn identity(&self) -> Self {
+        Self { time: Timestamp::UNIX_EPOCH, ..self.clone() }
+    }
+
+    /// Whether both tell of one thing.
     pub fn repeats(&self, other: &Self) -> bool {
-        let identity = |entry: &Self| Self { time: Timestamp::UNIX_EPOCH, ..entry.clone() };
-        identity(self) == identity(other)
+        self.identity() == other.identity()
     }
 }
 
@@ -249,14 +253,15 @@ impl Verifier {
 ///
 /// # Errors
 /// A line that is none, or does not follow from the one before it in this segment.
-pub(crate) fn tail(segment: &[u8]) -> Result<(Head, Vec<Entry>), Broken> {
+pub(crate) fn tail(segment: &[u8]) -> Result<(Head, Head, Vec<Entry>), Broken> {
     let first = segment.split(|byte| *byte == b'\n').next().unwrap_or_default();
     let broken = Broken { line: 1, problem: "the segment has no first line" };
     let first: Line = serde_json::from_slice(&first[..first.len().min(MAX_LINE)]).map_err(|_| broken.clone())?;
     let count = first.sequence.checked_sub(1).ok_or(broken)?;
-    let mut verifier = Verifier::from(Head { count, hash: first.previous }, []);
+    let begin = Head { count, hash: first.previous };
+    let mut verifier = Verifier::from(begin, []);
     let entries = verifier.segment(segment)?;
-    Ok((verifier.head, entries))
+    Ok((begin, verifier.head, entries))
 }
 
 /// Checks the promises of the decoder on any bytes, for fuzzing: what it accepts has one encoding.

@@ -125,12 +125,11 @@ impl Log<'_> {
                 fresh.push(entry);
             }
         }
-        // A segment whose lines are all older cannot tell of it.
         for node in tree.entries.values().rev().skip(1) {
-            if fresh.is_empty() || node.attributes().is_some_and(|of| of.mtime < mtime(since)) {
+            if fresh.is_empty() || is_older(node, since) {
                 break;
             }
-            let (_, told) = chain::tail(&self.store.read(content(node)?).await?)?;
+            let (_, _, told) = chain::tail(&self.store.read(content(node)?).await?)?;
             fresh.retain(|entry| !told.iter().any(|other| other.repeats(entry)));
         }
         if fresh.is_empty() {
@@ -173,13 +172,39 @@ impl Log<'_> {
         Ok(end)
     }
 
+    /// Shows `each` the entries that were written since then, oldest first, and maybe some before. Where the log begins is not
+    /// checked.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn since(&self, since: Timestamp, mut each: impl FnMut(Entry)) -> Result<(), Error> {
+        let held = self.anchor.newest().await.map_err(Error::Anchor)?;
+        let Some(root) = held.root else { return Ok(()) };
+        let tree = self.tree(root).await?;
+        let segments = tree.entries.len();
+        let old = tree.entries.values().rev().skip(1).position(|node| is_older(node, since));
+        let skipped = old.map_or(0, |newer| segments - 1 - newer);
+        let mut end = None;
+        for node in tree.entries.values().skip(skipped) {
+            let (begin, head, told) = chain::tail(&self.store.read(content(node)?).await?)?;
+            if end.is_some_and(|end| end != begin) {
+                return Err(
+                    Broken { line: begin.count + 1, problem: "it does not follow from the segment before it" }.into()
+                );
+            }
+            end = Some(head);
+            told.into_iter().for_each(&mut each);
+        }
+        Ok(agrees(held.head, end.unwrap_or(Head::EMPTY))?)
+    }
+
     /// The newest segment, the end of the log by its word, and what it tells.
     async fn newest_segment(&self, tree: &Directory) -> Result<(Tail, Head, Vec<Entry>), Error> {
         let Some((_, node)) = tree.entries.last_key_value() else {
             return Ok((Tail { number: 1, text: Vec::new(), latest: Timestamp::MIN }, Head::EMPTY, Vec::new()));
         };
         let text = self.store.read(content(node)?).await?.to_vec();
-        let (head, told) = chain::tail(&text)?;
+        let (_, head, told) = chain::tail(&text)?;
         let latest = told.iter().map(|entry| entry.time).fold(Timestamp::MIN, Timestamp::max);
         Ok((Tail { number: tree.entries.len(), text, latest }, head, told))
     }
@@ -200,6 +225,11 @@ impl Log<'_> {
         tree.entries.insert(name, node);
         Ok(())
     }
+}
+
+/// Whether all lines of a segment are older, so that it tells of nothing since then.
+fn is_older(segment: &Node, since: Timestamp) -> bool {
+    segment.attributes().is_some_and(|of| of.mtime < mtime(since))
 }
 
 /// Whether the log ends where the anchor says.

@@ -220,6 +220,16 @@ async fn a_line_is_found_again_in_segments_that_are_full() {
     let later = |number| Entry { time: Timestamp::from_second(99).unwrap(), ..at(0, number) };
     assert_eq!(log.append(&[later(2), later(30), later(59)], since).await.unwrap().count, 60);
     assert_eq!(log.append(&[later(2), later(60)], since).await.unwrap().count, 61);
+    for second in [0, 1, 20, 40, 59, 99, 500] {
+        let since = Timestamp::from_second(second).unwrap();
+        let mut seen = Vec::new();
+        log.since(since, |entry| seen.push(entry)).await.unwrap();
+        let (_, all) = read(&log, &[]).await.unwrap();
+        assert!(
+            all.ends_with(&seen) && all.iter().filter(|entry| entry.time >= since).all(|entry| seen.contains(entry))
+        );
+        assert!(second < 20 || seen.len() < all.len(), "all of it is read for what is new");
+    }
 }
 
 /// A store that fails from the nth write on: what was written before stays.

@@ -3,7 +3,8 @@
 //!
 //! `mutate` stamps what is made with the user whom the API server had authenticated, whatever the object says, and signs it
 //! ([`crate::signature`]); of what is changed it puts back what it had stamped. `validate` looks at what has become of
-//! that after all other webhooks. Every replica serves; the chart says which requests come here and what becomes of them
+//! that after all other webhooks, and writes down what cannot be told from the objects later: who withdraws a decision, and who
+//! makes, resolves or reopens a note ([`crate::audit`]). Every replica serves; the chart says which requests come here and what becomes of them
 //! while nobody answers. That is no matter of trust: what was not stamped here does not count.
 
 mod keeper;
@@ -14,11 +15,13 @@ use std::sync::Arc;
 
 use aether_api::identity::{Identity, Signature};
 use aether_api::names::{CREATOR_ANNOTATION, approval_name};
-use aether_api::{AetherApproval, AetherApprovalSpec, AetherCommit, AetherCommitSpec, AetherNoteSpec};
+use aether_api::{AetherApproval, AetherApprovalSpec, AetherCommit, AetherCommitSpec, AetherNote, AetherNoteSpec};
+use aether_audit::Entry;
 use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::StatusCode;
 use axum::routing::post;
 use axum::{Json, Router};
+use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::{Client, Resource, ResourceExt};
 use ring::rand::SecureRandom;
@@ -29,6 +32,8 @@ use serde_json::{Value, json};
 pub use keeper::Keeper;
 pub use review::{Answer, Change, Question, Request, response};
 
+use crate::audit::{Audit, lines};
+use crate::events::Events;
 use crate::signature::{Keyring, Keys, Statement};
 use crate::{access, objects};
 
@@ -44,6 +49,10 @@ pub struct Admission {
     pub client: Client,
     /// The keys to sign by.
     pub keyring: Keyring,
+    /// The audit log.
+    pub audit: Arc<Audit>,
+    /// What people are told.
+    pub events: Events,
 }
 
 /// Who made an object, as its annotation says.
@@ -154,8 +163,10 @@ impl Admission {
     /// # Errors
     /// The refusal, for people.
     pub async fn mutate(&self, request: &Request) -> Answer {
-        if request.operation == "UPDATE" {
-            return restore(request);
+        match request.operation.as_str() {
+            "UPDATE" => return restore(request),
+            "DELETE" => return Ok(Vec::new()),
+            _ => {}
         }
         let mut given = Given::new(request);
         let now = objects::now();
@@ -246,8 +257,18 @@ impl Admission {
     /// # Errors
     /// The refusal, for people.
     pub async fn validate(&self, request: &Request) -> Answer {
-        if request.operation == "UPDATE" {
-            return unchanged(request).map(|()| Vec::new());
+        match (request.operation.as_str(), request.kind.kind.as_str()) {
+            ("UPDATE", kind) => {
+                unchanged(request)?;
+                if kind == "AetherNote" {
+                    let (old, new) = (object(&request.old_object)?, object(&request.object)?);
+                    self.note_down(&new, lines::turned(&old, &new, &request.user_info), request).await?;
+                }
+                return Ok(Vec::new());
+            }
+            ("DELETE", "AetherApproval") => return self.withdraw(request).await.map(|()| Vec::new()),
+            ("DELETE", _) => return Ok(Vec::new()),
+            _ => {}
         }
         let (namespace, name) = (&request.namespace, request.object["metadata"]["name"].as_str().unwrap_or_default());
         let changed = |why: crate::signature::Refusal| {
@@ -273,11 +294,89 @@ impl Admission {
                 let spec: AetherNoteSpec = spec(&request.object)?;
                 refuse(rules::note(&spec))?;
                 is_theirs(spec.author.as_ref(), request)?;
+                let note = object(&request.object)?;
+                self.note_down(&note, Some(lines::noted(&note, &request.user_info)), request).await?;
             }
             _ => {}
         }
         Ok(Vec::new())
     }
+
+    /// Writes down what somebody does with a note.
+    async fn note_down(&self, note: &AetherNote, entry: Option<Entry>, request: &Request) -> Result<(), String> {
+        let Some(entry) = entry.filter(|_| !request.dry_run) else { return Ok(()) };
+        let (verb, who) = (entry.verb, entry.actor.clone());
+        self.audit.tell(&[entry], lines::made(note)).await?;
+        let message = format!("by {who}: {}", note.spec.text);
+        self.events.tell_deed(note, &format!("{verb:?}"), &message).await;
+        Ok(())
+    }
+
+    /// Whether this user may delete an approval; if so, it is written down. What goes with its commit or its namespace is not
+    /// withdrawn.
+    async fn withdraw(&self, request: &Request) -> Result<(), String> {
+        let approval: AetherApproval = object(&request.old_object)?;
+        if approval.meta().deletion_timestamp.is_some() {
+            return Ok(());
+        }
+        let unknown =
+            |error: crate::error::Error| format!("it cannot be found out whether you may withdraw it: {error}");
+        let (namespace, who) = (&request.namespace, &request.user_info);
+        let commits = objects::namespaced::<AetherCommit>(&self.client, namespace);
+        let commit = objects::get(&commits, &approval.spec.commit).await.map_err(unknown)?;
+        let Some(commit) = commit.filter(|commit| commit.meta().deletion_timestamp.is_none()) else { return Ok(()) };
+        let namespaces = objects::cluster::<Namespace>(&self.client);
+        let of = objects::get(&namespaces, namespace).await.map_err(unknown)?;
+        if of.is_none_or(|of| of.meta().deletion_timestamp.is_some()) {
+            return Ok(());
+        }
+        self.may_withdraw(&approval, &commit, who).await?;
+        if request.dry_run {
+            return Ok(());
+        }
+        let genuine = self.keys().ok().and_then(|keys| is_genuine(&approval, &commit, &keys).ok());
+        let said = genuine.map(|reviewer| lines::voice(&approval, &reviewer));
+        let entries: Vec<Entry> = said.into_iter().chain([lines::withdrawn(&approval, who)]).collect();
+        let told = self.audit.tell(&entries, lines::made(&commit)).await;
+        told.map_err(|why| {
+            format!("what was said of AetherCommit {} cannot be withdrawn now: {why}", commit.name_any())
+        })?;
+        let reviewer = approval.spec.reviewer.map(|reviewer| reviewer.username).unwrap_or_default();
+        let message = format!("{} withdraws what {reviewer} has said ({:?})", who.username, approval.spec.decision);
+        self.events.tell_deed(&commit, "Withdrawn", &message).await;
+        Ok(())
+    }
+
+    /// Everybody may take back what was said in their own name. What others have said takes a right on the source.
+    async fn may_withdraw(
+        &self,
+        approval: &AetherApproval,
+        commit: &AetherCommit,
+        who: &Identity,
+    ) -> Result<(), String> {
+        let reviewer = approval.spec.reviewer.clone().unwrap_or_default().username;
+        if reviewer == who.username || approval.name_any() == approval_name(&approval.spec.commit, &who.username) {
+            return Ok(());
+        }
+        // A commit that names no source yet cannot have been approved by anybody.
+        let Some(source) = commit.status.as_ref().and_then(|status| status.source.as_ref()) else { return Ok(()) };
+        let allowed = access::may(&self.client, who, access::WITHDRAW, &source.namespace, &source.name).await;
+        if allowed.map_err(|error| format!("it cannot be found out whether you may withdraw it: {error}"))? {
+            return Ok(());
+        }
+        Err(format!(
+            "{} may not withdraw what {reviewer} has said of AetherCommit {}: {reviewer} may, and whoever has the verb {} on AetherSource {}/{}",
+            who.username,
+            approval.spec.commit,
+            access::WITHDRAW,
+            source.namespace,
+            source.name
+        ))
+    }
+}
+
+fn object<T: DeserializeOwned>(object: &Value) -> Result<T, String> {
+    T::deserialize(object).map_err(|error| format!("it makes no sense: {error}"))
 }
 
 fn spec<T: DeserializeOwned>(object: &Value) -> Result<T, String> {

@@ -21,8 +21,10 @@ pub struct Request {
     pub uid: String,
     /// The kind of the object.
     pub kind: Kind,
-    /// `CREATE` or `UPDATE`.
+    /// `CREATE`, `UPDATE` or `DELETE`.
     pub operation: String,
+    /// Whether nothing is to come of it.
+    pub dry_run: bool,
     /// The object's namespace.
     pub namespace: String,
     /// Who asked, as the API server had authenticated them.

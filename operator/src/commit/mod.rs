@@ -2,14 +2,15 @@
 //!
 //! What is committed is settled first and never again: checkpoint, tree, source, what the session started from, and who made
 //! it. Then approvals are counted, each time anew from the objects that are there ([`count`]), until the rule of the source is
-//! satisfied. Who approved is written down before anything is done, and a Job in the source's namespace carries the tree
-//! out. Its name follows from the commit's uid and its work can be repeated, so that two operators, or one that is killed
+//! satisfied. Who approved is written down before anything is done, in the audit log too ([`record`]), and a Job in the source's
+//! namespace carries the tree out. Its name follows from the commit's uid and its work can be repeated, so that two operators, or one that is killed
 //! anywhere, push once. The tree stays pinned for as long as the object exists.
 
 mod checks;
 mod count;
 mod job;
 mod outcome;
+mod record;
 mod settle;
 
 use std::sync::Arc;
@@ -68,7 +69,12 @@ pub async fn reconcile(seen: Arc<AetherCommit>, context: Arc<Context>) -> Result
     }
     let before = commit.status.clone().unwrap_or_default();
     let mut status = before.clone();
-    let again = step(&commit, &mut status, &context).await?;
+    let mut again = step(&commit, &mut status, &context).await?;
+    if let Err(why) = record::changes(&commit, &before, &status, &context).await? {
+        status = before.clone();
+        hold(&commit, &mut status, why);
+        again = Some(pins::RETRY);
+    }
     let commit = objects::write_status(&commits, &commit, &status).await?.unwrap_or(commit);
     match status.phase.filter(|phase| before.phase != Some(*phase)) {
         Some(CommitPhase::AwaitingApproval) => crash_point!("commit.waiting"),
@@ -134,6 +140,21 @@ async fn review(
     let approvals: Api<AetherApproval> = objects::namespaced(&context.client, &namespace);
     let mut given = objects::list(&approvals, "").await?;
     given.retain(|approval| approval.spec.commit == commit.name_any() && approval.meta().deletion_timestamp.is_none());
+    let written = async {
+        record::said(&given, commit, keys, context).await?;
+        record::standing(&given, commit, status, keys, context).await
+    };
+    let standing = match written.await {
+        Ok(standing) => standing,
+        Err(why) => {
+            if status.phase == Some(CommitPhase::Running) {
+                // It is counted before it is tried again.
+                status.retry_at = Some(objects::now());
+            }
+            hold(commit, status, why);
+            return Ok(Some(pins::RETRY));
+        }
+    };
     let mut ballots = Vec::new();
     for approval in &given {
         ballots.push(ballot(approval, commit, &source, keys, context).await);
@@ -148,9 +169,16 @@ async fn review(
         missing: unchecked(&rule, &root, &namespace, context).await?,
     };
     let now = Timestamp::now();
-    let counted = count::count(matter, &ballots, now);
+    let mut counted = count::count(matter, &ballots, now);
+    counted.approvals.rejected.extend(standing.iter().cloned());
     answer(&approvals, &given, &counted, context).await?;
-    let wanted = verdict(&counted);
+    let mut wanted = verdict(&counted);
+    if !standing.is_empty() {
+        let who = standing.join(", ");
+        wanted.message += &format!(
+            "; what {who} said was deleted without the operator being asked whether it may be, and stands until {who} decides again"
+        );
+    }
     status.approvals = Some(counted.approvals.clone());
     if counted.is_released() {
         status.phase = Some(CommitPhase::Running);
@@ -424,6 +452,13 @@ fn wait(commit: &AetherCommit, status: &mut AetherCommitStatus, why: &str, messa
     set(commit, status, Wanted::no(APPROVED, why, message));
 }
 
+/// Leaves it as it is until the audit log can be written.
+fn hold(commit: &AetherCommit, status: &mut AetherCommitStatus, why: String) {
+    let about = if status.phase == Some(CommitPhase::Running) { COMPLETE } else { APPROVED };
+    status.phase.get_or_insert(CommitPhase::Pending);
+    set(commit, status, Wanted::no(about, reason::AUDIT_LOG_UNAVAILABLE, why));
+}
+
 fn succeed(commit: &AetherCommit, status: &mut AetherCommitStatus, message: String) {
     status.phase = Some(CommitPhase::Succeeded);
     status.finished = Some(objects::now());
@@ -445,6 +480,13 @@ async fn tell(commit: &AetherCommit, before: &AetherCommitStatus, now: &AetherCo
     let voices = |status: &AetherCommitStatus| {
         status.approvals.clone().map(|approvals| (approvals.by, approvals.rejected)).unwrap_or_default()
     };
+    let held = |status: &AetherCommitStatus| {
+        let mut conditions = status.conditions.iter();
+        conditions.find(|one| one.reason == reason::AUDIT_LOG_UNAVAILABLE).map(|one| one.message.clone())
+    };
+    if let (None, Some(message)) = (held(before), held(now)) {
+        context.tell(commit, EventType::Warning, reason::AUDIT_LOG_UNAVAILABLE, &message).await;
+    }
     if (before.phase, voices(before)) == (now.phase, voices(now)) {
         return;
     }

@@ -9,8 +9,11 @@ use std::sync::Arc;
 use aether_api::session::{Attachment, ClaimPolicy, Durability, Head, SourceReference};
 use aether_api::source::{EmptySource, Revision};
 use aether_api::{AetherSession, AetherSessionSpec, AetherSource, AetherSourceSpec, AetherSourceStatus};
+use aether_cas::{MemoryStore, Store};
+use aether_operator::audit::{Audit, ClusterAnchor};
 use aether_operator::config::Config;
 use aether_operator::context::Context;
+use aether_operator::events::Events;
 use aether_operator::pins::Pins;
 use aether_testkit::{ApiServer, Write};
 use clap::Parser;
@@ -18,6 +21,18 @@ use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim, 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 pub const NAMESPACE: &str = "agents";
+
+/// An audit log in memory, with its end in the API server.
+pub fn audit(api: &ApiServer) -> Arc<Audit> {
+    audit_in(api, Arc::new(MemoryStore::new()), Pins::nowhere())
+}
+
+/// An audit log in this store.
+pub fn audit_in(api: &ApiServer, store: Arc<dyn Store>, pins: Pins) -> Arc<Audit> {
+    let client = api.client();
+    let anchor = ClusterAnchor::new(&client, "aether-system", pins, Events::new(&client, "operator"));
+    Arc::new(Audit::new(store, anchor))
+}
 
 pub struct Operator {
     pub api: ApiServer,
@@ -38,7 +53,7 @@ impl Operator {
             "--command-image",
             "tools:1",
         ];
-        let context = Arc::new(Context::new(api.client(), Config::parse_from(arguments), Pins::nowhere()));
+        let context = Arc::new(Context::new(api.client(), Config::parse_from(arguments), Pins::nowhere(), audit(&api)));
         Self { api, context }
     }
 

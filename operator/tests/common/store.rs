@@ -1,4 +1,4 @@
-//! A store that only knows roots.
+//! A store that only knows roots; what is pinned counts as pinned an hour ago.
 
 use std::sync::{Arc, Mutex};
 
@@ -49,6 +49,11 @@ impl Roots {
         self.0.lock().unwrap().push(root(owner, kind));
     }
 
+    /// The names of what is pinned of this kind.
+    pub fn names(&self, kind: &str) -> Vec<String> {
+        self.0.lock().unwrap().iter().filter(|root| root.kind == kind).map(|root| root.name.clone()).collect()
+    }
+
     pub fn owners(&self) -> Vec<String> {
         self.0.lock().unwrap().iter().map(|root| root.owner_uid.clone()).collect()
     }
@@ -63,17 +68,31 @@ pub fn root(owner: &str, kind: &str) -> Root {
 #[tonic::async_trait]
 impl StoreAdmin for Roots {
     async fn unpin_roots(&self, request: Request<UnpinRootsRequest>) -> Result<Response<UnpinRootsResponse>, Status> {
-        let owner = request.into_inner().owner_uid;
-        self.0.lock().unwrap().retain(|root| root.owner_uid != owner);
+        let UnpinRootsRequest { owner_uid, kind, name } = request.into_inner();
+        let is_meant = |root: &Root| {
+            root.owner_uid == owner_uid
+                && (kind.is_empty() || root.kind == kind)
+                && name.as_ref().is_none_or(|name| root.name == *name)
+        };
+        self.0.lock().unwrap().retain(|root| !is_meant(root));
         Ok(Response::new(UnpinRootsResponse { removed: 1 }))
     }
 
-    async fn list_roots(&self, _: Request<ListRootsRequest>) -> Result<Response<ListRootsResponse>, Status> {
-        Ok(Response::new(ListRootsResponse { roots: self.0.lock().unwrap().clone() }))
+    async fn list_roots(&self, request: Request<ListRootsRequest>) -> Result<Response<ListRootsResponse>, Status> {
+        let ListRootsRequest { owner_uid, kind } = request.into_inner();
+        let mut roots = self.0.lock().unwrap().clone();
+        roots.retain(|root| owner_uid.is_empty() || root.owner_uid == owner_uid);
+        roots.retain(|root| kind.is_empty() || root.kind == kind);
+        Ok(Response::new(ListRootsResponse { roots }))
     }
 
-    async fn pin_root(&self, _: Request<PinRootRequest>) -> Result<Response<PinRootResponse>, Status> {
-        Err(Status::unimplemented("a sweep pins nothing"))
+    async fn pin_root(&self, request: Request<PinRootRequest>) -> Result<Response<PinRootResponse>, Status> {
+        let mut root = request.into_inner().root.expect("a root");
+        root.pinned_at = jiff::Timestamp::now().as_second() - 3600;
+        let mut roots = self.0.lock().unwrap();
+        roots.retain(|one| (&one.owner_uid, &one.kind, &one.name) != (&root.owner_uid, &root.kind, &root.name));
+        roots.push(root);
+        Ok(Response::new(PinRootResponse::default()))
     }
 
     async fn get_statistics(&self, _: Request<GetStatisticsRequest>) -> Result<Response<Statistics>, Status> {
