@@ -72,6 +72,9 @@ pub struct Folder {
     /// The new directory in it, as a relative path. Until it is complete it is called PATH.partial.
     #[arg(long)]
     pub path: PathBuf,
+    /// What the mounted claim is called: for messages and the result.
+    #[arg(long)]
+    pub claim: Option<String>,
 }
 
 /// A folder of an S3 bucket.
@@ -83,7 +86,7 @@ pub struct S3 {
     /// The bucket.
     #[arg(long)]
     pub bucket: String,
-    /// The folder in it. What an earlier export wrote there is changed to this tree; what others wrote is left alone.
+    /// The new folder in it. It is complete when it has an object .aether-export.json, which is written last.
     #[arg(long)]
     pub prefix: String,
     /// The service, where it is not AWS.
@@ -168,7 +171,7 @@ pub struct Git {
 pub enum History {
     /// One commit says it all.
     Squash,
-    /// They are kept.
+    /// They are kept, if they are one straight line from the base commit on; what is not in them becomes one more.
     Keep,
 }
 

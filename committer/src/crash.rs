@@ -16,4 +16,8 @@ pub const POINTS: &[&str] = &[
     "export.folder.made",
     "export.folder.written",
     "export.folder.renamed",
+    "export.s3.begun",
+    "export.s3.written",
+    "export.s3.complete",
+    "export.s3.ended",
 ];

@@ -228,6 +228,7 @@ fn first_status(
         source_name: Some(source.name_any()),
         revision: Some(revision.name.clone()),
         revision_root: Some(revision.root.clone()),
+        commit: revision.commit.clone(),
         owner,
     };
     let mut ready = Vec::new();

@@ -305,6 +305,7 @@ pub(crate) fn commit(it: &AetherCommit, out: &mut Fields) {
     out.maybe("Ended", status.finished.as_ref().map(ago));
     out.maybe("Git commit", status.commit);
     out.maybe("Revision", status.revision);
+    out.maybe("Place", status.place);
     for path in &status.conflicts {
         out.field("Conflict", path);
     }

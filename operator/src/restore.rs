@@ -309,6 +309,7 @@ mod tests {
             source_name: Some(source.into()),
             revision: None,
             revision_root: None,
+            commit: None,
             owner: Owner::default(),
         };
         let mut checkpoint = AetherCheckpoint::new("before", Default::default());

@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use aether_api::approval::Decision;
-use aether_api::commit::{CommitPhase, GitTarget, PromoteTarget, Target};
+use aether_api::commit::{CommitPhase, ExportTarget, GitTarget, PromoteTarget, Target};
 use aether_api::identity::Identity;
 use aether_api::review::{Check, ReviewRule};
 use aether_api::source::GitSource;
@@ -474,6 +474,200 @@ async fn a_promoted_tree_is_one_revision_that_the_next_import_leaves_alone() {
     assert_eq!((about.latest.as_deref(), about.revisions.len()), (Some("r2"), 2));
     assert_eq!(about.revisions[0].root, "bb/2");
     assert!(about.revisions[0].promoted.as_ref().unwrap().contains(&name));
+}
+
+fn places() -> ReviewRule {
+    let places = json!([
+        {"name": "results", "claim": {"name": "data", "path": "of/agents"}},
+        {"name": "bucket", "s3": {"bucket": "b", "prefix": "p", "endpoint": "https://s3", "region": "r", "secretRef": {"name": "keys"}}},
+    ]);
+    ReviewRule { required: 0, exports: serde_json::from_value(places).unwrap(), ..ReviewRule::default() }
+}
+
+fn export(to: &str, path: Option<&str>) -> Target {
+    let export = ExportTarget { to: to.into(), path: path.map(Into::into) };
+    Target { export: Some(export), ..Target::default() }
+}
+
+#[tokio::test]
+async fn an_export_to_a_claim_is_one_job_that_is_believed() {
+    let world = World::new(places()).await;
+    let name = world.commit(|spec| spec.target = export("results", None)).await;
+    world.settled(&name).await;
+    assert_eq!(world.reconcile(&name).await.phase, Some(CommitPhase::Running));
+    // Two operators make one Job.
+    let before: AetherCommit = world.operator.api.get(NAMESPACE, &name).unwrap();
+    world.reconcile(&name).await;
+    world.operator.api.change::<AetherCommit>(NAMESPACE, &name, |commit| commit.status = before.status.clone());
+    world.reconcile(&name).await;
+    let jobs = world.jobs();
+    assert_eq!(jobs.len(), 1);
+    let wanted = format!(
+        "export folder --root=bb/2 --beneath=/export --path=of/agents/{name} --claim=data --store http://store"
+    );
+    assert_eq!(arguments(&jobs[0]).join(" "), wanted);
+    let pod = serde_json::to_value(&jobs[0].spec.as_ref().unwrap().template.spec).unwrap();
+    assert_eq!(pod["volumes"][1], json!({"name": "export", "persistentVolumeClaim": {"claimName": "data"}}));
+    assert_eq!(pod["volumes"].as_array().unwrap().len(), 2, "{pod}");
+    let container = &pod["containers"][0];
+    assert_eq!(container["volumeMounts"][1], json!({"name": "export", "mountPath": "/export"}));
+    assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
+    let user = json!({"fsGroup": 65532, "fsGroupChangePolicy": "OnRootMismatch", "runAsGroup": 65532, "runAsNonRoot": true,
+        "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}});
+    assert_eq!(pod["securityContext"], user);
+
+    let done = json!({"ok": true, "root": "bb/2", "place": format!("data/of/agents/{name}"), "files": 3, "written": 3,
+        "bytes": 17, "warnings": ["owners"], "milliseconds": 5});
+    // A pod with another claim in the place of this one.
+    let elsewhere = |pod: &mut Pod| {
+        let volumes = pod.spec.as_mut().unwrap().volumes.as_mut().unwrap();
+        volumes[1].persistent_volume_claim.as_mut().unwrap().claim_name = "other".into();
+    };
+    world.pod(elsewhere, &done);
+    assert_eq!(world.reconcile(&name).await.phase, Some(CommitPhase::Running));
+    world.pod(|_| {}, &done);
+    let status = world.reconcile(&name).await;
+    assert_eq!(status.phase, Some(CommitPhase::Succeeded));
+    assert_eq!(status.place, Some(format!("data/of/agents/{name}")));
+    assert_eq!((&status.commit, &status.warnings[..]), (&None, &["owners".to_owned()][..]));
+    let said = &status.conditions.iter().find(|condition| condition.type_ == "Complete").unwrap().message;
+    assert_eq!(*said, format!("3 files, 17 bytes are at data/of/agents/{name}"));
+}
+
+#[tokio::test]
+async fn an_export_to_a_bucket_has_the_places_secret_and_is_refused_where_something_is() {
+    let world = World::new(places()).await;
+    // A source that has nothing to do with git.
+    world.operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.git = None);
+    let name = world.commit(|spec| spec.target = export("bucket", Some("one/two"))).await;
+    world.settled(&name).await;
+    world.reconcile(&name).await;
+    world.reconcile(&name).await;
+    let jobs = world.jobs();
+    let wanted = "export s3 --root=bb/2 --bucket=b --prefix=p/one/two --endpoint=https://s3 --region=r \
+        --secret-dir /var/run/aether/secret --secret-name agents/keys --store http://store";
+    assert_eq!(arguments(&jobs[0]).join(" "), wanted);
+    let pod = serde_json::to_value(&jobs[0].spec.as_ref().unwrap().template.spec).unwrap();
+    assert_eq!(pod["volumes"][1]["secret"]["secretName"], "keys");
+    assert_eq!(pod["containers"][0]["volumeMounts"][1]["readOnly"], true);
+    // Somebody has moved the place: that is another Job.
+    let moved = |bucket: &str| {
+        world.operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| {
+            source.spec.review.as_mut().unwrap().exports[1].s3.as_mut().unwrap().bucket = bucket.into();
+        });
+    };
+    moved("elsewhere");
+    let status = world.reconcile(&name).await;
+    assert_eq!((status.phase, status.retries), (Some(CommitPhase::Running), Some(1)));
+    assert!(world.jobs().is_empty());
+    moved("b");
+    world.operator.api.change::<AetherCommit>(NAMESPACE, &name, |commit| {
+        commit.status.as_mut().unwrap().retry_at = Some(common::now());
+    });
+    world.reconcile(&name).await;
+    world.reconcile(&name).await;
+    let there =
+        json!({"ok": false, "reason": "TargetExists", "kind": "Permanent", "message": "export to another path"});
+    world.pod(|_| {}, &there);
+    let status = world.reconcile(&name).await;
+    assert_eq!((status.phase, &status.place), (Some(CommitPhase::Failed), &None));
+    let failed = status.conditions.iter().find(|condition| condition.type_ == "Failed").unwrap();
+    assert_eq!((failed.reason.as_str(), failed.message.as_str()), ("TargetExists", "export to another path"));
+}
+
+#[tokio::test]
+async fn nothing_goes_to_a_place_that_the_source_does_not_have() {
+    let world = World::new(ReviewRule { required: 0, ..ReviewRule::default() }).await;
+    let refused = async |target: Target| {
+        let name = world.commit(|spec| spec.target = target).await;
+        world.reconcile(&name).await;
+        world.checkpoint(&name).await;
+        let status = world.reconcile(&name).await;
+        assert_eq!(status.phase, Some(CommitPhase::Failed));
+        assert!(world.jobs().is_empty());
+        status.conditions.into_iter().find(|condition| condition.type_ == "Failed").unwrap().message
+    };
+    let said = refused(export("results", None)).await;
+    assert!(said.contains("spec.review.exports") && said.contains("{name: results, claim:"), "{said}");
+    world.operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.review = Some(places()));
+    let said = refused(export("other", None)).await;
+    assert!(said.contains("it has results, bucket"), "{said}");
+    // The webhook takes none that leaves its place, and what was written while it was away goes nowhere.
+    let mut commit = AetherCommit::new(
+        "out",
+        AetherCommitSpec {
+            session: Some("fix".into()),
+            target: export("results", Some("../out")),
+            ..Default::default()
+        },
+    );
+    commit.metadata.namespace = Some(NAMESPACE.into());
+    assert!(world.create("agent", &commit).await.unwrap_err().contains("without .."));
+    world.operator.api.put(&commit);
+    assert_eq!(world.reconcile("out").await.phase, Some(CommitPhase::Failed));
+    // A place that is taken away while a commit waits is no place any more.
+    let name = world.commit(|spec| spec.target = export("results", None)).await;
+    assert_eq!(world.settled(&name).await.phase, Some(CommitPhase::Running));
+    world.operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.review = None);
+    let status = world.reconcile(&name).await;
+    assert_eq!(status.phase, Some(CommitPhase::Failed));
+    assert!(world.jobs().is_empty());
+}
+
+/// Like [`World::new`], where the source has moved on to another revision and keeps no more than that.
+async fn moved_on() -> World {
+    let world = World::new(ReviewRule { required: 0, ..ReviewRule::default() }).await;
+    world.operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| {
+        source.spec.revisions_to_keep = 1;
+        let revision = &mut source.status.as_mut().unwrap().revisions[0];
+        (revision.name, revision.root, revision.commit) = ("r2".into(), "cc/3".into(), Some("5eed".into()));
+    });
+    world
+}
+
+#[tokio::test]
+async fn a_session_knows_the_git_commit_that_it_started_from_longer_than_the_source() {
+    let world = moved_on().await;
+    let name = world.commit(|_| {}).await;
+    let status = world.settled(&name).await;
+    assert_eq!(status.base.unwrap().commit.as_deref(), Some("c0ffee"));
+    world.reconcile(&name).await;
+    world.reconcile(&name).await;
+    assert!(arguments(&world.jobs()[0]).join(" ").contains("--base-commit c0ffee --base-root aa/1"));
+    world.operator.api.remove::<Job>(NAMESPACE, &world.jobs()[0].name_any());
+
+    // So do its checkpoints, and what is made of them and of it.
+    for (fork, origin) in [
+        ("of-checkpoint", json!({"checkpoint": name, "claim": "None"})),
+        ("of-session", json!({"session": "fix", "claim": "None"})),
+    ] {
+        let mut session = AetherSession::new(fork, serde_json::from_value(origin).unwrap());
+        session.metadata.namespace = Some(NAMESPACE.into());
+        world.create("agent", &session).await.unwrap();
+        world.operator.session(fork).await;
+        let made: AetherSession = world.operator.api.get(NAMESPACE, fork).unwrap();
+        assert_eq!(made.status.unwrap().base.unwrap().commit.as_deref(), Some("c0ffee"), "{fork}");
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_does_not_know_its_git_commit_has_it_of_the_source_as_long_as_that_does() {
+    let older = |world: &World| {
+        world.operator.api.change::<AetherSession>(NAMESPACE, "fix", |session| {
+            session.status.as_mut().unwrap().base.as_mut().unwrap().commit = None;
+        });
+    };
+    let world = World::new(ReviewRule { required: 0, ..ReviewRule::default() }).await;
+    older(&world);
+    let name = world.commit(|_| {}).await;
+    assert_eq!(world.settled(&name).await.base.unwrap().commit.as_deref(), Some("c0ffee"));
+    let world = moved_on().await;
+    older(&world);
+    let name = world.commit(|_| {}).await;
+    let status = world.settled(&name).await;
+    assert_eq!((status.phase, status.base.unwrap().commit), (Some(CommitPhase::Failed), None));
+    let said = &status.conditions.iter().find(|condition| condition.type_ == "Failed").unwrap().message;
+    assert!(said.contains("r1") && said.contains("promote"), "{said}");
 }
 
 #[tokio::test]

@@ -17,7 +17,7 @@ use aether_cas::{Blob, Store, StoreError};
 use aether_engine::restore;
 use aether_engine::scan::{Options, Sink, scan};
 use bytes::Bytes;
-use rustix::fs::{FlockOperation, Mode, OFlags, RenameFlags, ResolveFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use super::contents::Contents;
@@ -59,7 +59,7 @@ fn write(
     };
     let mut exported = Exported {
         root: asked.root.to_string(),
-        place: asked.path.display().to_string(),
+        place: place(asked),
         warnings: losses.warnings(),
         ..Exported::default()
     };
@@ -67,18 +67,22 @@ fn write(
     (exported.files, exported.bytes) = (counts.files, counts.bytes);
 
     let (parent, name) = way(asked)?;
-    let refused = |error: Errno| failed("use", &asked.path, error);
+    let called = PathBuf::from(place(asked));
+    let refused = |error: Errno| failed("use", &called, error);
     match open(parent.as_fd(), Path::new(&name), OFlags::RDONLY | OFlags::DIRECTORY) {
         Ok(there) => {
             if shown(&there, &directories)? != comparable(&root, &directories)? {
-                let message = format!("there is a directory {} already, and it is another one", asked.path.display());
+                let message = format!(
+                    "there is a directory {} already, and it does not hold this tree: export to another path, or have it removed",
+                    place(asked)
+                );
                 return Err(Failure::new(Reason::TargetExists, message));
             }
             return Ok(Exported { found: true, ..exported });
         }
         Err(Errno::NOENT) => {}
         Err(Errno::LOOP | Errno::NOTDIR) => {
-            let message = format!("there is something called {} already", asked.path.display());
+            let message = format!("there is something called {} already: export to another path", place(asked));
             return Err(Failure::new(Reason::TargetExists, message));
         }
         Err(error) => return Err(refused(error)),
@@ -92,6 +96,11 @@ fn write(
     let partial =
         open(parent.as_fd(), Path::new(&partial_name), OFlags::RDONLY | OFlags::DIRECTORY).map_err(refused)?;
     hold(&parent, &partial_name, &partial)?;
+    // By now nobody else gives anything that name; but somebody may have done so since it was looked for.
+    if rustix::fs::statat(&parent, &name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+        let _ = rustix::fs::unlinkat(&parent, &partial_name, AtFlags::REMOVEDIR);
+        return Err(busy());
+    }
     crash_point!("export.folder.made");
 
     let about = rustix::fs::fstat(&partial).map_err(refused)?;
@@ -103,7 +112,7 @@ fn write(
     exported.written = plan.contents().count() as u64;
     plan.apply(&at, owner, &contents, None).map_err(|error| Failure::other("write the directory", error))?;
     if shown(&partial, &directories)? != comparable(&root, &directories)? {
-        let message = format!("{}.partial is not what was written to it", asked.path.display());
+        let message = format!("{}.partial is not what was written to it", place(asked));
         return Err(Failure::new(Reason::CommitFailed, message));
     }
     rustix::fs::syncfs(&partial).map_err(refused)?;
@@ -112,6 +121,12 @@ fn write(
     rustix::fs::fsync(&parent).map_err(refused)?;
     crash_point!("export.folder.renamed");
     Ok(exported)
+}
+
+/// What the new directory is called, for people who do not see where the claim is mounted.
+fn place(asked: &Folder) -> String {
+    let claim = asked.claim.as_deref().map(Path::new).unwrap_or(Path::new(""));
+    claim.join(&asked.path).display().to_string()
 }
 
 /// Opens the directory in which the new one is to be, and makes it where it is not there.
@@ -150,11 +165,14 @@ fn open(at: BorrowedFd<'_>, path: &Path, flags: OFlags) -> rustix::io::Result<Ow
 
 /// One process at a time writes a directory; and it is still the one of that name.
 fn hold(parent: &OwnedFd, name: &OsStr, directory: &OwnedFd) -> Result<(), Failure> {
-    let busy = || Failure::new(Reason::CommitFailed, "another run writes the same directory");
     rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive).map_err(|_| busy())?;
     let there = open(parent.as_fd(), Path::new(name), OFlags::PATH).map_err(|_| busy())?;
     let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).map(|about| (about.st_dev, about.st_ino));
     if inode(&there).ok() == inode(directory).ok() { Ok(()) } else { Err(busy()) }
+}
+
+fn busy() -> Failure {
+    Failure::new(Reason::CommitFailed, "another run writes the same directory")
 }
 
 /// A path that leads to an open directory and nowhere else.

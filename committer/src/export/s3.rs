@@ -1,12 +1,13 @@
-//! A folder of a bucket that holds a tree: an object for each file, and one more, written last, that says what they are.
+//! A new folder of a bucket that holds a tree: an object for each file, and one more, written last, that says what they are.
 //!
-//! By that list the next export leaves alone what is there already and removes what an earlier one wrote and this tree does
-//! not have. What others wrote is never touched unless a file of the tree has its name.
+//! A folder is the tree's that was first exported to it, and begins empty: the first object is a record of what is on its way,
+//! which only one export can make. Whoever was interrupted goes on by it. What others wrote is never touched, and a folder
+//! with the list in it never changes, but for what somebody else has changed there of the tree.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aether_cas::transfer::read_directories;
 use aether_cas::tree::{Node, walk};
@@ -14,17 +15,22 @@ use aether_cas::{Blob, Store, StoreError};
 use futures::{StreamExt, TryStreamExt, stream};
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::path::Path as Key;
-use object_store::{Certificate, ClientOptions, ObjectStore, ObjectStoreExt, WriteMultipart};
+use object_store::{Certificate, ClientOptions, ObjectStore, ObjectStoreExt, PutMode, WriteMultipart};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 
 use crate::cli::S3;
+use crate::crash::crash_point;
 use crate::failure::{Failure, Reason};
 use crate::losses::Losses;
 use crate::report::Exported;
 
-/// The list of what was exported.
+/// The list of what was exported, when that is all there.
 const MANIFEST: &str = ".aether-export.json";
+/// The same while it is not: of what is there by then.
+const PROGRESS: &str = ".aether-export.partial.json";
+/// How often that is written.
+const PERIOD: Duration = Duration::from_secs(15);
 const VERSION: u32 = 1;
 /// Where the service is taken to be when nobody says.
 const REGION: &str = "us-east-1";
@@ -34,6 +40,7 @@ const PIECE: usize = 8 << 20;
 const AT_ONCE: usize = 8;
 
 const SYMLINK: &str = "symbolic links are left out, because a bucket has none";
+const EXECUTABLE: &str = "modes are left out, because a bucket has none: of files that may be executed";
 const FIFO: &str = "named pipes are left out, because a bucket has none";
 const NAME: &str = "these names cannot be keys of a bucket, and are left out";
 
@@ -75,8 +82,11 @@ pub async fn export(asked: &S3, scratch: &Path, store: &dyn Store) -> Result<Exp
             Node::Directory(_) => {}
             Node::Symlink { .. } => losses.add(SYMLINK, bytes),
             Node::Fifo { .. } => losses.add(FIFO, bytes),
-            Node::File { content, .. } => {
-                match path.to_str().filter(|path| bucket.key(path).is_ok() && *path != MANIFEST) {
+            Node::File { content, attributes, .. } => {
+                if attributes.mode & 0o111 != 0 {
+                    losses.add(EXECUTABLE, bytes);
+                }
+                match path.to_str().filter(|path| bucket.key(path).is_ok() && ![MANIFEST, PROGRESS].contains(path)) {
                     Some(path) => drop(files.insert(path.to_owned(), *content)),
                     None => losses.add(NAME, bytes),
                 }
@@ -84,8 +94,9 @@ pub async fn export(asked: &S3, scratch: &Path, store: &dyn Store) -> Result<Exp
         }
         Ok::<(), StoreError>(())
     })?;
-    let earlier = bucket.manifest().await?;
     let there = bucket.list().await?;
+    let (earlier, complete) = bucket.earlier(&there).await?;
+    crash_point!("export.s3.begun");
     let unchanged = |path: &str, content: Blob| {
         let written = earlier.get(path).filter(|written| written.content == content)?;
         let is = there.get(&bucket.key(path).ok()?)?;
@@ -95,27 +106,32 @@ pub async fn export(asked: &S3, scratch: &Path, store: &dyn Store) -> Result<Exp
         .iter()
         .map(|(path, content)| (path, *content, unchanged(path, *content)))
         .partition(|(.., kept)| kept.is_some());
-    let mut objects: BTreeMap<String, Written> =
-        kept.into_iter().filter_map(|(path, _, written)| Some((path.clone(), written?))).collect();
+    let objects = kept.into_iter().filter_map(|(path, _, written)| Some((path.clone(), written?))).collect();
+    let mut manifest = Manifest { version: VERSION, root: asked.root.to_string(), objects };
     let written = new.len() as u64;
+    let mut saved = Instant::now();
     let mut sent =
         stream::iter(new).map(|(path, content, _)| bucket.write(path, content, store)).buffer_unordered(AT_ONCE);
     while let Some((path, written)) = sent.try_next().await? {
-        objects.insert(path, written);
+        manifest.objects.insert(path, written);
+        if saved.elapsed() > PERIOD {
+            bucket.record(PROGRESS, &manifest, PutMode::Overwrite).await?;
+            saved = Instant::now();
+        }
     }
     drop(sent);
-    let removed = earlier.keys().filter(|path| !files.contains_key(*path));
-    for path in removed {
-        bucket.remove(path).await?;
+    crash_point!("export.s3.written");
+    let found = complete && written == 0;
+    if !found {
+        bucket.record(MANIFEST, &manifest, PutMode::Overwrite).await?;
+        crash_point!("export.s3.complete");
     }
-    let same = written == 0 && earlier.len() == objects.len();
-    if !same {
-        bucket.conclude(Manifest { version: VERSION, root: asked.root.to_string(), objects }).await?;
-    }
+    bucket.remove(PROGRESS).await?;
+    crash_point!("export.s3.ended");
     Ok(Exported {
         root: asked.root.to_string(),
-        place: format!("s3://{}/{}/", asked.bucket, bucket.prefix),
-        found: same,
+        place: bucket.place(),
+        found,
         files: files.len() as u64,
         written,
         bytes: files.values().map(|content| content.size).sum(),
@@ -133,9 +149,7 @@ impl<'a> Bucket<'a> {
         let region = asked.region.as_deref().filter(|region| !region.is_empty()).unwrap_or(REGION);
         let prefix = asked.prefix.trim_matches('/');
         if prefix.is_empty() {
-            return Err(invalid(
-                "an export needs a folder of its own in the bucket (spec.target.export.s3.prefix)".into(),
-            ));
+            return Err(invalid("an export needs a folder of its own in the bucket (--prefix)".into()));
         }
         let prefix = Key::parse(prefix).map_err(|error| invalid(format!("the prefix cannot be used: {error}")))?;
         let secret = Secret::read(asked)?;
@@ -174,24 +188,53 @@ impl<'a> Bucket<'a> {
         self.key(path).map_err(|error| Failure::new(Reason::Invalid, format!("{path:?} cannot be a key: {error}")))
     }
 
-    /// What an earlier export wrote, as far as it came to its end.
-    async fn manifest(&self) -> Result<BTreeMap<String, Written>, Failure> {
-        let unreadable = |why: String| {
+    fn place(&self) -> String {
+        format!("s3://{}/{}/", self.asked.bucket, self.prefix)
+    }
+
+    /// What an earlier export of this tree wrote, and whether that was all. If there was none, this one begins.
+    async fn earlier(
+        &self,
+        there: &HashMap<Key, (u64, Option<String>)>,
+    ) -> Result<(BTreeMap<String, Written>, bool), Failure> {
+        let root = self.asked.root.to_string();
+        let exists = |what: &str| {
             let message =
-                format!("{MANIFEST} in {} cannot be read: {why}; remove it to export everything again", self.prefix);
+                format!("there is {what} at {} already: export to another path, or have it removed", self.place());
             Failure::new(Reason::TargetExists, message)
         };
-        let answer = match self.objects.get(&self.known(MANIFEST)?).await {
-            Ok(answer) => answer,
-            Err(object_store::Error::NotFound { .. }) => return Ok(BTreeMap::new()),
-            Err(error) => return Err(self.refused("read", MANIFEST, error)),
+        for (name, complete) in [(MANIFEST, true), (PROGRESS, false)] {
+            match self.manifest(name).await? {
+                Some(found) if found.root == root => return Ok((found.objects, complete)),
+                Some(_) => return Err(exists("an export of another tree")),
+                None => {}
+            }
+        }
+        if !there.is_empty() {
+            return Err(exists("something else"));
+        }
+        let begin = Manifest { version: VERSION, root, objects: BTreeMap::new() };
+        self.record(PROGRESS, &begin, PutMode::Create).await?;
+        Ok((begin.objects, false))
+    }
+
+    /// A list of objects, if there is one of this name.
+    async fn manifest(&self, name: &str) -> Result<Option<Manifest>, Failure> {
+        let unreadable = |why: String| {
+            let message = format!("{name} at {} cannot be read: {why}; export to another path", self.place());
+            Failure::new(Reason::TargetExists, message)
         };
-        let text = answer.bytes().await.map_err(|error| self.refused("read", MANIFEST, error))?;
+        let answer = match self.objects.get(&self.known(name)?).await {
+            Ok(answer) => answer,
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(self.refused("read", name, error)),
+        };
+        let text = answer.bytes().await.map_err(|error| self.refused("read", name, error))?;
         let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?;
         if manifest.version != VERSION {
             return Err(unreadable(format!("it is of version {}", manifest.version)));
         }
-        Ok(manifest.objects)
+        Ok(Some(manifest))
     }
 
     /// Size and ETag of every object.
@@ -238,10 +281,10 @@ impl<'a> Bucket<'a> {
         }
     }
 
-    async fn conclude(&self, manifest: Manifest) -> Result<(), Failure> {
-        let text = serde_json::to_vec(&manifest).map_err(|error| Failure::other("write the list of objects", error))?;
-        let written = self.objects.put(&self.known(MANIFEST)?, text.into()).await;
-        written.map(drop).map_err(|error| self.refused("write", MANIFEST, error))
+    async fn record(&self, name: &str, manifest: &Manifest, mode: PutMode) -> Result<(), Failure> {
+        let text = serde_json::to_vec(manifest).map_err(|error| Failure::other("write the list of objects", error))?;
+        let written = self.objects.put_opts(&self.known(name)?, text.into(), mode.into()).await;
+        written.map(drop).map_err(|error| self.refused("write", name, error))
     }
 
     fn refused(&self, action: &str, path: &str, error: object_store::Error) -> Failure {

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::process::Command;
 
 use aether_committer::crash::POINTS;
 use aether_testkit::bucket::{BUCKET, Bucket, KEY, SECRET};
 use futures::TryStreamExt;
-use object_store::aws::AmazonS3Builder;
+use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::{ObjectStore, ObjectStoreExt};
+use tempfile::TempDir;
 
 use crate::world::{Run, World, finish, mode, secret, write};
 
@@ -68,7 +70,7 @@ async fn killed_at_each_point_the_directory_is_made_once() {
     let world = World::new().await;
     fs::create_dir(world.at("claim")).unwrap();
     let root = tree(&world, "files").await;
-    let points: Vec<_> = POINTS.iter().filter(|point| point.starts_with("export.")).collect();
+    let points: Vec<_> = POINTS.iter().filter(|point| point.starts_with("export.folder.")).collect();
     assert_eq!(points.len(), 3);
     for point in points {
         let claim = world.at("claim");
@@ -124,73 +126,171 @@ async fn objects(service: &dyn ObjectStore) -> BTreeMap<String, Vec<u8>> {
     found
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_bucket_gets_what_changed_and_keeps_what_is_not_ours() {
-    let world = World::new().await;
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let bucket = Bucket::start(world.folder.path());
-    let service = AmazonS3Builder::new()
-        .with_endpoint(bucket.endpoint())
-        .with_allow_http(true)
-        .with_bucket_name(BUCKET)
-        .with_access_key_id(KEY)
-        .with_secret_access_key(SECRET)
-        .build()
-        .unwrap();
-    service.put(&"team/one/theirs".into(), "theirs".into()).await.unwrap();
-    let endpoint = bucket.endpoint();
-    let with = |key: &str| secret(&[("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", key)]);
-    let right = with(SECRET);
-    let export = async |root: String, secret: &Path| {
-        let mut arguments = vec!["export", "s3", "--root", &root, "--bucket", BUCKET, "--prefix", "/team/one/"];
+/// A service with a bucket, and Secrets of it.
+struct Remote {
+    bucket: Bucket,
+    service: AmazonS3,
+}
+
+impl Remote {
+    fn start(world: &World) -> Self {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let bucket = Bucket::start(world.folder.path());
+        let service = AmazonS3Builder::new()
+            .with_endpoint(bucket.endpoint())
+            .with_allow_http(true)
+            .with_bucket_name(BUCKET)
+            .with_access_key_id(KEY)
+            .with_secret_access_key(SECRET)
+            .build()
+            .unwrap();
+        Self { bucket, service }
+    }
+
+    fn program(&self, world: &World, root: &str, prefix: &str, secret: &TempDir) -> Command {
+        let endpoint = self.bucket.endpoint();
+        let mut arguments = vec!["export", "s3", "--root", root, "--bucket", BUCKET, "--prefix", prefix];
         arguments.extend(["--endpoint", &endpoint, "--secret-name", "p/key"]);
-        arguments.extend(["--secret-dir", secret.to_str().unwrap()]);
-        finish(world.other(&arguments).spawn().unwrap()).await
+        arguments.extend(["--secret-dir", secret.path().to_str().unwrap()]);
+        world.other(&arguments)
+    }
+}
+
+fn keys(secret_key: &str) -> TempDir {
+    secret(&[("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", secret_key)])
+}
+
+/// What a bucket has of the files of [`tree`].
+fn files(world: &World, prefix: &str) -> BTreeMap<String, Vec<u8>> {
+    let content = |path: &str| fs::read(world.at("files").join(path)).unwrap();
+    let paths = ["a/b", "a/same", "a/twin", "large", "private", "run"];
+    paths.map(|path| (format!("{prefix}/{path}"), content(path))).into()
+}
+
+const COMPLETE: &str = ".aether-export.json";
+const PARTIAL: &str = ".aether-export.partial.json";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_of_a_bucket_is_of_one_tree_and_begins_empty() {
+    let world = World::new().await;
+    let remote = Remote::start(&world);
+    let service = &remote.service;
+    let right = keys(SECRET);
+    let export = async |root: &str, prefix: &str, secret: &TempDir| {
+        finish(remote.program(&world, root, prefix, secret).spawn().unwrap()).await
     };
+    service.put(&"team/theirs/file".into(), "theirs".into()).await.unwrap();
     let root = tree(&world, "files").await;
-    let done = export(root.clone(), right.path()).await;
+    let done = export(&root, "/team/one/", &right).await;
     assert_eq!((&done.done()["files"], &done.result["written"]), (&6.into(), &6.into()), "{}", done.result);
     assert_eq!(done.result["place"], "s3://aether/team/one/");
     let warnings = done.result["warnings"].to_string();
-    assert!(warnings.contains("symbolic links are left out, because a bucket has none: 1 (a/link)"), "{warnings}");
-    assert!(warnings.contains("named pipes are left out, because a bucket has none: 1 (pipe)"), "{warnings}");
-    let mut all = objects(&service).await;
-    let manifest = all.remove("team/one/.aether-export.json").unwrap();
+    for said in [
+        "symbolic links are left out, because a bucket has none: 1 (a/link)",
+        "named pipes are left out, because a bucket has none: 1 (pipe)",
+        "of files that may be executed: 2 (a/same, run)",
+    ] {
+        assert!(warnings.contains(said), "{warnings}");
+    }
+    let mut all = objects(service).await;
+    assert_eq!(all.remove("team/theirs/file").unwrap(), b"theirs");
+    let manifest = all.remove(&format!("team/one/{COMPLETE}")).unwrap();
     assert!(String::from_utf8(manifest).unwrap().contains(&root));
-    let expected = |change: &[(&str, Option<&str>)]| {
-        let mut expected: BTreeMap<String, Vec<u8>> = BTreeMap::from([("team/one/theirs".into(), b"theirs".to_vec())]);
-        for path in ["a/b", "a/same", "a/twin", "large", "private", "run"] {
-            expected.insert(format!("team/one/{path}"), fs::read(world.at("files").join(path)).unwrap_or_default());
-        }
-        for (path, content) in change {
-            let key = format!("team/one/{path}");
-            match content {
-                Some(content) => expected.insert(key, content.as_bytes().to_vec()),
-                None => expected.remove(&key),
-            };
-        }
-        expected
-    };
-    assert!(all == expected(&[]), "{:?}", all.keys());
+    assert!(all == files(&world, "team/one"), "{:?}", all.keys());
 
-    let same = export(root.clone(), right.path()).await;
+    let same = export(&root, "team/one", &right).await;
     assert_eq!((&same.done()["found"], &same.result["written"]), (&true.into(), &0.into()), "{}", same.result);
-    // One is changed in the session, one removed, one added; and one was changed in the bucket by somebody else.
-    write(&world.at("files/a/b"), "changed\n");
-    fs::remove_file(world.at("files/private")).unwrap();
-    write(&world.at("files/[new] {file} ~ä"), "new\n");
+    assert_eq!(same.result["warnings"], done.result["warnings"]);
+    // What somebody changed of it becomes the tree's again; what they put beside it stays.
     service.put(&"team/one/run".into(), "meddled".into()).await.unwrap();
-    let root = world.tree(&world.at("files")).await;
-    let next = export(root, right.path()).await;
-    assert_eq!((&next.done()["files"], &next.result["written"]), (&6.into(), &3.into()), "{}", next.result);
-    let mut all = objects(&service).await;
-    all.remove("team/one/.aether-export.json").unwrap();
-    let changed = [("a/b", Some("changed\n")), ("private", None), ("[new] {file} ~ä", Some("new\n"))];
-    assert!(all == expected(&changed), "{:?}", all.keys());
+    service.put(&"team/one/beside".into(), "beside".into()).await.unwrap();
+    let mended = export(&root, "team/one", &right).await;
+    assert_eq!((mended.done().get("found"), &mended.result["written"]), (None, &1.into()), "{}", mended.result);
+    let mut all = objects(service).await;
+    assert_eq!(all.remove("team/one/beside").unwrap(), b"beside");
+    all.retain(|key, _| key.starts_with("team/one/") && !key.ends_with(COMPLETE));
+    assert!(all == files(&world, "team/one"), "{:?}", all.keys());
 
-    let wrong = with("swordfish-wrong");
-    let refused = export(tree(&world, "third").await, wrong.path()).await;
+    // Nor does another tree go there, nor any where something is.
+    let before = objects(service).await;
+    write(&world.at("files/a/b"), "changed\n");
+    let other = world.tree(&world.at("files")).await;
+    for prefix in ["team/one", "team/theirs", "team"] {
+        let refused = export(&other, prefix, &right).await;
+        refused.failed("TargetExists", "Permanent");
+        assert!(refused.message().contains("export to another path"), "{}", refused.message());
+    }
+    assert!(objects(service).await == before);
+    write(&world.at("odd/[new] {file} ~ä"), "new\n");
+    write(&world.at("odd").join(PARTIAL), "not ours\n");
+    let odd = export(&world.tree(&world.at("odd")).await, "odd", &right).await;
+    assert_eq!(odd.done()["files"], 1);
+    assert!(odd.result["warnings"].to_string().contains("cannot be keys of a bucket"), "{}", odd.result);
+    assert_eq!(objects(service).await["odd/[new] {file} ~ä"], b"new\n");
+
+    let wrong = keys("swordfish-wrong");
+    let refused = export(&other, "other", &wrong).await;
     refused.failed("AuthenticationFailed", "Permanent");
     assert!(refused.message().contains("check Secret p/key"), "{}", refused.message());
     assert!(!refused.printed.contains("swordfish"), "{}", refused.printed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_each_point_a_bucket_never_holds_half_that_looks_whole() {
+    let world = World::new().await;
+    let remote = Remote::start(&world);
+    let right = keys(SECRET);
+    let root = tree(&world, "files").await;
+    let other = world.tree(&world.at("files/a")).await;
+    let points: Vec<_> = POINTS.iter().filter(|point| point.starts_with("export.s3.")).collect();
+    assert_eq!(points.len(), 4);
+    for point in points {
+        let run = async |root: &str, crash: &str| {
+            let mut program = remote.program(&world, root, point, &right);
+            finish(program.env("AETHER_CRASH_AT", crash).spawn().unwrap()).await
+        };
+        let killed = run(&root, point).await;
+        assert_eq!(killed.code, None, "{point}: {}", killed.printed);
+        let whole = ["export.s3.complete", "export.s3.ended"].contains(point);
+        let there = objects(&remote.service).await;
+        assert_eq!(there.contains_key(&format!("{point}/{COMPLETE}")), whole, "{point}: {:?}", there.keys());
+        // Meanwhile nobody else gets it.
+        run(&other, "").await.failed("TargetExists", "Permanent");
+        let again = run(&root, "").await;
+        assert_eq!(again.done()["found"] == true, whole, "{point}: {}", again.result);
+        let mut all = objects(&remote.service).await;
+        all.retain(|key, _| key.starts_with(point));
+        assert!(
+            all.remove(&format!("{point}/{COMPLETE}")).is_some() && all == files(&world, point),
+            "{:?}",
+            all.keys()
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_runs_at_once_write_the_same() {
+    let world = World::new().await;
+    let remote = Remote::start(&world);
+    let right = keys(SECRET);
+    fs::create_dir(world.at("claim")).unwrap();
+    let root = tree(&world, "files").await;
+    let start = || remote.program(&world, &root, "both", &right).spawn().unwrap();
+    let (one, two) = (start(), start());
+    let (one, two) = tokio::join!(finish(one), finish(two));
+    assert!(one.code == Some(0) || two.code == Some(0), "{} {}", one.printed, two.printed);
+    for run in [one, two].iter().filter(|run| run.code != Some(0)) {
+        run.failed("CommitFailed", "Temporary");
+    }
+    let last = finish(start()).await;
+    last.done();
+    let mut all = objects(&remote.service).await;
+    assert!(all.remove(&format!("both/{COMPLETE}")).is_some() && all == files(&world, "both"), "{:?}", all.keys());
+    let (one, two) = tokio::join!(folder(&world, &root, "both"), folder(&world, &root, "both"));
+    assert!(one.code == Some(0) || two.code == Some(0), "{} {}", one.printed, two.printed);
+    for run in [one, two].iter().filter(|run| run.code != Some(0)) {
+        run.failed("CommitFailed", "Temporary");
+    }
+    assert_eq!(world.tree(&world.at("claim/both")).await, root);
+    assert_eq!(names(&world.at("claim")), ["both"]);
 }

@@ -12,6 +12,7 @@ async fn killed_at_each_point_it_commits_once() {
         let world = World::new().await;
         let session = world.session("session").await;
         session.write("new", "new\n");
+        std::fs::create_dir(session.files.join("empty")).unwrap();
         let mut program = world.program(&session, "uid-1", &[]).await;
         let killed = finish(program.env("AETHER_CRASH_AT", point).spawn().unwrap()).await;
         assert_eq!(killed.code, None, "{point}: {}", killed.printed);
@@ -21,6 +22,9 @@ async fn killed_at_each_point_it_commits_once() {
         let again = world.commit(&session, "uid-1", &[]).await;
         assert_eq!(again.done()["commit"], world.server(&["rev-parse", "main"]), "{point}");
         assert_eq!(again.result["found"] == true, pushed == 1, "{point}: {}", again.result);
+        // Whoever did it, the same is told of it.
+        assert_eq!(again.result["files"], 1, "{point}: {}", again.result);
+        assert!(again.result["warnings"].to_string().contains("empty directories"), "{point}: {}", again.result);
         assert_eq!(world.server(&["rev-list", "--count", &format!("{}..main", session.commit)]), "1", "{point}");
         world.compare("main", &session);
     }

@@ -7,7 +7,6 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::identity::{Identity, Signature};
-use crate::source::SecretReference;
 
 /// Takes a checkpoint to a target, once, when enough reviewers have approved exactly its tree.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
@@ -27,6 +26,7 @@ use crate::source::SecretReference;
     printcolumn(name = "Need", type_ = "integer", json_path = ".status.approvals.need"),
     printcolumn(name = "By", type_ = "string", json_path = ".spec.requestedBy.username", priority = 1),
     printcolumn(name = "Commit", type_ = "string", json_path = ".status.commit"),
+    printcolumn(name = "Place", type_ = "string", json_path = ".status.place", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
@@ -67,7 +67,7 @@ pub struct Target {
     /// A new revision of the source, at once usable by new sessions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub promote: Option<PromoteTarget>,
-    /// A copy of the tree somewhere else.
+    /// A copy of the tree in a place that the source names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub export: Option<ExportTarget>,
 }
@@ -111,7 +111,8 @@ pub enum History {
     /// All that the session has changed becomes one commit.
     #[default]
     Squash,
-    /// They stay, and what is not in them becomes one more.
+    /// They stay, and what is not in them becomes one more. They must be one straight line from the revision on that the session
+    /// started from, and the source must allow it (`spec.review.keepHistory`).
     Keep,
 }
 
@@ -119,50 +120,16 @@ pub enum History {
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
 pub struct PromoteTarget {}
 
-/// A copy of the tree somewhere else: exactly one of `s3` and `claim`.
-#[derive(KubeSchema, Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
-#[serde(rename_all = "camelCase")]
-#[x_kube(validation = ("has(self.s3) != has(self.claim)", "say exactly one of s3 and claim"))]
-#[schemars(extend("oneOf" = [{"required": ["s3"]}, {"required": ["claim"]}]))]
+/// A copy of the tree in one of the places that the source has for it (`spec.review.exports`).
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
 pub struct ExportTarget {
-    /// Objects of an S3 bucket.
+    /// The place, by its name in the source.
+    #[schemars(length(min = 1, max = 63))]
+    pub to: String,
+    /// A folder in it, which must not exist yet: relative, without `..`. The commit's name when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub s3: Option<S3Target>,
-    /// A directory in an existing claim of the source's namespace.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub claim: Option<ClaimTarget>,
-}
-
-/// Objects of an S3 bucket, one for each file.
-#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct S3Target {
-    /// The bucket.
-    #[schemars(length(min = 1))]
-    pub bucket: String,
-    /// The folder in the bucket.
-    #[schemars(length(min = 1))]
-    pub prefix: String,
-    /// The service, such as `https://s3.example.com`; AWS when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub endpoint: Option<String>,
-    /// The region; `us-east-1` when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub region: Option<String>,
-    /// A Secret of the source's namespace with `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub secret_ref: Option<SecretReference>,
-}
-
-/// A directory in an existing claim of the source's namespace.
-#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
-pub struct ClaimTarget {
-    /// The claim's name.
-    #[schemars(length(min = 1))]
-    pub name: String,
-    /// The directory, which must not exist yet. Relative, without `..`.
-    #[schemars(length(min = 1))]
-    pub path: String,
+    #[schemars(length(min = 1, max = 512))]
+    pub path: Option<String>,
 }
 
 /// How far a commit is.
@@ -232,6 +199,9 @@ pub struct AetherCommitStatus {
     /// The name of the resulting revision of the source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
+    /// Where the copy is, for an export: `s3://BUCKET/FOLDER/` or `CLAIM/FOLDER`, of the source's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub place: Option<String>,
     /// Paths that others have changed too, so that it could not be rebased.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conflicts: Vec<String>,

@@ -98,6 +98,8 @@ pub mod reason {
     pub const NOTHING_TO_COMMIT: &str = "NothingToCommit";
     /// A commit: the git server does not take the push.
     pub const PUSH_REJECTED: &str = "PushRejected";
+    /// A commit: there is something else where the copy is to be.
+    pub const TARGET_EXISTS: &str = "TargetExists";
     /// A commit: the store does not have all of the tree.
     pub const TREE_INCOMPLETE: &str = "TreeIncomplete";
     /// A commit: its Job failed in a way that has no reason of its own; the message has its last words.

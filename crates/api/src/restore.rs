@@ -147,6 +147,7 @@ mod tests {
             source_name: source.map(Into::into),
             revision: None,
             revision_root: None,
+            commit: None,
             owner: Default::default(),
         };
         let between = |ours: Option<&str>, theirs: Option<&str>| {

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::command::Variable;
+use crate::source::S3Source;
 
 /// What must be so before an AetherCommit of a session of the source runs.
 #[derive(Clone, Debug, Deserialize, Serialize, PartialEq, JsonSchema)]
@@ -32,6 +33,14 @@ pub struct ReviewRule {
     /// Branches that commits may go to, `*` for any part of a name without `/`, and `**` for any. All when absent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub branches: Vec<String>,
+    /// Whether commits that were made with git inside a session may be kept (`history: Keep`). Reviewers are shown what changed from
+    /// the beginning to the end: contents that came and went in between are pushed without having been looked at.
+    #[serde(default)]
+    pub keep_history: bool,
+    /// Places that commits may export to. None when absent: then no export is taken.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub exports: Vec<ExportPlace>,
 }
 
 impl Default for ReviewRule {
@@ -43,12 +52,43 @@ impl Default for ReviewRule {
             expire_after: None,
             checks: Vec::new(),
             branches: Vec::new(),
+            keep_history: false,
+            exports: Vec::new(),
         }
     }
 }
 
 fn default_required() -> u32 {
     1
+}
+
+/// A place that commits may export to, each into a folder of its own: exactly one of `s3` and `claim`. Who asks for a commit
+/// says only the name, so that what is reached by it, and with which Secret, is for those to say who keep the source.
+#[derive(KubeSchema, Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
+#[x_kube(validation = ("has(self.s3) != has(self.claim)", "say exactly one of s3 and claim"))]
+#[schemars(extend("oneOf" = [{"required": ["s3"]}, {"required": ["claim"]}]))]
+pub struct ExportPlace {
+    /// What commits call it.
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
+    pub name: String,
+    /// A folder of an S3 bucket: an object for each file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub s3: Option<S3Source>,
+    /// A directory in an existing claim of the source's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<ClaimPlace>,
+}
+
+/// A directory in an existing claim of the source's namespace.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
+pub struct ClaimPlace {
+    /// The claim's name.
+    #[schemars(length(min = 1))]
+    pub name: String,
+    /// The directory in the volume, made when it is not there; its root when absent. Relative, without `..`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 512))]
+    pub path: Option<String>,
 }
 
 /// A group of which so many members must approve.

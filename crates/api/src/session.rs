@@ -226,6 +226,9 @@ pub struct Base {
     /// The root of that revision: what `kubectl aether diff` compares with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision_root: Option<String>,
+    /// The git commit of that revision: what a commit to git goes on top of, also when the source keeps the revision no more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
     /// Who owns the files.
     pub owner: Owner,
 }

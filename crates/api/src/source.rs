@@ -102,7 +102,7 @@ pub struct GitSource {
     pub push_secret_ref: Option<SecretReference>,
 }
 
-/// The objects of an S3 bucket, as files: `/` in a key makes a folder.
+/// The objects of an S3 bucket, as files: `/` in a key makes a folder. Also where an export puts files as objects.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct S3Source {

@@ -68,6 +68,7 @@ async fn stamp_moment(
         source_name: inherited.as_ref().and_then(|base| base.source_name.clone()),
         revision: inherited.as_ref().and_then(|base| base.revision.clone()),
         revision_root: inherited.as_ref().and_then(|base| base.revision_root.clone()),
+        commit: inherited.as_ref().and_then(|base| base.commit.clone()),
     };
     let api = driver.cluster.sessions.api(&fork.namespace().unwrap_or_default());
     update_status(&api, fork.clone(), names::DRIVER_MANAGER, |fork| {

@@ -107,6 +107,7 @@ fn base() -> Base {
         source_name: None,
         revision: None,
         revision_root: None,
+        commit: None,
         owner: Owner { uid: 1000, gid: 1000 },
     }
 }

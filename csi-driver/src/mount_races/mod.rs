@@ -58,6 +58,7 @@ impl Node {
             source_name: None,
             revision: None,
             revision_root: None,
+            commit: None,
             owner: Owner { uid: 0, gid: 0 },
         };
         let server = ApiServer::new();

@@ -1,5 +1,6 @@
 //! Nothing leaves a session without the reviewers whom its source demands, whatever an agent may do; on a cluster with real users.
 
+mod export;
 mod operator;
 
 use aether_api::AetherCommit;

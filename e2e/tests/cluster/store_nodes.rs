@@ -1,7 +1,7 @@
 //! Several store nodes over a bucket, as the chart installs them: on the way there from one volume, and while nodes are killed in
 //! the middle of uploads and all volumes are lost, nothing that was called durable is.
 
-mod gate;
+pub(crate) mod gate;
 mod release;
 
 use std::path::Path;

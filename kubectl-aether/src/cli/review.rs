@@ -1,6 +1,6 @@
 //! What can be typed for review: commits, decisions on them, notes, history and comparisons.
 
-use aether_api::commit::{Author, ClaimTarget, History, S3Target};
+use aether_api::commit::{Author, ExportTarget, History};
 use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 
 use super::{Color, Patience, PrintList, PrintObject};
@@ -25,9 +25,7 @@ impl From<KeepHistory> for History {
 }
 
 /// Targets that have nothing to do with git.
-const NOT_GIT: [&str; 3] = ["promote", "export_s3", "export_claim"];
-/// Targets that have nothing to do with S3.
-const NOT_S3: [&str; 3] = ["branch", "promote", "export_claim"];
+const NOT_GIT: [&str; 2] = ["promote", "export"];
 
 #[derive(Args, Debug)]
 #[command(
@@ -40,12 +38,12 @@ Examples:
   kubectl aether commit --checkpoint fix-login-green --branch main -m 'login: wait for the port' --rebase
   # A new revision of the source, at once usable by new sessions
   kubectl aether commit fix-login --promote
-  # A copy of the tree elsewhere
-  kubectl aether commit fix-login --export-s3 artifacts/fix-login
-  kubectl aether commit fix-login --export-claim results:fix-login"
+  # A copy of the tree in a place that the source has for it: in a folder with the commit's name, or in this one
+  kubectl aether commit fix-login --export results
+  kubectl aether commit fix-login --export results:logins/second-try"
 )]
 #[group(id = "from", required = true, multiple = false, args = ["session", "checkpoint"])]
-#[command(group = ArgGroup::new("target").required(true).multiple(false).args(["branch", "promote", "export_s3", "export_claim"]))]
+#[command(group = ArgGroup::new("target").required(true).multiple(false).args(["branch", "promote", "export"]))]
 pub(crate) struct Commit {
     /// The session; a checkpoint of it is taken first
     pub(crate) session: Option<String>,
@@ -70,21 +68,9 @@ pub(crate) struct Commit {
     /// To a new revision of the source
     #[arg(long)]
     pub(crate) promote: bool,
-    /// To objects of an S3 bucket
-    #[arg(long, value_name = "BUCKET/PREFIX", value_parser = s3)]
-    pub(crate) export_s3: Option<S3Target>,
-    /// The S3 service; AWS when absent
-    #[arg(long, value_name = "URL", conflicts_with_all = NOT_S3)]
-    pub(crate) endpoint: Option<String>,
-    /// The region of the S3 service
-    #[arg(long, value_name = "NAME", conflicts_with_all = NOT_S3)]
-    pub(crate) region: Option<String>,
-    /// The Secret with the keys, of the source's namespace
-    #[arg(long, value_name = "NAME", conflicts_with_all = NOT_S3)]
-    pub(crate) secret: Option<String>,
-    /// To a new directory in a claim of the source's namespace
-    #[arg(long, value_name = "CLAIM:PATH", value_parser = claim)]
-    pub(crate) export_claim: Option<ClaimTarget>,
+    /// To a new folder in a place of the source's spec.review.exports; the folder is called like the AetherCommit when not said
+    #[arg(long, value_name = "PLACE[:PATH]", value_parser = export)]
+    pub(crate) export: Option<ExportTarget>,
     /// The name of the AetherCommit; made from the session's when absent
     #[arg(long, value_name = "NAME", value_parser = parse::name)]
     pub(crate) name: Option<String>,
@@ -111,26 +97,12 @@ fn author(text: &str) -> Result<Author, String> {
     Ok(Author { name: name.into(), email: email.into() })
 }
 
-fn s3(text: &str) -> Result<S3Target, String> {
-    let bare = text.strip_prefix("s3://").unwrap_or(text);
-    match bare.split_once('/') {
-        Some((bucket, prefix)) if !bucket.is_empty() && !prefix.is_empty() => {
-            Ok(S3Target { bucket: bucket.into(), prefix: prefix.into(), ..Default::default() })
-        }
-        _ => Err(format!("a place in S3 is BUCKET/PREFIX, not {text:?}")),
+fn export(text: &str) -> Result<ExportTarget, String> {
+    let (place, path) = text.split_once(':').map_or((text, None), |(place, path)| (place, Some(path)));
+    if path.is_some_and(|path| path.split('/').any(|part| ["", ".", ".."].contains(&part))) {
+        return Err("the path in a place is relative, with one '/' between names, and has no '..'".into());
     }
-}
-
-fn claim(text: &str) -> Result<ClaimTarget, String> {
-    match text.split_once(':') {
-        Some((name, path)) if !path.is_empty() => {
-            if path.starts_with('/') || path.split('/').any(|part| part == "..") {
-                return Err("the path in a claim is relative and has no '..'".into());
-            }
-            Ok(ClaimTarget { name: parse::name(name)?, path: path.into() })
-        }
-        _ => Err(format!("a directory of a claim is CLAIM:PATH, not {text:?}")),
-    }
+    Ok(ExportTarget { to: parse::name(place)?, path: path.map(Into::into) })
 }
 
 #[derive(Args, Debug)]
@@ -359,15 +331,17 @@ mod tests {
             &["commit", "a", "--branch", "b"],
             &["commit", "a", "--branch", "b", "-m", "x", "--promote"],
             &["commit", "a", "--promote", "--rebase"],
-            &["commit", "a", "--promote", "--endpoint", "http://s3"],
+            &["commit", "a", "--promote", "--export", "results"],
+            &["commit", "a", "--export", "results", "-m", "x"],
+            &["commit", "a", "--export", "results:"],
         ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }
         for good in [
             &["commit", "a", "--branch", "b", "-m", "x", "--rebase", "--history", "keep"][..],
             &["commit", "--checkpoint", "k", "--promote"],
-            &["commit", "a", "--export-s3", "s3://b/p", "--endpoint", "http://s3"],
-            &["commit", "a", "--export-claim", "c:p/q"],
+            &["commit", "a", "--export", "results", "--wait"],
+            &["commit", "--checkpoint", "k", "--export", "results:p/q"],
         ] {
             assert!(parse(good).is_ok(), "{good:?}");
         }
@@ -387,7 +361,11 @@ mod tests {
         for bad in ["Ada", "<a@b>", "Ada <>", "Ada <a"] {
             assert!(author(bad).is_err(), "{bad}");
         }
-        assert!(claim("c:../x").is_err() && claim("c:/x").is_err() && claim("c").is_err() && s3("b").is_err());
+        assert_eq!(export("c").unwrap(), ExportTarget { to: "c".into(), path: None });
+        assert_eq!(export("c:a/b:c").unwrap(), ExportTarget { to: "c".into(), path: Some("a/b:c".into()) });
+        for bad in ["c:../x", "c:/x", "c:a//b", "c:", ":a", "C d", ""] {
+            assert!(export(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

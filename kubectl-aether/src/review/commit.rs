@@ -1,6 +1,6 @@
 //! `commit`: asking for what a session has made to leave.
 
-use aether_api::commit::{CommitPhase, ExportTarget, GitTarget, PromoteTarget, Target};
+use aether_api::commit::{CommitPhase, GitTarget, PromoteTarget, Target};
 use aether_api::{AetherCheckpoint, AetherCommit, AetherCommitSpec, conditions};
 use anyhow::{Result, anyhow};
 use kube::ResourceExt;
@@ -58,21 +58,10 @@ fn spec(args: &cli::Commit) -> AetherCommitSpec {
         rebase: args.rebase,
         history: args.history.into(),
     });
-    let s3 = args.export_s3.clone().map(|mut s3| {
-        s3.endpoint.clone_from(&args.endpoint);
-        s3.region.clone_from(&args.region);
-        s3.secret_ref = args.secret.as_ref().map(|name| aether_api::source::SecretReference { name: name.clone() });
-        s3
-    });
-    let claim = args.export_claim.clone();
     AetherCommitSpec {
         checkpoint: args.checkpoint.clone(),
         session: args.session.clone(),
-        target: Target {
-            git,
-            promote: args.promote.then_some(PromoteTarget {}),
-            export: (s3.is_some() || claim.is_some()).then_some(ExportTarget { s3, claim }),
-        },
+        target: Target { git, promote: args.promote.then_some(PromoteTarget {}), export: args.export.clone() },
         ttl_seconds_after_finished: args.ttl.map(|ttl| u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX)),
         ..Default::default()
     }
@@ -114,7 +103,8 @@ fn sentence(commit: &AetherCommit) -> String {
     let (name, to) = (commit.name_any(), target(&commit.spec.target));
     if status.phase == Some(CommitPhase::Succeeded) {
         let result = status.commit.map(|id| format!(": git commit {id}"));
-        let result = result.or(status.revision.map(|revision| format!(": revision {revision}"))).unwrap_or_default();
+        let result = result.or(status.revision.map(|revision| format!(": revision {revision}")));
+        let result = result.or(status.place.map(|place| format!(": {place}"))).unwrap_or_default();
         return format!("commit {name} to {to} is done{result}");
     }
     let from = match (&commit.spec.session, &commit.spec.checkpoint) {
@@ -160,6 +150,13 @@ mod tests {
         assert!(matches!(ended("c", Some(&with(CommitPhase::Succeeded))), Verdict::Done(_)));
         assert!(matches!(ended("c", None), Verdict::Failed(_)));
         assert!(sentence(&with(CommitPhase::Succeeded)).contains("git commit f00"));
+        let mut exported = with(CommitPhase::Succeeded);
+        exported.status = Some(AetherCommitStatus {
+            phase: Some(CommitPhase::Succeeded),
+            place: Some("results/c".into()),
+            ..Default::default()
+        });
+        assert!(sentence(&exported).ends_with("is done: results/c"), "{}", sentence(&exported));
     }
 
     #[test]
@@ -173,9 +170,8 @@ mod tests {
         assert_eq!(git.session.as_deref(), Some("s"));
         let target = git.target.git.unwrap();
         assert_eq!((target.branch.as_str(), target.rebase, target.author.unwrap().email.as_str()), ("b", true, "a@b"));
-        let s3 =
-            spec(&["--checkpoint", "k", "--export-s3", "b/p/q", "--secret", "keys"]).target.export.unwrap().s3.unwrap();
-        assert_eq!((s3.prefix.as_str(), s3.secret_ref.unwrap().name.as_str()), ("p/q", "keys"));
+        let export = spec(&["--checkpoint", "k", "--export", "results:p/q"]).target.export.unwrap();
+        assert_eq!((export.to.as_str(), export.path.as_deref()), ("results", Some("p/q")));
         let promote = spec(&["s", "--promote", "--ttl", "1h"]);
         assert!(promote.target.promote.is_some() && promote.target.git.is_none() && promote.target.export.is_none());
         assert_eq!(promote.ttl_seconds_after_finished, Some(3600));

@@ -9,7 +9,7 @@ pub(crate) mod note;
 pub(crate) mod show;
 pub(crate) mod waiting;
 
-use aether_api::commit::{CommitPhase, Target};
+use aether_api::commit::{CommitPhase, History, Target};
 use aether_api::{AetherCheckpoint, AetherCommit, AetherNoteSpec};
 use anyhow::Result;
 use k8s_openapi::api::authentication::v1::SelfSubjectReview;
@@ -63,15 +63,19 @@ fn undecided(commit: &AetherCommit) -> bool {
 /// Where a commit goes, in words.
 pub(crate) fn target(target: &Target) -> String {
     if let Some(git) = &target.git {
-        return format!("branch {}{}", git.branch, if git.rebase { " (rebased)" } else { "" });
+        let rebased = git.rebase.then_some(" (rebased)").unwrap_or_default();
+        let kept = (git.history == History::Keep).then_some(" (with the session's own commits)").unwrap_or_default();
+        return format!("branch {}{rebased}{kept}", git.branch);
     }
     if target.promote.is_some() {
         return "new revision".into();
     }
-    match target.export.as_ref().map(|export| (&export.s3, &export.claim)) {
-        Some((Some(s3), _)) => format!("s3://{}/{}", s3.bucket, s3.prefix),
-        Some((_, Some(claim))) => format!("claim {}:{}", claim.name, claim.path),
-        _ => "nowhere".into(),
+    match &target.export {
+        Some(export) => match &export.path {
+            Some(path) => format!("place {}:{path}", export.to),
+            None => format!("place {}", export.to),
+        },
+        None => "nowhere".into(),
     }
 }
 
@@ -103,7 +107,7 @@ fn short(root: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use aether_api::commit::{ClaimTarget, ExportTarget, GitTarget, PromoteTarget};
+    use aether_api::commit::{ExportTarget, GitTarget, PromoteTarget};
     use aether_api::note::Lines;
 
     use super::*;
@@ -112,9 +116,15 @@ mod tests {
     fn targets_and_places_in_words() {
         let git = GitTarget { branch: "main".into(), rebase: true, ..Default::default() };
         assert_eq!(target(&Target { git: Some(git), ..Default::default() }), "branch main (rebased)");
+        let git = GitTarget { branch: "main".into(), history: History::Keep, ..Default::default() };
+        let said = target(&Target { git: Some(git), ..Default::default() });
+        assert_eq!(said, "branch main (with the session's own commits)");
         assert_eq!(target(&Target { promote: Some(PromoteTarget {}), ..Default::default() }), "new revision");
-        let claim = ExportTarget { claim: Some(ClaimTarget { name: "c".into(), path: "p".into() }), s3: None };
-        assert_eq!(target(&Target { export: Some(claim), ..Default::default() }), "claim c:p");
+        let export = |path: Option<&str>| {
+            let export = ExportTarget { to: "results".into(), path: path.map(Into::into) };
+            target(&Target { export: Some(export), ..Default::default() })
+        };
+        assert_eq!((export(None), export(Some("a/b"))), ("place results".into(), "place results:a/b".into()));
         let mut note = AetherNoteSpec { path: "a".into(), ..Default::default() };
         assert_eq!(place(&note), "a");
         note.lines = Some(Lines { from: 3, to: 3 });

@@ -1,8 +1,15 @@
 //! The rules of commits, approvals and notes, for people. The schemas say them too, but old API servers drop what they
 //! cannot check. Pure.
 
-use aether_api::commit::History;
+use aether_api::commit::{ExportTarget, History};
 use aether_api::{AetherApprovalSpec, AetherCommitSpec, AetherNoteSpec, AetherSourceSpec};
+
+/// The longest path of an export, and the longest name in it.
+const LONGEST_PATH: usize = 512;
+const LONGEST_PART: usize = 200;
+/// How the committer calls a directory that is not complete, and begins its records in a bucket.
+const PARTIAL: &str = ".partial";
+const RECORD: &str = ".aether-export";
 
 /// The first rule that a commit breaks by itself.
 pub fn commit(spec: &AetherCommitSpec) -> Option<String> {
@@ -19,19 +26,24 @@ pub fn commit(spec: &AetherCommitSpec) -> Option<String> {
     let target = &spec.target;
     match [target.git.is_some(), target.promote.is_some(), target.export.is_some()].into_iter().filter(|it| *it).count()
     {
-        0 => return Some("spec.target says not where to: say exactly one of git and promote".into()),
+        0 => return Some("spec.target says not where to: say exactly one of git, promote and export".into()),
         1 => {}
-        _ => return Some("spec.target says more than one place to go to: say exactly one of git and promote".into()),
+        _ => {
+            return Some(
+                "spec.target says more than one place to go to: say exactly one of git, promote and export".into(),
+            );
+        }
     }
-    if target.export.is_some() {
-        return Some("spec.target.export is not served by this operator: say git or promote".into());
+    if let Some(export) = &target.export {
+        if export.to.is_empty() {
+            return Some("spec.target.export.to is empty: name a place of the source's spec.review.exports".into());
+        }
+        let path = export.path.as_deref()?;
+        return folder(path).map(|why| format!("spec.target.export.path {path:?} {why}"));
     }
     let git = target.git.as_ref()?;
     if git.message.trim().is_empty() {
         return Some("spec.target.git.message is empty: say what the commit does".into());
-    }
-    if git.history == History::Keep {
-        return Some("spec.target.git.history Keep is not served by this operator: say Squash".into());
     }
     branch(&git.branch).map(|why| format!("spec.target.git.branch {:?} {why}", git.branch))
 }
@@ -50,6 +62,19 @@ fn branch(name: &str) -> Option<&'static str> {
     }
     let part = |part: &str| part.is_empty() || part.starts_with('.') || part.ends_with('.') || part.ends_with(".lock");
     name.split('/').any(part).then_some("is not a name that git takes for a branch")
+}
+
+/// Why this is not the name of a folder in a place of exports. One that is not complete yet is called `.partial`, which has to fit too.
+pub(crate) fn folder(path: &str) -> Option<&'static str> {
+    if path.len() > LONGEST_PATH || path.split('/').any(|part| part.len() > LONGEST_PART) {
+        return Some("is too long: 512 bytes are the most, and 200 between two slashes");
+    }
+    if path.split('/').any(|part| ["", ".", ".."].contains(&part)) || path.contains(char::is_control) {
+        return Some("is not a folder: say names with one slash between them, relative and without ..");
+    }
+    path.split('/')
+        .any(|part| part.ends_with(PARTIAL) || part.starts_with(RECORD))
+        .then_some("has a name in it that Aether keeps for exports that are not complete yet")
 }
 
 /// The first rule that an approval breaks by itself.
@@ -77,14 +102,40 @@ pub fn note(spec: &AetherNoteSpec) -> Option<String> {
 
 /// Why the source takes no commit to this target.
 pub fn fits(commit: &AetherCommitSpec, source: &AetherSourceSpec) -> Option<String> {
+    if let Some(export) = &commit.target.export {
+        return elsewhere(export, source);
+    }
     let git = commit.target.git.as_ref()?;
     if source.git.is_none() {
         return Some("the source is no git repository: say spec.target.promote".into());
     }
-    let allowed = &source.review.as_ref()?.branches;
+    let rule = source.review.clone().unwrap_or_default();
+    if git.history == History::Keep && !rule.keep_history {
+        return Some(
+            "the source takes no commits that were made in a session: say Squash in spec.target.git.history, or have spec.review.keepHistory set on the source"
+                .into(),
+        );
+    }
+    let allowed = &rule.branches;
     let takes = allowed.is_empty() || allowed.iter().any(|pattern| matches(pattern, &git.branch));
     (!takes)
         .then(|| format!("branch {:?} is not one that the source takes commits to: {}", git.branch, allowed.join(", ")))
+}
+
+/// Why the source does not let anything out to there.
+fn elsewhere(export: &ExportTarget, source: &AetherSourceSpec) -> Option<String> {
+    let places = source.review.as_ref().map_or(&[][..], |rule| &rule.exports);
+    let names: Vec<&str> = places.iter().map(|place| place.name.as_str()).collect();
+    if names.contains(&export.to.as_str()) {
+        return None;
+    }
+    let to = &export.to;
+    Some(match names[..] {
+        [] => format!(
+            "the source lets nothing out by export: who keeps it has to add a place called {to} to its spec.review.exports, as {{name: {to}, claim: {{name: CLAIM}}}} or {{name: {to}, s3: {{bucket: BUCKET, secretRef: {{name: SECRET}}}}}}"
+        ),
+        _ => format!("{to:?} is not a place that the source has for exports: it has {}", names.join(", ")),
+    })
 }
 
 /// Whether the pattern is good for the name: `**` for any text, `*` for any without `/`.
@@ -112,7 +163,7 @@ mod tests {
     use super::*;
     use aether_api::commit::{ExportTarget, GitTarget, PromoteTarget, Target};
     use aether_api::note::Lines;
-    use aether_api::review::ReviewRule;
+    use aether_api::review::{ExportPlace, ReviewRule};
     use aether_api::source::GitSource;
 
     fn git(branch: &str) -> AetherCommitSpec {
@@ -122,6 +173,11 @@ mod tests {
             target: Target { git: Some(git), ..Target::default() },
             ..AetherCommitSpec::default()
         }
+    }
+
+    fn to(place: &str, path: Option<&str>) -> Target {
+        let export = ExportTarget { to: place.into(), path: path.map(Into::into) };
+        Target { export: Some(export), ..Target::default() }
     }
 
     #[test]
@@ -138,12 +194,62 @@ mod tests {
         broken(|spec| spec.session = Some(String::new()), "empty name");
         broken(|spec| spec.target.git = None, "not where to");
         broken(|spec| spec.target.promote = Some(PromoteTarget {}), "more than one");
-        broken(
-            |spec| spec.target = Target { export: Some(ExportTarget::default()), ..Target::default() },
-            "not served",
-        );
+        broken(|spec| spec.target = to("", None), "export.to is empty");
+        broken(|spec| spec.target = to("results", Some("../others")), "without ..");
         broken(|spec| spec.target.git.as_mut().unwrap().message = " \n".into(), "message");
-        broken(|spec| spec.target.git.as_mut().unwrap().history = History::Keep, "Squash");
+    }
+
+    #[test]
+    fn an_export_goes_below_its_place() {
+        let said = |path: &str| {
+            commit(&AetherCommitSpec {
+                target: to("results", Some(path)),
+                session: Some("s".into()),
+                ..Default::default()
+            })
+        };
+        for good in ["fix", "team/one", "a.b/..c", "ä b", "-x", ".hidden", &"a/".repeat(255).trim_end_matches('/')] {
+            assert_eq!(said(good), None, "{good}");
+        }
+        let (long, longer) = ("a".repeat(201), "aa/".repeat(200));
+        for bad in [
+            "",
+            "/",
+            "/etc",
+            "a/",
+            "a//b",
+            ".",
+            "a/.",
+            "..",
+            "a/../b",
+            "../a",
+            "a\nb",
+            "a\0b",
+            "a.partial",
+            "a.partial/b",
+            ".aether-export.json",
+            &long,
+            &longer,
+        ] {
+            assert!(said(bad).is_some(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_source_says_to_which_places_it_lets_something_out() {
+        let spec = |name: &str| AetherCommitSpec { target: to(name, None), ..AetherCommitSpec::default() };
+        let mut source = AetherSourceSpec { git: Some(GitSource::default()), ..Default::default() };
+        for said in [fits(&spec("results"), &source), {
+            source.review = Some(ReviewRule::default());
+            fits(&spec("results"), &source)
+        }] {
+            let said = said.unwrap();
+            assert!(said.contains("spec.review.exports") && said.contains("name: results, claim:"), "{said}");
+        }
+        let place = ExportPlace { name: "results".into(), ..ExportPlace::default() };
+        source.review.as_mut().unwrap().exports = vec![place];
+        assert_eq!(fits(&spec("results"), &source), None);
+        assert!(fits(&spec("result"), &source).unwrap().contains("it has results"));
     }
 
     #[test]
@@ -170,6 +276,11 @@ mod tests {
         for bad in ["main", "agents/a/b", "xagents/a", "release-1/a", "wip"] {
             assert!(fits(&git(bad), &source).unwrap().contains("agents/*"), "{bad}");
         }
+        let mut kept = git("agents/a");
+        kept.target.git.as_mut().unwrap().history = History::Keep;
+        assert!(fits(&kept, &source).unwrap().contains("keepHistory"));
+        source.review.as_mut().unwrap().keep_history = true;
+        assert_eq!(fits(&kept, &source), None);
         source.git = None;
         assert!(fits(&git("agents/a"), &source).unwrap().contains("no git repository"));
     }

@@ -306,7 +306,8 @@ async fn carry(
     let authority = admission::authority(context.config.credentials.authority.as_deref())?;
     let Some(ours) = job::job(commit, &source, authority.as_deref(), &context.config) else {
         let why = settle::cannot(commit, status, context);
-        fail(commit, status, reason::INVALID, why.unwrap_or_else(|| "the source is no git repository any more".into()));
+        let why = rules::fits(&commit.spec, &source.spec).or(why);
+        fail(commit, status, reason::INVALID, why.unwrap_or_else(|| "its status does not say what it is of".into()));
         return Ok(None);
     };
     let name = ours.name_any();
@@ -394,9 +395,7 @@ fn conclude(commit: &AetherCommit, status: &mut AetherCommitStatus, outcome: Out
         }
         Outcome::Done(done) => {
             crash_point!("commit.heard");
-            let branch = commit.spec.target.git.as_ref().map(|git| git.branch.clone()).unwrap_or_default();
-            let message = format!("commit {} is on branch {branch}", done.commit);
-            (status.commit, status.warnings) = (Some(done.commit), done.warnings);
+            let message = done.tell(commit, status);
             succeed(commit, status, message);
             None
         }

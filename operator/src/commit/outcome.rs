@@ -1,5 +1,7 @@
 //! What a Job and its pod say about a commit. Pure.
 
+use aether_api::AetherCommit;
+use aether_api::commit::AetherCommitStatus;
 use aether_api::conditions::reason;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
@@ -13,18 +15,50 @@ use crate::pod;
 pub(super) enum Outcome {
     /// It is on its way; the text says what is in the way, if anything is.
     Running(Option<String>),
-    /// It is pushed.
-    Done(Committed),
+    /// It is done.
+    Done(Done),
     /// It is not.
     Failed(Failure),
 }
 
-/// What was pushed.
+/// What was done.
 #[derive(Debug, Deserialize, PartialEq)]
-pub(super) struct Committed {
-    pub commit: String,
-    #[serde(default)]
-    pub warnings: Vec<String>,
+#[serde(untagged)]
+pub(super) enum Done {
+    Pushed {
+        commit: String,
+        #[serde(default)]
+        warnings: Vec<String>,
+    },
+    Exported {
+        place: String,
+        files: u64,
+        bytes: u64,
+        #[serde(default)]
+        found: bool,
+        #[serde(default)]
+        warnings: Vec<String>,
+    },
+}
+
+impl Done {
+    /// Writes it down, and says it.
+    pub(super) fn tell(self, commit: &AetherCommit, status: &mut AetherCommitStatus) -> String {
+        match self {
+            Self::Pushed { commit: id, warnings } => {
+                let branch = commit.spec.target.git.as_ref().map_or("", |git| &git.branch);
+                let message = format!("commit {id} is on branch {branch}");
+                (status.commit, status.warnings) = (Some(id), warnings);
+                message
+            }
+            Self::Exported { place, files, bytes, found, warnings } => {
+                let earlier = if found { ", where an earlier run had put them" } else { "" };
+                let message = format!("{files} files, {bytes} bytes are at {place}{earlier}");
+                (status.place, status.warnings) = (Some(place), warnings);
+                message
+            }
+        }
+    }
 }
 
 /// Why nothing was.
@@ -54,7 +88,7 @@ struct Report {
 }
 
 /// The reasons that a committer may give; any other word becomes `CommitFailed`.
-const REASONS: [&str; 11] = [
+const REASONS: [&str; 13] = [
     reason::REPOSITORY_NOT_FOUND,
     reason::AUTHENTICATION_FAILED,
     reason::SECRET_INVALID,
@@ -64,6 +98,8 @@ const REASONS: [&str; 11] = [
     reason::CONFLICT,
     reason::NOTHING_TO_COMMIT,
     reason::PUSH_REJECTED,
+    reason::TARGET_EXISTS,
+    reason::BUCKET_NOT_FOUND,
     reason::TREE_INCOMPLETE,
     reason::COMMIT_FAILED,
 ];
@@ -88,7 +124,7 @@ pub(super) fn outcome(job: &Job, pod: Option<&Pod>) -> Outcome {
     Outcome::Running(pod.and_then(pod::trouble))
 }
 
-/// What may have been done or not, and is found out by doing it again: the committer finds what was pushed before.
+/// What may have been done or not, and is found out by doing it again: the committer finds what was done before.
 pub(super) fn temporary(message: String) -> Outcome {
     let reason = reason::COMMIT_FAILED.into();
     Outcome::Failed(Failure { reason, message, conflicts: Vec::new(), temporary: true })
@@ -123,8 +159,8 @@ mod tests {
     }
 
     #[test]
-    fn the_last_words_say_what_was_pushed_or_why_not() {
-        let done = Committed { commit: "c1".into(), warnings: vec!["w".into()] };
+    fn the_last_words_say_what_was_done_or_why_not() {
+        let done = Done::Pushed { commit: "c1".into(), warnings: vec!["w".into()] };
         assert_eq!(
             of(r#"{"ok":true,"commit":"c1","tree":"t","warnings":["w"],"milliseconds":3}"#),
             Outcome::Done(done)
@@ -133,9 +169,20 @@ mod tests {
         assert!(
             matches!(of(words), Outcome::Failed(f) if !f.temporary && f.reason == reason::CONFLICT && f.conflicts == ["a"])
         );
+        let Outcome::Done(done) = of(
+            r#"{"ok":true,"root":"aa/1","place":"results/one","found":true,"files":6,"written":0,"bytes":9,"milliseconds":3}"#,
+        ) else {
+            panic!("not done")
+        };
+        let (commit, mut status) = (AetherCommit::new("c", Default::default()), AetherCommitStatus::default());
+        let said = done.tell(&commit, &mut status);
+        assert_eq!(said, "6 files, 9 bytes are at results/one, where an earlier run had put them");
+        assert_eq!(status.place.as_deref(), Some("results/one"));
+        let words = r#"{"ok":false,"reason":"TargetExists","kind":"Permanent","message":"no"}"#;
+        assert!(matches!(of(words), Outcome::Failed(f) if !f.temporary && f.reason == reason::TARGET_EXISTS));
         let words = r#"{"ok":false,"reason":"Sulking","kind":"Temporary","message":"no"}"#;
         assert!(matches!(of(words), Outcome::Failed(f) if f.temporary && f.reason == reason::COMMIT_FAILED));
-        // A result without a commit is none.
+        // A result without a commit or a place is none.
         assert!(matches!(of(r#"{"ok":true}"#), Outcome::Failed(f) if f.temporary));
         assert!(matches!(of("Killed"), Outcome::Failed(f) if f.temporary && f.message.contains("Killed")));
     }

@@ -87,11 +87,8 @@ pub(super) async fn settle(
         let message = format!("AetherSource {of}/{} does not allow namespace {namespace}", source.name_any());
         return Ok(Settled::NotYet(reason::NAMESPACE_NOT_ALLOWED, message));
     }
-    let revisions = source.status.as_ref().map_or(&[][..], |status| &status.revisions);
-    let revision =
-        revisions.iter().find(|revision| revision.root == base_root && base.revision.as_ref() == Some(&revision.name));
     status.base = Some(CommitBase {
-        commit: revision.and_then(|revision| revision.commit.clone()),
+        commit: base.commit.or_else(|| commit_of(&source, base.revision.as_deref(), &base_root)),
         revision: base.revision,
         root: base_root,
     });
@@ -103,6 +100,12 @@ pub(super) async fn settle(
     // Last, because it says that all of this is known.
     status.root = Some(root);
     Ok(Settled::Yes)
+}
+
+/// The git commit of a revision, as far as the source still keeps that: for sessions that were made before they remembered it.
+fn commit_of(source: &AetherSource, revision: Option<&str>, root: &str) -> Option<String> {
+    let mut revisions = source.status.iter().flat_map(|status| &status.revisions);
+    revisions.find(|one| one.root == root && Some(one.name.as_str()) == revision)?.commit.clone()
 }
 
 /// Takes the checkpoint of a commit that names a session. One of the commit's own name may be somebody else's.
@@ -198,17 +201,24 @@ pub(super) async fn source(
     Ok(Ok(source))
 }
 
-/// Why a commit to git can never be made of what it is of.
+/// Why what the commit asks for can never be done with what it is of.
+///
+/// A revision that was promoted stands on a git commit too, by way of the session that it was made of, but a commit of a session
+/// that started from it would be on top of that and so bring out the promoted change with its own. Reviewers compare with where
+/// the session started: they were not shown the former. And without it what remains may not fit. So it is refused.
 pub(super) fn cannot(commit: &AetherCommit, status: &AetherCommitStatus, context: &Context) -> Option<String> {
-    commit.spec.target.git.as_ref()?;
-    if context.config.committer_image.is_none() {
-        return Some("this operator pushes nothing to git: it was started without --committer-image".into());
+    let target = &commit.spec.target;
+    if target.promote.is_none() && context.config.committer_image.is_none() {
+        return Some(
+            "this operator carries nothing out of the cluster: it was started without --committer-image".into(),
+        );
     }
+    target.git.as_ref()?;
     let base = status.base.clone().unwrap_or_default();
     let revision = base.revision.unwrap_or_default();
     base.commit.is_none().then(|| {
         format!(
-            "the git commit of revision {revision}, which the session started from, is not known: the source does not keep that revision any more, or it was promoted; make a session from a revision that it keeps"
+            "revision {revision}, which the session started from, is not known to be a git commit: it was promoted (or the session was made by an older operator, and the source keeps that revision no more); promote this one too, or make a session from a revision that was imported"
         )
     })
 }

@@ -176,6 +176,7 @@ fn from_source(session: &AetherSession, source: Option<&AetherSource>) -> std::r
         source_name: Some(reference.name),
         revision: Some(revision.name.clone()),
         revision_root: Some(revision.root.clone()),
+        commit: revision.commit.clone(),
         owner: owner(session, None),
     };
     Ok(Start { base: Some(base), forked_from: None, notice: None })
@@ -270,6 +271,7 @@ fn continued(session: &AetherSession, ancestor: Option<&Base>, root: Option<Stri
         source_name: ancestor.and_then(|base| base.source_name.clone()),
         revision: ancestor.and_then(|base| base.revision.clone()),
         revision_root: ancestor.and_then(|base| base.revision_root.clone()),
+        commit: ancestor.and_then(|base| base.commit.clone()),
         owner: owner(session, ancestor),
     }
 }

@@ -1,11 +1,15 @@
 //! The rules of a source's spec, said again for API servers that drop CEL rules, and the checks of what it names.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use aether_api::AetherSourceSpec;
 use aether_api::conditions::reason;
+use aether_api::review::ExportPlace;
 use aether_api::source::{GitSource, S3Source};
 use k8s_openapi::api::core::v1::Secret;
+
+use crate::admission::rules;
 
 /// The shortest refresh interval.
 const MINIMUM_REFRESH: Duration = Duration::from_secs(10);
@@ -22,7 +26,7 @@ pub(super) fn violation(spec: &AetherSourceSpec) -> Option<String> {
         return Some(violation);
     }
     if let Some(s3) = &spec.s3
-        && let Some(violation) = s3_violation(s3)
+        && let Some(violation) = s3_violation("spec.s3", s3)
     {
         return Some(violation);
     }
@@ -42,6 +46,11 @@ pub(super) fn violation(spec: &AetherSourceSpec) -> Option<String> {
                 "spec.claim.path {path:?} leaves the volume: say a directory relative to its root, without .."
             ));
         }
+    }
+    if let Some(review) = &spec.review
+        && let Some(violation) = exports_violation(&review.exports)
+    {
+        return Some(violation);
     }
     if spec.revisions_to_keep < 1 {
         return Some("spec.revisionsToKeep is 0: keep at least one revision".into());
@@ -79,12 +88,41 @@ fn git_violation(git: &GitSource) -> Option<String> {
     None
 }
 
-fn s3_violation(s3: &S3Source) -> Option<String> {
+/// What is wrong with the places that commits may export to.
+fn exports_violation(places: &[ExportPlace]) -> Option<String> {
+    let mut names = BTreeSet::new();
+    places.iter().find_map(|place| {
+        let name = &place.name;
+        let field = format!("spec.review.exports[{name}]");
+        if name.is_empty() || !names.insert(name) {
+            return Some(format!("spec.review.exports has a place without a name, or {name:?} twice"));
+        }
+        match (&place.s3, &place.claim) {
+            (Some(s3), None) => {
+                let unnamed = s3.secret_ref.as_ref().is_some_and(|secret| secret.name.is_empty());
+                s3_violation(&format!("{field}.s3"), s3).or_else(|| {
+                    unnamed
+                        .then(|| format!("{field}.s3.secretRef.name is empty: name a Secret of the source's namespace"))
+                })
+            }
+            (None, Some(claim)) if claim.name.is_empty() => {
+                Some(format!("{field}.claim.name is empty: name a PersistentVolumeClaim"))
+            }
+            (None, Some(claim)) => {
+                let path = claim.path.as_deref()?;
+                rules::folder(path).map(|why| format!("{field}.claim.path {path:?} {why}"))
+            }
+            _ => Some(format!("{field}: say exactly one of s3 and claim")),
+        }
+    })
+}
+
+fn s3_violation(field: &str, s3: &S3Source) -> Option<String> {
     let bucket = &s3.bucket;
     // It becomes a part of a URL.
     let in_a_name = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
     if bucket.is_empty() || !bucket.chars().all(in_a_name) || bucket.chars().all(|c| c == '.') {
-        return Some(format!("spec.s3.bucket {bucket:?} is not the name of a bucket"));
+        return Some(format!("{field}.bucket {bucket:?} is not the name of a bucket"));
     }
     let odd = |part: &str| ["", ".", ".."].contains(&part) || part.contains(char::is_control);
     if let Some(prefix) = &s3.prefix
@@ -92,24 +130,26 @@ fn s3_violation(s3: &S3Source) -> Option<String> {
         && !prefix.is_empty()
     {
         return Some(format!(
-            "spec.s3.prefix {prefix:?} is not a folder of a bucket: say names with one slash between them"
+            "{field}.prefix {prefix:?} is not a folder of a bucket: say names with one slash between them"
         ));
     }
     if let Some(endpoint) = &s3.endpoint {
         let rest = ["https://", "http://"].iter().find_map(|scheme| endpoint.strip_prefix(scheme));
         if endpoint.contains('@') {
-            return Some("spec.s3.endpoint has credentials in it, which everybody can read: put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY into a Secret and name that in spec.s3.secretRef".into());
+            return Some(format!(
+                "{field}.endpoint has credentials in it, which everybody can read: put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY into a Secret and name that in {field}.secretRef"
+            ));
         }
         if rest.is_none_or(str::is_empty) || endpoint.contains(|c: char| c.is_whitespace() || "?#".contains(c)) {
             return Some(format!(
-                "spec.s3.endpoint {endpoint:?} is not a service's URL: say https://HOST or http://HOST:PORT"
+                "{field}.endpoint {endpoint:?} is not a service's URL: say https://HOST or http://HOST:PORT"
             ));
         }
     }
     if let Some(region) = &s3.region
         && (region.is_empty() || !region.chars().all(in_a_name))
     {
-        return Some(format!("spec.s3.region {region:?} is not a region"));
+        return Some(format!("{field}.region {region:?} is not a region"));
     }
     None
 }
@@ -183,6 +223,7 @@ fn repository_lacks(git: &GitSource, name: &str, has: impl Fn(&str) -> bool) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use aether_api::review::{ClaimPlace, ReviewRule};
     use aether_api::source::{ClaimSource, EmptySource, SecretReference};
     use k8s_openapi::ByteString;
 
@@ -283,6 +324,40 @@ mod tests {
         let mut reference = git("file:///a");
         reference.git.as_mut().unwrap().reference = Some("--help".into());
         assert!(violation(&reference).unwrap().contains("spec.git.ref"));
+    }
+
+    #[test]
+    fn a_place_of_exports_is_one_that_can_be_reached_and_not_left() {
+        let with = |places: Vec<ExportPlace>| {
+            let mut spec = git("https://git/a");
+            spec.review = Some(ReviewRule { exports: places, ..ReviewRule::default() });
+            violation(&spec)
+        };
+        let claim = |name: &str, path: Option<&str>| ExportPlace {
+            name: "results".into(),
+            claim: Some(ClaimPlace { name: name.into(), path: path.map(Into::into) }),
+            s3: None,
+        };
+        let bucket = S3Source { bucket: "b".into(), ..S3Source::default() };
+        let s3 = |s3: S3Source| ExportPlace { name: "bucket".into(), claim: None, s3: Some(s3) };
+        assert_eq!(with(vec![claim("data", None), s3(bucket.clone())]), None);
+        assert_eq!(with(vec![claim("data", Some("of/agents"))]), None);
+        let both = ExportPlace { s3: Some(bucket.clone()), ..claim("data", None) };
+        let secret = S3Source { secret_ref: Some(SecretReference::default()), ..bucket.clone() };
+        for (word, places) in [
+            ("twice", vec![claim("data", None), claim("data", Some("other"))]),
+            ("without a name", vec![ExportPlace { name: String::new(), ..claim("data", None) }]),
+            ("exactly one", vec![both]),
+            ("exactly one", vec![ExportPlace { claim: None, ..claim("data", None) }]),
+            ("exports[results].claim.name", vec![claim("", None)]),
+            ("exports[results].claim.path", vec![claim("data", Some("../x"))]),
+            ("exports[results].claim.path", vec![claim("data", Some("/x"))]),
+            ("exports[bucket].s3.bucket", vec![s3(S3Source::default())]),
+            ("exports[bucket].s3.secretRef.name", vec![s3(secret)]),
+        ] {
+            let said = with(places).expect(word);
+            assert!(said.contains(word), "{word}: {said}");
+        }
     }
 
     #[test]

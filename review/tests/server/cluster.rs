@@ -30,6 +30,7 @@ pub(crate) fn checkpoint(name: &str, base: Blob, root: Blob) -> AetherCheckpoint
             source_name: Some("linux".into()),
             revision: Some("r1".into()),
             revision_root: Some(base.to_string()),
+            commit: None,
             owner: Owner { uid: 1000, gid: 1000 },
         }),
         ..Default::default()

@@ -1,10 +1,12 @@
-//! The Job of one commit to git: in the source's namespace, where alone the push Secret is, with no power over the cluster.
+//! The Job of one commit: in the source's namespace, where alone its Secrets and claims are, with no power over the cluster.
+//! Here is what all of them share; what each kind of target asks of the program is in [`git`] and [`export`].
+
+mod export;
+mod git;
 
 use std::collections::BTreeMap;
 
-use aether_api::commit::History;
 use aether_api::names::{COMMIT_ANNOTATION, COMMIT_UID_LABEL, SOURCE_LABEL};
-use aether_api::source::GitSource;
 use aether_api::{AetherCommit, AetherSource};
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{
@@ -29,89 +31,45 @@ const DEADLINE: i64 = 3600;
 /// How long a Job and its log stay, in seconds, where the cluster cleans up Jobs.
 const KEPT: i32 = 24 * 3600;
 
+/// What one commit asks of the program, beside where the store is.
+#[derive(Default)]
+struct Work {
+    arguments: Vec<String>,
+    /// The Secret of the source's namespace by which the target is opened.
+    secret: Option<String>,
+    /// What is mounted beside it.
+    volume: Option<(Volume, VolumeMount)>,
+}
+
 /// The name of the Job: the same when asked twice, so that two operators make one.
 pub(super) fn name(commit: &AetherCommit) -> String {
     let retries = commit.status.as_ref().and_then(|status| status.retries).unwrap_or(0);
     objects::derived_name(&commit.name_any(), "commit", &[&commit.uid().unwrap_or_default(), &retries.to_string()])
 }
 
-/// The Secret by which this repository takes a push.
-fn secret(git: &GitSource) -> Option<&str> {
-    git.push_secret_ref.as_ref().or(git.secret_ref.as_ref()).map(|reference| reference.name.as_str())
-}
-
-/// The Job that commits. `None` for a commit whose status does not say all of it yet, or that goes elsewhere.
+/// The Job that commits. `None` for a commit whose status does not say all of it yet, or that takes no Job.
 pub(super) fn job(
     commit: &AetherCommit,
     source: &AetherSource,
     authority: Option<&str>,
     config: &Config,
 ) -> Option<Job> {
-    let (git, target) = (source.spec.git.as_ref()?, commit.spec.target.git.as_ref()?);
-    let status = commit.status.as_ref()?;
-    let base = status.base.as_ref()?;
-    let (name, namespace) = (commit.name_any(), commit.namespace().unwrap_or_default());
-    let mut arguments: Vec<String> = vec!["git".into()];
-    let mut option = |option: &str, value: &str| arguments.extend([option.to_owned(), value.to_owned()]);
-    option("--url", &git.url);
-    option("--branch", &target.branch);
-    option("--base-commit", base.commit.as_deref()?);
-    option("--base-root", &base.root);
-    option("--root", status.root.as_deref()?);
-    option("--commit-uid", &commit.uid()?);
-    let asked = commit.spec.requested_by.as_ref()?;
-    let (author, email) = match &target.author {
-        Some(author) => (author.name.clone(), author.email.clone()),
-        None => (line(&asked.username), address(&asked.username)),
+    let target = &commit.spec.target;
+    let work = match (&target.git, &target.export) {
+        (Some(target), _) => git::work(commit, target, source)?,
+        (_, Some(target)) => export::work(commit, target, source)?,
+        _ => return None,
     };
-    if let Some(time) = commit.creation_timestamp() {
-        option("--date", &time.0.to_string());
-    }
-    option("--history", if target.history == History::Keep { "keep" } else { "squash" });
-    let mut trailer = |key: &str, value: &str| {
-        if !line(value).is_empty() {
-            arguments.push(format!("--trailer={key}={}", line(value)));
-        }
-    };
-    if let Some(session) = &status.session {
-        trailer("Aether-Session", &format!("{namespace}/{session}"));
-    }
-    if let Some(checkpoint) = &status.checkpoint {
-        trailer("Aether-Checkpoint", &format!("{namespace}/{checkpoint}"));
-    }
-    trailer("Aether-Request", &format!("{namespace}/{name}"));
-    trailer("Requested-by", &asked.username);
-    for approver in status.approvals.iter().flat_map(|approvals| &approvals.by) {
-        trailer("Approved-by", approver);
-    }
-    // With the sign of equality, for a message that begins like an option.
-    arguments.extend([
-        format!("--message={}", target.message),
-        format!("--author-name={author}"),
-        format!("--author-email={email}"),
-    ]);
-    arguments.extend(target.rebase.then(|| "--rebase".into()));
-    arguments.extend(git.lfs.then(|| "--lfs".into()));
-
-    let mut volumes =
-        vec![Volume { name: "work".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() }];
-    let mut mounts = vec![VolumeMount { name: "work".into(), mount_path: "/tmp".into(), ..VolumeMount::default() }];
-    let of_source = source.namespace().unwrap_or_default();
-    if let Some(secret) = secret(git) {
+    let Work { mut arguments, secret, volume } = work;
+    // Or else the kubelet goes through all of a claim each time, and gives every file there to this group.
+    let policy = volume.as_ref().map(|_| "OnRootMismatch".to_owned());
+    let (mut volumes, mut mounts): (Vec<_>, Vec<_>) = [scratch()].into_iter().chain(volume).unzip();
+    if let Some(secret) = secret {
         arguments.extend(["--secret-dir".into(), SECRET_DIRECTORY.into()]);
-        arguments.extend(["--secret-name".into(), format!("{of_source}/{secret}")]);
-        let files = SecretVolumeSource {
-            secret_name: Some(secret.into()),
-            default_mode: Some(0o440),
-            ..SecretVolumeSource::default()
-        };
-        volumes.push(Volume { name: "secret".into(), secret: Some(files), ..Volume::default() });
-        mounts.push(VolumeMount {
-            name: "secret".into(),
-            mount_path: SECRET_DIRECTORY.into(),
-            read_only: Some(true),
-            ..VolumeMount::default()
-        });
+        arguments.extend(["--secret-name".into(), format!("{}/{secret}", source.namespace().unwrap_or_default())]);
+        let (volume, mount) = keys(secret);
+        volumes.push(volume);
+        mounts.push(mount);
     }
     arguments.extend(["--store".into(), config.nodes().join(",")]);
     let container = Container {
@@ -136,8 +94,9 @@ pub(super) fn job(
         automount_service_account_token: Some(false),
         enable_service_links: Some(false),
         security_context: Some(PodSecurityContext {
-            // Makes the Secret's files readable.
+            // Makes the Secret's files readable, and a claim's root writable.
             fs_group: Some(UNPRIVILEGED),
+            fs_group_change_policy: policy,
             ..pod::runs_as(UNPRIVILEGED, UNPRIVILEGED)
         }),
         containers: vec![container],
@@ -151,12 +110,13 @@ pub(super) fn job(
     if let Some(authority) = authority {
         admission::admit(&mut template, admission::COMMITTER, authority.to_owned());
     }
+    let of = format!("{}/{}", commit.namespace().unwrap_or_default(), commit.name_any());
     Some(Job {
         metadata: ObjectMeta {
             name: Some(self::name(commit)),
             namespace: source.namespace(),
             labels: Some(labels),
-            annotations: Some(BTreeMap::from([(COMMIT_ANNOTATION.to_owned(), format!("{namespace}/{name}"))])),
+            annotations: Some(BTreeMap::from([(COMMIT_ANNOTATION.to_owned(), of)])),
             // An owner must be of the same namespace.
             owner_references: Some(objects::owned_by(source)),
             ..ObjectMeta::default()
@@ -173,13 +133,25 @@ pub(super) fn job(
     })
 }
 
-/// One line of what may be any text, without what git keeps for itself.
-fn line(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control() && !['<', '>'].contains(c)).collect::<String>().trim().to_owned()
+/// Where the program writes what is on its way.
+fn scratch() -> (Volume, VolumeMount) {
+    (
+        Volume { name: "work".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() },
+        VolumeMount { name: "work".into(), mount_path: "/tmp".into(), ..VolumeMount::default() },
+    )
 }
 
-/// An address of a user whose name may be one.
-fn address(username: &str) -> String {
-    let name = line(username).replace(' ', "-");
-    if name.contains('@') { name } else { format!("{}@users.aether.invalid", name.replace(':', ".")) }
+/// The keys of a Secret, as files that only this pod sees.
+fn keys(secret: String) -> (Volume, VolumeMount) {
+    let files =
+        SecretVolumeSource { secret_name: Some(secret), default_mode: Some(0o440), ..SecretVolumeSource::default() };
+    (
+        Volume { name: "secret".into(), secret: Some(files), ..Volume::default() },
+        VolumeMount {
+            name: "secret".into(),
+            mount_path: SECRET_DIRECTORY.into(),
+            read_only: Some(true),
+            ..VolumeMount::default()
+        },
+    )
 }
