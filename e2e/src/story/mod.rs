@@ -86,7 +86,7 @@ pub const STEPS: &[Step] = steps! {
     "handoff" "Handoff from node 1 to node 2" false Needs::TwoNodes, handoff::hand_over;
     "lost-node" "A node is lost, and comes back" true Needs::Harness("it cuts off the network of a node"), handoff::lose_a_node;
     "restore" "Restore under a running process" false Needs::Nothing, restore::restore_in_place;
-    "review" "Review: an agent's work is rejected, mended, approved by two and pushed" false Needs::Harness("it takes the identities of a developer and two reviewers, and a git server behind TLS"), review::review;
+    "review" "Review: an agent's work is rejected, mended, approved by two and pushed" false Needs::Harness("it logs in as four people, pushes to a git server behind TLS, and needs a store that serves commits of their namespace"), review::review;
     "volumes" "Inline volumes and claims of class aether" false Needs::Nothing, volumes::inline_and_class;
     "lazy" "A session before its contents are there" true Needs::Quiet, lazy::work_before_contents_are_here;
     "killed" "kill -9 of driver, operator and store under a writer" true Needs::Quiet, killed::kill_our_parts;

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use aether_api::commit::CommitPhase;
 use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Namespace;
+use kube::Api;
 
 use super::{Story, limit, say};
 use crate::command::{self, Output};
@@ -28,9 +30,11 @@ pub(super) async fn review(story: &Story) -> Result<String> {
     if played.is_err() {
         eprintln!("{}", test.dump().await);
     }
-    test.end().await?;
-    let namespaces = kube::Api::all(test.client.clone());
-    wait::gone::<k8s_openapi::api::core::v1::Namespace>(&namespaces, &test.namespace, limit(120)).await?;
+    if std::env::var_os("AETHER_KEEP").is_none() {
+        test.end().await?;
+        let namespaces: Api<Namespace> = Api::all(test.client.clone());
+        wait::gone(&namespaces, &test.namespace, limit(120)).await?;
+    }
     played
 }
 
@@ -74,7 +78,7 @@ async fn play(story: &Story, team: &Team<'_>) -> Result<String> {
     let second = asked_for(&ada.types(&ask).await?)?;
     team.until_waiting(&second, 0).await?;
     let notes = ada.types("kubectl aether note list fix-login").await?;
-    let note = notes.lines().find(|line| line.contains("test/login.sh:3") && line.contains("lines 4"));
+    let note = notes.lines().find(|line| line.contains("test/login.sh:3") && line.contains("line 4"));
     let note = note.and_then(|line| line.split(' ').next()).context("the note did not follow its line")?;
     ada.types(&format!("kubectl aether note resolve {note}")).await?;
 

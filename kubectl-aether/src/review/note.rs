@@ -48,7 +48,8 @@ struct Placings {
     items: Vec<Placed>,
 }
 
-fn path(cluster: &Cluster, rest: &str) -> String {
+/// Where the aggregated API serves something of the namespace.
+pub(super) fn path(cluster: &Cluster, rest: &str) -> String {
     format!("/apis/{}/{}/namespaces/{}/{rest}", names::REVIEW_GROUP, names::VERSION, cluster.namespace)
 }
 
@@ -177,6 +178,7 @@ pub(super) fn listing(notes: &[AetherNote], placed: &[Placed], indent: &str, wid
 fn now(placed: &Placed) -> String {
     match (placed.state.as_str(), placed.from, placed.to) {
         ("Same", ..) => "same".into(),
+        ("Moved", Some(line), Some(to)) if line == to => format!("line {line}"),
         ("Moved", Some(from), Some(to)) => format!("lines {}", range(from, to)),
         ("Changed", ..) => "changed".into(),
         ("Gone", ..) => "gone".into(),
@@ -228,7 +230,7 @@ mod tests {
         let placed = [placed("n1", "Moved", Some(9)), placed("n2", "Gone", None), placed("n3", "Unknown", None)];
         let text = listing(&[note("n1", false), note("n2", true), note("n3", false)], &placed, "", false);
         let rows: Vec<&str> = text.lines().collect();
-        assert!(rows[1].contains("a:2-4") && rows[1].contains("lines 9") && rows[1].ends_with("one"), "{text}");
+        assert!(rows[1].contains("a:2-4") && rows[1].contains("line 9") && rows[1].ends_with("one"), "{text}");
         assert!(rows[2].contains("gone") && rows[2].contains("resolved"), "{text}");
         assert!(rows[3].contains("unknown: no head"), "{text}");
     }
