@@ -63,8 +63,8 @@ fn undecided(commit: &AetherCommit) -> bool {
 /// Where a commit goes, in words.
 pub(crate) fn target(target: &Target) -> String {
     if let Some(git) = &target.git {
-        let rebased = git.rebase.then_some(" (rebased)").unwrap_or_default();
-        let kept = (git.history == History::Keep).then_some(" (with the session's own commits)").unwrap_or_default();
+        let rebased = if git.rebase { " (rebased)" } else { "" };
+        let kept = if git.history == History::Keep { " (with the session's own commits)" } else { "" };
         return format!("branch {}{rebased}{kept}", git.branch);
     }
     if target.promote.is_some() {
