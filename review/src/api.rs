@@ -29,7 +29,7 @@ use crate::fast_import::{self, Titles, Transfer};
 use crate::front_proxy::{Identity, Trust};
 use crate::metrics::{Metrics, Outcome};
 use crate::status::ApiError;
-use crate::{discovery, file, notes};
+use crate::{audit, discovery, file, notes};
 
 /// Media type of the stream.
 pub const FAST_IMPORT: &str = "application/vnd.git.fast-import";
@@ -52,6 +52,8 @@ pub struct Service {
     pub client: kube::Client,
     /// The contents.
     pub store: Arc<dyn Store>,
+    /// The namespace of this program and of the operator.
+    pub namespace: String,
     /// Bounds the diffs sent at one time.
     pub streams: Arc<Semaphore>,
     /// The most bytes of directory messages of one diff.
@@ -70,6 +72,7 @@ pub fn router(service: Service) -> Router {
     discovery::routes()
         .route(&of("checkpoints/{name}/changes"), get(changes_of_checkpoint))
         .route(&of("checkpoints/{name}/file"), get(file::answer))
+        .route(&of("commits/{name}/audit"), get(audit::answer))
         .route(&of("commits/{name}/changes"), get(changes_of_commit))
         .route(&of("sessions/{name}/notes"), get(notes::answer))
         .fallback(async || ApiError::no_such_path())

@@ -36,6 +36,13 @@ const RESOURCES: &[Resource] = &[
         query: &[("path", "string", true)],
     },
     Resource {
+        name: "commits/audit",
+        kind: "CommitAudit",
+        description: "The lines of the audit log on a commit and on what was said of it, oldest first.",
+        produces: "application/json",
+        query: &[],
+    },
+    Resource {
         name: "commits/changes",
         kind: "CommitChanges",
         description: "What a commit changes, by the tree that its status names, as a git fast-import stream with the branches base and head.",

@@ -6,6 +6,7 @@
 //! no state but its certificate ([`keeper`]).
 
 pub mod api;
+mod audit;
 pub mod authorize;
 pub mod changes;
 pub mod config;

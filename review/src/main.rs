@@ -49,6 +49,7 @@ async fn main() -> Result<()> {
     let router = api::router(Service {
         client,
         store,
+        namespace: config.namespace.clone(),
         streams: Arc::new(Semaphore::new(config.streams.into())),
         directory_bytes: config.directory_bytes,
         spool: config.spool.clone(),

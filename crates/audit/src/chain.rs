@@ -51,6 +51,16 @@ pub struct Object {
     pub uid: String,
 }
 
+impl Object {
+    /// Whether this is the object of that kind and name, or what somebody says of it: an approval has the name of its commit
+    /// before the last dot.
+    pub fn is_of(&self, kind: &str, name: &str) -> bool {
+        let commit = self.name.rsplit_once('.').map(|(commit, _)| commit);
+        (self.kind.eq_ignore_ascii_case(kind) && self.name == name)
+            || (kind.eq_ignore_ascii_case("AetherCommit") && self.kind == "AetherApproval" && commit == Some(name))
+    }
+}
+
 /// One thing that happened.
 #[derive(Clone, Debug, Deserialize, Serialize, PartialEq, Eq, Hash)]
 pub struct Entry {

@@ -11,4 +11,4 @@ pub mod chain;
 pub mod log;
 
 pub use chain::{Broken, Entry, Head, Object, Verb};
-pub use log::{Anchor, Error, Held, Log, Refusal};
+pub use log::{Anchor, Error, Held, Log, Refusal, Seen};

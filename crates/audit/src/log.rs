@@ -7,6 +7,8 @@
 //!
 //! The anchor has the end of the chain beside the tree: whoever can exchange one of them, but not both, is found out.
 
+use std::collections::BTreeMap;
+
 use aether_cas::tree::{Attributes, Directory, Mtime, Name, Node};
 use aether_cas::{Blob, Store, StoreError};
 use bytes::Bytes;
@@ -30,9 +32,40 @@ pub struct Held {
     pub version: Option<String>,
 }
 
+/// The fields of what is held, as text.
+const ROOT: &str = "root";
+const LINES: &str = "lines";
+const HASH: &str = "hash";
+
 impl Held {
     /// Before the first line.
     pub const NOTHING: Self = Self { head: Head::EMPTY, root: None, version: None };
+
+    /// As fields of text: `root`, `lines` and `hash`.
+    pub fn fields(head: Head, root: Blob) -> BTreeMap<String, String> {
+        let fields = [(ROOT, root.to_string()), (LINES, head.count.to_string()), (HASH, head.hash.to_string())];
+        fields.map(|(name, text)| (name.to_owned(), text)).into()
+    }
+
+    /// What such fields say; `None` when they make no sense.
+    pub fn read(fields: &BTreeMap<String, String>, version: Option<String>) -> Option<Self> {
+        let head = Head { count: fields.get(LINES)?.parse().ok()?, hash: fields.get(HASH)?.parse().ok()? };
+        Some(Self { head, root: Some(fields.get(ROOT)?.parse().ok()?), version })
+    }
+}
+
+/// What was held once, for those who only read: whatever is written meanwhile.
+pub struct Seen(pub Held);
+
+#[async_trait::async_trait]
+impl Anchor for Seen {
+    async fn newest(&self) -> Result<Held, String> {
+        Ok(self.0.clone())
+    }
+
+    async fn hold(&self, _: &Held, _: Head, _: Blob) -> Result<(), Refusal> {
+        Err(Refusal::Failed("this only reads".into()))
+    }
 }
 
 /// Why an anchor was not moved.

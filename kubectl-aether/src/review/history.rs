@@ -1,4 +1,7 @@
-//! `log`: what became of a session, in the order in which it happened.
+//! `log`: what became of a session, in the order in which it happened. What was said of its commits and taken back is in the audit
+//! log alone.
+
+use std::collections::BTreeMap;
 
 use aether_api::{AetherApproval, AetherCheckpoint, AetherCommit, AetherNote, AetherRestore, AetherSession, names};
 use anyhow::{Result, bail};
@@ -6,11 +9,14 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 use kube::api::ListParams;
+use serde::Deserialize;
 
 use crate::cli::Log;
 use crate::cluster::{Cluster, explain};
+use crate::diff::review_error;
 use crate::output::{first_line, print, printable, table};
 
+use super::note::path;
 use super::{phase, place, requester, session_of, session_of_checkpoint, short, target};
 
 /// Kinds of things that happen. The cluster tells time in whole seconds: within one they come in this order.
@@ -22,6 +28,7 @@ enum Order {
     Asked,
     Remarked,
     Decided,
+    Withdrawn,
     Released,
     Ended,
 }
@@ -34,6 +41,35 @@ struct Happening {
     what: String,
     who: String,
     text: String,
+}
+
+/// A line of the audit log, as far as it is told here.
+#[derive(Debug, Deserialize)]
+struct Line {
+    time: Timestamp,
+    actor: String,
+    verb: String,
+    object: About,
+    root: Option<String>,
+}
+
+/// What a line is about.
+#[derive(Debug, Deserialize)]
+struct About {
+    kind: String,
+    uid: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct Lines {
+    items: Vec<Line>,
+}
+
+/// The lines of the audit log on a commit.
+async fn lines(cluster: &Cluster, commit: &str) -> Result<Vec<Line>> {
+    let request = http::Request::get(path(cluster, &format!("commits/{commit}/audit"))).body(Vec::new())?;
+    let lines: kube::Result<Lines> = cluster.client.request(request).await;
+    Ok(lines.map_err(|error| review_error(error, &format!("read the audit log on commit {commit}")))?.items)
 }
 
 pub(crate) async fn log(cluster: &Cluster, args: &Log) -> Result<()> {
@@ -55,7 +91,8 @@ pub(crate) async fn log(cluster: &Cluster, args: &Log) -> Result<()> {
         notes.list(&everything),
     );
     let mut hidden = Vec::new();
-    let objects = Objects {
+    let mut objects = Objects {
+        lines: BTreeMap::new(),
         checkpoints: checkpoints.map_err(|error| explain(error, "list checkpoints"))?.items,
         restores: listed(restores, "restores", &mut hidden),
         commits: listed(commits, "commits", &mut hidden),
@@ -64,6 +101,16 @@ pub(crate) async fn log(cluster: &Cluster, args: &Log) -> Result<()> {
     };
     if !hidden.is_empty() {
         eprintln!("you may not list {}: they are left out", hidden.join(", "));
+    }
+    let names: Vec<String> = objects.commits_of(&args.session).map(|commit| commit.name_any()).collect();
+    for name in names {
+        match lines(cluster, &name).await {
+            Ok(lines) => drop(objects.lines.insert(name, lines)),
+            Err(error) => {
+                eprintln!("{error:#}: what was withdrawn is left out");
+                break;
+            }
+        }
     }
     let happened = objects.of(&args.session, session.as_ref());
     if happened.is_empty() {
@@ -97,9 +144,20 @@ struct Objects {
     commits: Vec<AetherCommit>,
     approvals: Vec<AetherApproval>,
     notes: Vec<AetherNote>,
+    /// Of the audit log, by commit.
+    lines: BTreeMap<String, Vec<Line>>,
 }
 
 impl Objects {
+    /// The commits of a session.
+    fn commits_of<'a>(&'a self, session: &'a str) -> impl Iterator<Item = &'a AetherCommit> {
+        let checkpoint_of = |commit: &'a AetherCommit| {
+            let checkpoint = commit.spec.checkpoint.as_deref()?;
+            session_of_checkpoint(checkpoint, &self.checkpoints)
+        };
+        self.commits.iter().filter(move |commit| session_of(commit).or_else(|| checkpoint_of(commit)) == Some(session))
+    }
+
     fn of(&self, name: &str, session: Option<&AetherSession>) -> Vec<Happening> {
         let mut happened = Vec::new();
         let mut tell = |time: Option<&Time>, order: Order, what: String, who: Option<&str>, text: String| {
@@ -145,14 +203,7 @@ impl Objects {
                 (restore.metadata.creation_timestamp.as_ref(), format!("restore {}", restore.name_any()));
             tell(made, Order::Restored, what, None, text);
         }
-        let checkpoint_of = |commit: &AetherCommit| {
-            let checkpoint = commit.spec.checkpoint.as_deref()?;
-            session_of_checkpoint(checkpoint, &self.checkpoints)
-        };
-        for commit in &self.commits {
-            if session_of(commit).or_else(|| checkpoint_of(commit)) != Some(name) {
-                continue;
-            }
+        for commit in self.commits_of(name) {
             let (id, status) = (commit.name_any(), commit.status.clone().unwrap_or_default());
             let asked = commit.metadata.creation_timestamp.as_ref();
             let text = [
@@ -182,6 +233,27 @@ impl Objects {
                 let text = text.into_iter().flatten().collect::<Vec<_>>().join(", ");
                 let made = approval.metadata.creation_timestamp.as_ref();
                 tell(made, Order::Decided, format!("commit {id} {done}"), who, text);
+            }
+            // What was said and is not there any more, and who took it back.
+            let said = self
+                .lines
+                .get(&id)
+                .map_or(&[][..], Vec::as_slice)
+                .iter()
+                .filter(|line| line.object.kind == "AetherApproval");
+            for line in said.clone() {
+                let (time, who) = (Time(line.time), Some(line.actor.as_str()));
+                let tree = format!("tree {}", short(line.root.as_deref().unwrap_or_default()));
+                if line.verb == "Withdrawn" {
+                    let before =
+                        said.clone().find(|other| other.object.uid == line.object.uid && other.verb != "Withdrawn");
+                    let text = before.map(|it| format!("what {} had said: {}", it.actor, it.verb.to_lowercase()));
+                    let text = text.unwrap_or_default();
+                    tell(Some(&time), Order::Withdrawn, format!("commit {id} decision withdrawn"), who, text);
+                } else if self.approvals.iter().all(|there| there.uid().as_ref() != Some(&line.object.uid)) {
+                    let what = format!("commit {id} {}", line.verb.to_lowercase());
+                    tell(Some(&time), Order::Decided, what, who, format!("{tree}, withdrawn since"));
+                }
             }
         }
         for note in &self.notes {
@@ -252,6 +324,7 @@ mod tests {
             commits: vec![commit],
             approvals: vec![approval],
             notes: vec![note, foreign],
+            lines: BTreeMap::new(),
         };
         let happened = objects.of("s", None);
         let whats: Vec<&str> = happened.iter().map(|it| it.what.as_str()).collect();
@@ -262,6 +335,45 @@ mod tests {
         assert_eq!(happened[2].text, "a: why\u{fffd}?");
         assert_eq!(happened[5].text, "git commit f00");
         assert!(objects.of("nobody", None).is_empty());
+    }
+
+    #[test]
+    fn what_was_withdrawn_is_told_from_the_audit_log() {
+        let commit = AetherCommit::new("c", AetherCommitSpec { session: Some("s".into()), ..Default::default() });
+        let spec = AetherApprovalSpec { commit: "c".into(), root: "r".into(), ..Default::default() };
+        let mut approval = AetherApproval::new("c.x", spec);
+        (approval.metadata.creation_timestamp, approval.metadata.uid) = (time(3), Some("there".into()));
+        let line = |second, actor: &str, verb: &str, kind: &str, uid: &str| Line {
+            time: Timestamp::from_second(second).unwrap(),
+            actor: actor.into(),
+            verb: verb.into(),
+            object: About { kind: kind.into(), uid: uid.into() },
+            root: Some("r".into()),
+        };
+        let lines = vec![
+            line(0, "ada", "Requested", "AetherCommit", "c"),
+            line(1, "jane", "Rejected", "AetherApproval", "gone"),
+            line(2, "paula", "Withdrawn", "AetherApproval", "gone"),
+            line(3, "jane", "Approved", "AetherApproval", "there"),
+        ];
+        let objects = Objects {
+            checkpoints: vec![],
+            restores: vec![],
+            commits: vec![commit],
+            approvals: vec![approval],
+            notes: vec![],
+            lines: BTreeMap::from([("c".to_owned(), lines)]),
+        };
+        let told: Vec<String> =
+            objects.of("s", None).iter().map(|it| format!("{} by {}: {}", it.what, it.who, it.text)).collect();
+        assert_eq!(
+            told,
+            [
+                "commit c rejected by jane: tree r, withdrawn since",
+                "commit c decision withdrawn by paula: what jane had said: rejected",
+                "commit c approved by : tree r"
+            ]
+        );
     }
 
     #[test]
@@ -284,6 +396,7 @@ mod tests {
             commits: vec![commit],
             approvals: vec![approval],
             notes: vec![note],
+            lines: BTreeMap::new(),
         };
         let whats = |objects: &Objects| -> Vec<String> {
             objects.of("s", None).iter().map(|it| format!("{}: {}", it.what, it.text)).collect()

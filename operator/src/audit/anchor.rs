@@ -25,10 +25,6 @@ use crate::pins::{AUDIT_LOG, Pin, Pins};
 
 /// The ConfigMap, and the owner of the pins.
 pub const NAME: &str = "aether-audit";
-/// Its keys.
-const ROOT: &str = "root";
-const LINES: &str = "lines";
-const HASH: &str = "hash";
 
 /// The end of the log of one cluster.
 pub struct ClusterAnchor {
@@ -68,7 +64,7 @@ impl ClusterAnchor {
         let last = ends.pop();
         match (ends.pop(), last) {
             (Some((other, other_root)), Some((head, root))) if other.count == head.count => Err(format!(
-                "ConfigMap {NAME} is gone, and two logs are pinned that end last: {head} ({root}) and {other} ({other_root}). One of them never was the log; write the ConfigMap by hand, with {ROOT}, {LINES} and {HASH}"
+                "ConfigMap {NAME} is gone, and two logs are pinned that end last: {head} ({root}) and {other} ({other_root}). One of them never was the log; write the ConfigMap by hand, with root, lines and hash"
             )),
             (_, last) => Ok(last),
         }
@@ -162,24 +158,19 @@ impl Anchor for ClusterAnchor {
 }
 
 fn map(head: Head, root: Blob) -> ConfigMap {
-    let data = [(ROOT, root.to_string()), (LINES, head.count.to_string()), (HASH, head.hash.to_string())];
-    let mut map =
-        ConfigMap { data: Some(data.map(|(key, text)| (key.to_owned(), text)).into()), ..ConfigMap::default() };
+    let mut map = ConfigMap { data: Some(Held::fields(head, root)), ..ConfigMap::default() };
     map.metadata.name = Some(NAME.into());
     map.metadata.labels = Some([("app.kubernetes.io/name".to_owned(), "aether".to_owned())].into());
     map
 }
 
 fn read(map: &ConfigMap) -> Result<Held, String> {
-    let text = |key: &str| map.data.as_ref().and_then(|data| data.get(key));
-    let head = || Some(Head { count: text(LINES)?.parse().ok()?, hash: text(HASH)?.parse().ok()? });
-    let root = || text(ROOT)?.parse().ok();
-    match (head(), root()) {
-        (Some(head), Some(root)) => Ok(Held { head, root: Some(root), version: map.resource_version() }),
-        _ => Err(format!(
-            "ConfigMap {NAME} does not say where the log ends ({ROOT}, {LINES}, {HASH}): write it again as it was, or delete it, and it is made from what is pinned in the store"
-        )),
-    }
+    let held = map.data.as_ref().and_then(|fields| Held::read(fields, map.resource_version()));
+    held.ok_or_else(|| {
+        format!(
+            "ConfigMap {NAME} does not say where the log ends (root, lines, hash): write it again as it was, or delete it, and it is made from what is pinned in the store"
+        )
+    })
 }
 
 /// The name of the pin of a log that ends here: names are in the order of the ends.
@@ -205,7 +196,7 @@ mod tests {
         assert_eq!(read(&written), Ok(Held { head, root: Some(root), version: None }));
         assert_eq!(parse(&name(head)), Some(head));
         assert!(name(head) < name(Head { count: 10, ..head }));
-        for key in [ROOT, LINES, HASH] {
+        for key in ["root", "lines", "hash"] {
             let mut other = written.clone();
             other.data.as_mut().unwrap().insert(key.into(), "x".into());
             assert!(read(&other).unwrap_err().contains("delete it"));

@@ -2,8 +2,7 @@
 
 use std::io::Write;
 
-use aether_audit::{Anchor, Entry, Error, Head, Held, Log, Refusal};
-use aether_cas::Blob;
+use aether_audit::{Entry, Error, Head, Held, Log, Seen};
 use aether_credentials::Credentials;
 use anyhow::Context as _;
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -82,20 +81,6 @@ Examples:
 /// The operator's own command line, with this as a subcommand.
 pub fn program() -> clap::Command {
     Config::command().subcommand_negates_reqs(true).subcommand(Command::command())
-}
-
-/// The end of the log as it was read once: other lines may be written meanwhile.
-struct Seen(Held);
-
-#[async_trait::async_trait]
-impl Anchor for Seen {
-    async fn newest(&self) -> Result<Held, String> {
-        Ok(self.0.clone())
-    }
-
-    async fn hold(&self, _: &Held, _: Head, _: Blob) -> Result<(), Refusal> {
-        Err(Refusal::Failed("this only reads".into()))
-    }
 }
 
 impl Place {
@@ -190,15 +175,13 @@ impl Command {
     }
 }
 
-/// Whether a line is one of those that are wanted. What is said of a commit has its name before the dot.
+/// Whether a line is one of those that are wanted.
 fn is_meant(entry: &Entry, namespace: &Option<String>, object: &Option<String>) -> bool {
     let about = &entry.object;
     let of = namespace.as_ref().is_none_or(|namespace| about.namespace == *namespace);
     let object = object.as_ref().is_none_or(|wanted| {
         let (kind, name) = wanted.split_once('/').unwrap_or(("AetherCommit", wanted));
-        let itself = about.kind.eq_ignore_ascii_case(kind) && about.name == name;
-        let commit = about.name.rsplit_once('.').map(|(commit, _)| commit);
-        itself || (kind.eq_ignore_ascii_case("AetherCommit") && about.kind == "AetherApproval" && commit == Some(name))
+        about.is_of(kind, name)
     });
     of && object
 }

@@ -43,6 +43,10 @@ pub(crate) fn service(store: &MemoryStore, checkpoints: Vec<AetherCheckpoint>) -
     service_with(store, checkpoints, vec![])
 }
 
+fn not_found() -> Value {
+    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404, "message": "not found", "reason": "NotFound"})
+}
+
 /// The same with objects of other kinds, by plural.
 pub(crate) fn service_with(
     store: &MemoryStore,
@@ -69,6 +73,9 @@ pub(crate) fn service_with(
                     review["spec"]["user"] == "ada" && review["spec"]["resourceAttributes"]["name"] != "hidden";
                 review["status"] = json!({"allowed": allowed});
                 (201, review)
+            } else if let Some(map) = path.strip_prefix("/api/v1/namespaces/aether-system/configmaps/") {
+                let map = objects.get(&("configmaps".to_owned(), map.to_owned()));
+                map.map_or_else(|| (404, not_found()), |map| (200, map.clone()))
             } else {
                 let rest = path.strip_prefix("/apis/aether.dev/v1alpha1/namespaces/demo/").unwrap_or_default();
                 match rest.split_once('/') {
@@ -79,10 +86,7 @@ pub(crate) fn service_with(
                     }
                     Some((plural, name)) => match objects.get(&(plural.to_owned(), name.to_owned())) {
                         Some(object) => (200, object.clone()),
-                        None => (
-                            404,
-                            json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404, "message": "not found", "reason": "NotFound"}),
-                        ),
+                        None => (404, not_found()),
                     },
                 }
             };
@@ -93,6 +97,7 @@ pub(crate) fn service_with(
     let service = Service {
         client: kube::Client::new(answer, "demo"),
         store: Arc::new(store.clone()),
+        namespace: "aether-system".into(),
         streams: Arc::new(Semaphore::new(2)),
         directory_bytes: 1 << 20,
         spool: None,

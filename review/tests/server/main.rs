@@ -1,5 +1,6 @@
 //! The server as its client sees it.
 
+mod audit;
 mod changes;
 mod cluster;
 mod notes;
