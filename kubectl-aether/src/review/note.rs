@@ -49,7 +49,6 @@ struct Placings {
 }
 
 /// Where the aggregated API serves something of the namespace.
-pub(super) /// Where the aggregated API serves something of the namespace.
 pub(super) fn path(cluster: &Cluster, rest: &str) -> String {
     format!("/apis/{}/{}/namespaces/{}/{rest}", names::REVIEW_GROUP, names::VERSION, cluster.namespace)
 }
