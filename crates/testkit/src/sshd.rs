@@ -1,8 +1,8 @@
-//! A real ssh server: Debian's, as an ordinary process on a port of loopback, with keys of its own.
+//! A real ssh server: Debian's, as an ordinary process on a free port, with keys of its own.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -50,7 +50,7 @@ pub struct Sshd {
     process: Child,
     _confinement: Option<Confinement>,
     directory: TempDir,
-    port: u16,
+    address: SocketAddr,
     user: String,
 }
 
@@ -60,6 +60,14 @@ impl Sshd {
     /// # Panics
     /// When that does not work.
     pub fn start() -> Self {
+        Self::start_at(IpAddr::V4(Ipv4Addr::LOCALHOST))
+    }
+
+    /// The same at another address of this machine.
+    ///
+    /// # Panics
+    /// When that does not work.
+    pub fn start_at(address: IpAddr) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         for name in ["host", "user"] {
@@ -68,9 +76,9 @@ impl Sshd {
         let user = output(Command::new("id").arg("-un"));
         let confinement = (user == "root").then(Confinement::make);
         // Free a moment ago; the server itself cannot be asked to choose one.
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let address = TcpListener::bind((address, 0)).unwrap().local_addr().unwrap();
         let config = format!(
-            "ListenAddress 127.0.0.1:{port}\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\nStrictModes no\n\
+            "ListenAddress {address}\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\nStrictModes no\n\
              PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n",
             at("host").display(),
             at("user.pub").display()
@@ -85,7 +93,7 @@ impl Sshd {
             .stderr(log)
             .spawn()
             .expect("Debian's openssh-server is installed (e2e/third-party/build-packages.sh)");
-        let mut server = Self { process, _confinement: confinement, directory, port, user };
+        let mut server = Self { process, _confinement: confinement, directory, address, user };
         server.wait();
         server
     }
@@ -94,7 +102,7 @@ impl Sshd {
     fn wait(&mut self) {
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
-            let greeting = TcpStream::connect(("127.0.0.1", self.port)).and_then(|stream| {
+            let greeting = TcpStream::connect(self.address).and_then(|stream| {
                 stream.set_read_timeout(Some(Duration::from_secs(10)))?;
                 let mut greeting = String::new();
                 BufReader::new(stream).read_line(&mut greeting).map(|_| greeting)
@@ -111,7 +119,7 @@ impl Sshd {
 
     /// The address of a directory.
     pub fn url(&self, path: &Path) -> String {
-        format!("ssh://{}@127.0.0.1:{}{}", self.user, self.port, path.display())
+        format!("ssh://{}@{}{}", self.user, self.address, path.display())
     }
 
     /// The key that is let in.
@@ -132,7 +140,7 @@ impl Sshd {
 
     /// The line by which a server of that public key would be known at this address.
     pub fn known_by(&self, public_key: &str) -> String {
-        format!("[127.0.0.1]:{} {public_key}", self.port)
+        format!("[{}]:{} {public_key}", self.address.ip(), self.address.port())
     }
 }
 

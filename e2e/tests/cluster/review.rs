@@ -1,7 +1,9 @@
 //! Nothing leaves a session without the reviewers whom its source demands, whatever an agent may do; on a cluster with real users.
 
 mod export;
+mod killed;
 mod operator;
+mod rules;
 
 use aether_api::AetherCommit;
 use aether_api::approval::Decision::{Approve, Reject};

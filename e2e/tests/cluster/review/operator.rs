@@ -5,10 +5,10 @@ use aether_e2e::team::create;
 use aether_e2e::testing::{LIMIT, Test, pod_ready};
 use aether_e2e::tools::Tools;
 use aether_e2e::wait;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::core::v1::Pod;
-use kube::Api;
 use kube::api::ListParams;
+use kube::{Api, ResourceExt};
 use serde_json::Value;
 
 const LABEL: &str = "app.kubernetes.io/name=aether";
@@ -45,14 +45,45 @@ impl<'a> Operator<'a> {
     }
 
     pub(crate) async fn until_ready(&self, replicas: usize) -> Result<()> {
-        let pods: Api<Pod> = Api::namespaced(self.test.client.clone(), SYSTEM_NAMESPACE);
         wait::until(&format!("{replicas} operators are ready"), 2 * LIMIT, async || {
-            let pods = pods.list(&ListParams::default().labels(PODS)).await?.items;
+            let pods = self.pods().await?;
             let ready = pods.iter().filter(|pod| pod_ready(pod)).count();
             ensure!(pods.len() == replicas && ready == replicas, "{ready} of {} are", pods.len());
             Ok(Some(()))
         })
         .await
+    }
+
+    async fn pods(&self) -> Result<Vec<Pod>> {
+        let pods: Api<Pod> = Api::namespaced(self.test.client.clone(), SYSTEM_NAMESPACE);
+        Ok(pods.list(&ListParams::default().labels(PODS)).await?.items)
+    }
+
+    /// One operator, which dies when it first gets to this point of a commit. What is started again in its place goes on.
+    pub(crate) async fn arm(&self, point: &str) -> Result<()> {
+        // On a volume that outlives the container.
+        let once = "AETHER_CRASH_ONCE=/var/run/aether/authority/crashed";
+        self.set(&[&format!("AETHER_CRASH_AT={point}"), once]).await
+    }
+
+    /// Fails unless the only operator has died once, at this point.
+    pub(crate) async fn died_at(&self, point: &str) -> Result<()> {
+        let pods = self.pods().await?;
+        let [pod] = &pods[..] else { bail!("there are {} operators", pods.len()) };
+        let containers = pod.status.as_ref().and_then(|status| status.container_statuses.as_ref());
+        let deaths: i32 = containers.into_iter().flatten().map(|container| container.restart_count).sum();
+        ensure!(deaths == 1, "{point}: the operator has died {deaths} times");
+        let said = self.system.kubectl(&["logs", &pod.name_any(), "--previous", "--tail=3"]).await?;
+        ensure!(said.contains(&format!("crash point {point}")), "{point}: the operator's last words were {said}");
+        Ok(())
+    }
+
+    /// With these variables in its environment, or without those that end in `-`.
+    async fn set(&self, variables: &[&str]) -> Result<()> {
+        let deployment = "deployment/aether-operator";
+        self.system.kubectl(&[&["set", "env", deployment][..], variables].concat()).await?;
+        self.system.kubectl(&["rollout", "status", deployment, "--timeout=180s"]).await?;
+        self.until_ready(1).await
     }
 
     /// `kill -9` of all operators at once; how many there were.
@@ -78,7 +109,8 @@ impl<'a> Operator<'a> {
                 create(&self.system, found).await?;
             }
         }
-        self.scale(1).await
+        self.scale(1).await?;
+        self.set(&["AETHER_CRASH_AT-", "AETHER_CRASH_ONCE-"]).await
     }
 }
 
