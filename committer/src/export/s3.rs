@@ -94,8 +94,13 @@ pub async fn export(asked: &S3, scratch: &Path, store: &dyn Store) -> Result<Exp
         }
         Ok::<(), StoreError>(())
     })?;
+    // First of all, because a service that refuses to be asked for an object says best why.
+    let earlier = bucket.earlier().await?;
     let there = bucket.list().await?;
-    let (earlier, complete) = bucket.earlier(&there).await?;
+    let (earlier, complete) = match earlier {
+        Some(earlier) => earlier,
+        None => (bucket.begin(&there).await?, false),
+    };
     crash_point!("export.s3.begun");
     let unchanged = |path: &str, content: Blob| {
         let written = earlier.get(path).filter(|written| written.content == content)?;
@@ -192,30 +197,32 @@ impl<'a> Bucket<'a> {
         format!("s3://{}/{}/", self.asked.bucket, self.prefix)
     }
 
-    /// What an earlier export of this tree wrote, and whether that was all. If there was none, this one begins.
-    async fn earlier(
-        &self,
-        there: &HashMap<Key, (u64, Option<String>)>,
-    ) -> Result<(BTreeMap<String, Written>, bool), Failure> {
-        let root = self.asked.root.to_string();
-        let exists = |what: &str| {
-            let message =
-                format!("there is {what} at {} already: export to another path, or have it removed", self.place());
-            Failure::new(Reason::TargetExists, message)
-        };
-        for (name, complete) in [(MANIFEST, true), (PROGRESS, false)] {
-            match self.manifest(name).await? {
-                Some(found) if found.root == root => return Ok((found.objects, complete)),
-                Some(_) => return Err(exists("an export of another tree")),
-                None => {}
-            }
+    /// What an earlier export of this tree wrote, and whether that was all.
+    async fn earlier(&self) -> Result<Option<(BTreeMap<String, Written>, bool)>, Failure> {
+        // In this order, because another run may end meanwhile.
+        let partial = self.manifest(PROGRESS).await?;
+        let complete = self.manifest(MANIFEST).await?;
+        let is_complete = complete.is_some();
+        match complete.or(partial) {
+            Some(found) if found.root == self.asked.root.to_string() => Ok(Some((found.objects, is_complete))),
+            Some(_) => Err(self.taken("an export of another tree")),
+            None => Ok(None),
         }
+    }
+
+    /// Takes a folder in which nothing is. Of several that do so one succeeds.
+    async fn begin(&self, there: &HashMap<Key, (u64, Option<String>)>) -> Result<BTreeMap<String, Written>, Failure> {
         if !there.is_empty() {
-            return Err(exists("something else"));
+            return Err(self.taken("something else"));
         }
-        let begin = Manifest { version: VERSION, root, objects: BTreeMap::new() };
+        let begin = Manifest { version: VERSION, root: self.asked.root.to_string(), objects: BTreeMap::new() };
         self.record(PROGRESS, &begin, PutMode::Create).await?;
-        Ok((begin.objects, false))
+        Ok(begin.objects)
+    }
+
+    fn taken(&self, by: &str) -> Failure {
+        let message = format!("there is {by} at {} already: export to another path, or have it removed", self.place());
+        Failure::new(Reason::TargetExists, message)
     }
 
     /// A list of objects, if there is one of this name.
