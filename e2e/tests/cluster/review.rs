@@ -1,5 +1,6 @@
 //! Nothing leaves a session without the reviewers whom its source demands, whatever an agent may do; on a cluster with real users.
 
+mod audit;
 mod export;
 mod killed;
 mod operator;
