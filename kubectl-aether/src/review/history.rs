@@ -19,7 +19,8 @@ use crate::output::{first_line, print, printable, table};
 use super::note::path;
 use super::{phase, place, requester, session_of, session_of_checkpoint, short, target};
 
-/// Kinds of things that happen. The cluster tells time in whole seconds: within one they come in this order.
+/// Kinds of things that happen. The cluster tells time in whole seconds: within one they come in this order, those about a commit
+/// that was asked for earlier first.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Order {
     Made,
@@ -37,6 +38,8 @@ enum Order {
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Happening {
     time: Timestamp,
+    /// When that was asked for which it is about.
+    round: Timestamp,
     order: Order,
     what: String,
     who: String,
@@ -160,16 +163,18 @@ impl Objects {
 
     fn of(&self, name: &str, session: Option<&AetherSession>) -> Vec<Happening> {
         let mut happened = Vec::new();
-        let mut tell = |time: Option<&Time>, order: Order, what: String, who: Option<&str>, text: String| {
-            if let Some(time) = time {
-                let who = who.map(printable).unwrap_or_default();
-                happened.push(Happening { time: time.0, order, what, who, text: printable(&text) });
-            }
-        };
+        let mut tell =
+            |round: Option<&Time>, time: Option<&Time>, order, what: String, who: Option<&str>, text: String| {
+                if let Some(time) = time {
+                    let (round, who) = (round.unwrap_or(time).0, who.map(printable).unwrap_or_default());
+                    happened.push(Happening { time: time.0, round, order, what, who, text: printable(&text) });
+                }
+            };
         if let Some(session) = session {
             let made = session.metadata.creation_timestamp.as_ref();
             let by = creator(session.annotations());
             tell(
+                None,
                 made,
                 Order::Made,
                 format!("session {name}"),
@@ -195,13 +200,13 @@ impl Objects {
             ];
             let text = text.into_iter().flatten().collect::<Vec<_>>().join(", ");
             let by = creator(checkpoint.annotations());
-            tell(time, Order::Kept, format!("checkpoint {}", checkpoint.name_any()), by.as_deref(), text);
+            tell(None, time, Order::Kept, format!("checkpoint {}", checkpoint.name_any()), by.as_deref(), text);
         }
         for restore in self.restores.iter().filter(|restore| restore.spec.session == name) {
             let text = format!("to checkpoint {}", restore.spec.checkpoint);
             let (made, what) =
                 (restore.metadata.creation_timestamp.as_ref(), format!("restore {}", restore.name_any()));
-            tell(made, Order::Restored, what, None, text);
+            tell(None, made, Order::Restored, what, None, text);
         }
         for commit in self.commits_of(name) {
             let (id, status) = (commit.name_any(), commit.status.clone().unwrap_or_default());
@@ -211,14 +216,14 @@ impl Objects {
                 status.root.as_deref().map(|root| format!("tree {}", short(root))),
             ];
             let text = text.into_iter().flatten().collect::<Vec<_>>().join(", ");
-            tell(asked, Order::Asked, format!("commit {id}"), requester(commit), text);
+            tell(asked, asked, Order::Asked, format!("commit {id}"), requester(commit), text);
             let by = status.approvals.map(|approvals| approvals.by.join(", ")).filter(|by| !by.is_empty());
             let by = by.map(|by| format!("approved by {by}")).unwrap_or_default();
-            tell(status.started.as_ref(), Order::Released, format!("commit {id} released"), None, by);
+            tell(asked, status.started.as_ref(), Order::Released, format!("commit {id} released"), None, by);
             let result = status.commit.map(|id| format!("git commit {id}"));
             let result = result.or(status.revision.map(|revision| format!("revision {revision}")));
             let end = format!("commit {id} {}", phase(commit).to_lowercase());
-            tell(status.finished.as_ref(), Order::Ended, end, None, result.unwrap_or_default());
+            tell(asked, status.finished.as_ref(), Order::Ended, end, None, result.unwrap_or_default());
             for approval in self.approvals.iter().filter(|approval| approval.spec.commit == id) {
                 let done = match approval.spec.decision {
                     aether_api::approval::Decision::Approve => "approved",
@@ -232,7 +237,7 @@ impl Objects {
                 let who = approval.spec.reviewer.as_ref().map(|by| by.username.as_str());
                 let text = text.into_iter().flatten().collect::<Vec<_>>().join(", ");
                 let made = approval.metadata.creation_timestamp.as_ref();
-                tell(made, Order::Decided, format!("commit {id} {done}"), who, text);
+                tell(asked, made, Order::Decided, format!("commit {id} {done}"), who, text);
             }
             // What was said and is not there any more, and who took it back.
             let said = self
@@ -249,10 +254,10 @@ impl Objects {
                         said.clone().find(|other| other.object.uid == line.object.uid && other.verb != "Withdrawn");
                     let text = before.map(|it| format!("what {} had said: {}", it.actor, it.verb.to_lowercase()));
                     let text = text.unwrap_or_default();
-                    tell(Some(&time), Order::Withdrawn, format!("commit {id} decision withdrawn"), who, text);
+                    tell(asked, Some(&time), Order::Withdrawn, format!("commit {id} decision withdrawn"), who, text);
                 } else if self.approvals.iter().all(|there| there.uid().as_ref() != Some(&line.object.uid)) {
                     let what = format!("commit {id} {}", line.verb.to_lowercase());
-                    tell(Some(&time), Order::Decided, what, who, format!("{tree}, withdrawn since"));
+                    tell(asked, Some(&time), Order::Decided, what, who, format!("{tree}, withdrawn since"));
                 }
             }
         }
@@ -264,7 +269,12 @@ impl Objects {
             let text = format!("{}: {}{resolved}", place(&note.spec), first_line(&note.spec.text));
             let who = note.spec.author.as_ref().map(|by| by.username.as_str());
             let (made, what) = (note.metadata.creation_timestamp.as_ref(), format!("note {}", note.name_any()));
-            tell(made, Order::Remarked, what, who, text);
+            let about = self.commits.iter().find(|commit| {
+                let taken = commit.status.as_ref().and_then(|status| status.checkpoint.as_ref());
+                commit.spec.checkpoint.as_ref().or(taken) == Some(&note.spec.checkpoint)
+            });
+            let asked = about.and_then(|commit| commit.metadata.creation_timestamp.as_ref());
+            tell(asked, made, Order::Remarked, what, who, text);
         }
         happened.sort();
         happened
@@ -405,6 +415,11 @@ mod tests {
         assert_eq!(told[0], "commit c: to nowhere, tree abc/7");
         assert!(told[1].starts_with("note n") && told[2].starts_with("commit c approved"), "{told:?}");
         assert_eq!(told.len(), 3);
+        // The next attempt, in the very second of the decision on the first.
+        let mut second = AetherCommit::new("d", AetherCommitSpec { session: Some("s".into()), ..Default::default() });
+        second.metadata.creation_timestamp = time(2);
+        objects.commits.insert(0, second);
+        assert!(whats(&objects)[3].starts_with("commit d:"), "{:?}", whats(&objects));
         // Its own record outlives that of the commit.
         objects.commits.clear();
         assert!(whats(&objects)[0].starts_with("checkpoint c"));
