@@ -15,6 +15,8 @@ pub const POINTS: &[&str] = &[
     "commit.waiting",
     // An approval says that it counts, and the commit does not.
     "commit.answered",
+    // The audit log says that it goes, and the status does not.
+    "commit.recorded",
     // The status says that it goes, and nobody has been told; there is no Job.
     "commit.released",
     // The Job's account is there, and no Job.

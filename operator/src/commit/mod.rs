@@ -75,6 +75,9 @@ pub async fn reconcile(seen: Arc<AetherCommit>, context: Arc<Context>) -> Result
         hold(&commit, &mut status, why);
         again = Some(pins::RETRY);
     }
+    if status.phase == Some(CommitPhase::Running) && before.phase != status.phase {
+        crash_point!("commit.recorded");
+    }
     let commit = objects::write_status(&commits, &commit, &status).await?.unwrap_or(commit);
     match status.phase.filter(|phase| before.phase != Some(*phase)) {
         Some(CommitPhase::AwaitingApproval) => crash_point!("commit.waiting"),
