@@ -11,7 +11,7 @@ use axum::body::Body;
 use axum::extract::{Path, Query, Request, State};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Extension, Router};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
@@ -29,7 +29,7 @@ use crate::fast_import::{self, Titles, Transfer};
 use crate::front_proxy::{Identity, Trust};
 use crate::metrics::{Metrics, Outcome};
 use crate::status::ApiError;
-use crate::{audit, discovery, file, notes};
+use crate::{audit, discovery, file, notes, subject};
 
 /// Media type of the stream.
 pub const FAST_IMPORT: &str = "application/vnd.git.fast-import";
@@ -75,6 +75,7 @@ pub fn router(service: Service) -> Router {
         .route(&of("commits/{name}/audit"), get(audit::answer))
         .route(&of("commits/{name}/changes"), get(changes_of_commit))
         .route(&of("sessions/{name}/notes"), get(notes::answer))
+        .route(&format!("{}/selfsubjectreviews", discovery::base()), post(subject::answer))
         .fallback(async || ApiError::no_such_path())
         .layer(from_fn(authenticate))
         .with_state(service)

@@ -7,9 +7,10 @@ use serde_json::{Value, json};
 
 use crate::api::{FAST_IMPORT, Service};
 
-/// A resource, read by `get` only.
+/// A resource.
 struct Resource {
-    /// The plural of what it belongs to, and its own name.
+    /// The plural of what it belongs to, and its own name; only its own of one that belongs to nothing, has no namespace and is
+    /// created, not read.
     name: &'static str,
     kind: &'static str,
     description: &'static str,
@@ -50,6 +51,13 @@ const RESOURCES: &[Resource] = &[
         query: COMPARED,
     },
     Resource {
+        name: "selfsubjectreviews",
+        kind: "SelfSubjectReview",
+        description: "Who the API server takes the caller for.",
+        produces: "application/json",
+        query: &[],
+    },
+    Resource {
         name: "sessions/notes",
         kind: "SessionNotes",
         description: "Where the lines of all notes on a session's checkpoints are in its head.",
@@ -87,24 +95,47 @@ fn group() -> Value {
 fn resources() -> Value {
     let resources: Vec<Value> = RESOURCES
         .iter()
-        .map(|it| json!({"name": it.name, "singularName": "", "namespaced": true, "kind": it.kind, "verbs": ["get"]}))
+        .map(|it| {
+            let verb = if it.owner().is_some() { "get" } else { "create" };
+            json!({"name": it.name, "singularName": "", "namespaced": it.owner().is_some(), "kind": it.kind, "verbs": [verb]})
+        })
         .collect();
     json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version(), "resources": resources})
 }
 
 impl Resource {
+    /// The plural of what it belongs to, and its own name.
+    fn owner(&self) -> Option<(&'static str, &'static str)> {
+        self.name.split_once('/')
+    }
+
     fn path(&self) -> String {
-        let (plural, sub) = self.name.split_once('/').unwrap_or((self.name, ""));
-        format!("{}/namespaces/{{namespace}}/{plural}/{{name}}/{sub}", base())
+        match self.owner() {
+            Some((plural, sub)) => format!("{}/namespaces/{{namespace}}/{plural}/{{name}}/{sub}", base()),
+            None => format!("{}/{}", base(), self.name),
+        }
+    }
+
+    fn method(&self) -> &'static str {
+        if self.owner().is_some() { "get" } else { "post" }
+    }
+
+    /// The code of success.
+    fn code(&self) -> &'static str {
+        if self.owner().is_some() { "200" } else { "201" }
     }
 
     fn operation(&self) -> String {
-        format!("readReviewAetherDevV1alpha1Namespaced{}", self.kind)
+        match self.owner() {
+            Some(_) => format!("readReviewAetherDevV1alpha1Namespaced{}", self.kind),
+            None => format!("createReviewAetherDevV1alpha1{}", self.kind),
+        }
     }
 
     /// Name, place, type, whether it must be given.
     fn parameters(&self) -> impl Iterator<Item = (&'static str, &'static str, &'static str, bool)> {
-        let path = ["namespace", "name"].into_iter().map(|name| (name, "path", "string", true));
+        let names = ["namespace", "name"].into_iter().filter(|_| self.owner().is_some());
+        let path = names.map(|name| (name, "path", "string", true));
         path.chain(self.query.iter().map(|(name, type_, required)| (*name, "query", *type_, *required)))
     }
 }
@@ -112,7 +143,7 @@ impl Resource {
 fn paths(operation: impl Fn(&Resource) -> Value) -> Value {
     RESOURCES
         .iter()
-        .map(|resource| (resource.path(), json!({"get": operation(resource)})))
+        .map(|resource| (resource.path(), json!({resource.method(): operation(resource)})))
         .collect::<serde_json::Map<_, _>>()
         .into()
 }
@@ -126,7 +157,7 @@ fn openapi_v2() -> Value {
             .collect();
         json!({
             "description": it.description, "operationId": it.operation(), "produces": [it.produces],
-            "parameters": parameters, "responses": {"200": {"description": "OK"}},
+            "parameters": parameters, "responses": {it.code(): {"description": "OK"}},
         })
     });
     let info = json!({"title": "Aether review", "version": names::VERSION});
@@ -153,7 +184,7 @@ fn openapi_v3() -> Value {
         };
         json!({
             "description": it.description, "operationId": it.operation(), "parameters": parameters,
-            "responses": {"200": {"description": "OK", "content": {it.produces: {"schema": schema}}}},
+            "responses": {it.code(): {"description": "OK", "content": {it.produces: {"schema": schema}}}},
         })
     });
     json!({"openapi": "3.0.0", "info": {"title": "Aether review", "version": names::VERSION}, "paths": paths})
@@ -169,7 +200,7 @@ mod tests {
         for (index, it) in RESOURCES.iter().enumerate() {
             assert_eq!(listed["resources"][index]["name"], it.name);
             for document in [openapi_v2(), openapi_v3()] {
-                assert_eq!(document["paths"][it.path()]["get"]["operationId"], it.operation());
+                assert_eq!(document["paths"][it.path()][it.method()]["operationId"], it.operation());
             }
         }
         let file = &openapi_v3()["paths"][RESOURCES[1].path()]["get"]["parameters"][2];

@@ -20,3 +20,4 @@ pub mod metrics;
 mod notes;
 pub mod server;
 pub mod status;
+mod subject;

@@ -10,21 +10,29 @@ pub(crate) mod show;
 pub(crate) mod waiting;
 
 use aether_api::commit::{CommitPhase, History, Target};
-use aether_api::{AetherCheckpoint, AetherCommit, AetherNoteSpec};
+use aether_api::{AetherCheckpoint, AetherCommit, AetherNoteSpec, names};
 use anyhow::Result;
-use k8s_openapi::api::authentication::v1::SelfSubjectReview;
-use kube::api::{Api, PostParams};
 
 use crate::cluster::{Cluster, explain};
 
-/// Who the cluster takes the caller for, however they logged in; `None` of clusters that do not say (before 1.28).
+/// Who the cluster takes the caller for, however they logged in. API servers before 1.28 do not say, but Aether's own part of the
+/// API does; `None` where nobody says.
 async fn me(cluster: &Cluster) -> Result<Option<String>> {
-    let api: Api<SelfSubjectReview> = Api::all(cluster.client.clone());
-    match api.create(&PostParams::default(), &SelfSubjectReview::default()).await {
-        Ok(review) => Ok(review.status.and_then(|status| status.user_info).and_then(|user| user.username)),
-        Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404) => Ok(None),
-        Err(error) => Err(explain(error, "ask the cluster who you are")),
+    const OF_KUBERNETES: &str = "authentication.k8s.io/v1";
+    let ours = format!("{}/{}", names::REVIEW_GROUP, names::VERSION);
+    for group in [OF_KUBERNETES, &ours] {
+        let question = serde_json::json!({"kind": "SelfSubjectReview", "apiVersion": group});
+        let request = http::Request::post(format!("/apis/{group}/selfsubjectreviews"))
+            .header(http::header::CONTENT_TYPE, "application/json")
+            .body(question.to_string().into_bytes())?;
+        match cluster.client.request::<serde_json::Value>(request).await {
+            Ok(review) => return Ok(review["status"]["userInfo"]["username"].as_str().map(Into::into)),
+            // 503 is what an API server says whose part of the API is not there.
+            Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404 | 503) => {}
+            Err(error) => return Err(explain(error, "ask the cluster who you are")),
+        }
     }
+    Ok(None)
 }
 
 /// The session that a commit is of, as far as it is known.

@@ -31,8 +31,8 @@ pub(crate) struct Behaviour {
     pub(crate) commits: Vec<Value>,
     /// Whether the user may list objects of all namespaces.
     pub(crate) everywhere: bool,
-    /// Whether the cluster says who the user is, as all do since 1.28.
-    pub(crate) says_who: bool,
+    /// The group that says who the user is: Kubernetes' own does since 1.28.
+    pub(crate) says_who: Option<&'static str>,
 }
 
 /// What the server was asked to do so far.
@@ -86,7 +86,7 @@ impl Server {
             .route("/apis/aether.dev/v1alpha1/{plural}", get(everywhere))
             .route(&format!("{aether}/{{plural}}"), get(records).post(create_record))
             .route(&format!("{aether}/{{plural}}/{{name}}"), get(record).patch(patch_record).delete(delete_record))
-            .route("/apis/authentication.k8s.io/v1/selfsubjectreviews", post(who))
+            .route("/apis/{group}/{version}/selfsubjectreviews", post(who))
             .route("/apis/review.aether.dev/v1alpha1", get(async || Json(json!({"kind": "APIResourceList"}))))
             .route("/apis/review.aether.dev/v1alpha1/namespaces/demo/{resource}/{name}/changes", get(changes))
             .route("/apis/review.aether.dev/v1alpha1/namespaces/demo/checkpoints/{name}/file", get(file))
@@ -198,8 +198,12 @@ async fn notes(State(shared): Api) -> Response {
     Json(json!({"kind": "SessionNotes", "items": items})).into_response()
 }
 
-async fn who(State(shared): Api, Json(mut object): Json<Value>) -> Response {
-    if !shared.behaviour.says_who {
+async fn who(
+    State(shared): Api,
+    Path((group, version)): Path<(String, String)>,
+    Json(mut object): Json<Value>,
+) -> Response {
+    if shared.behaviour.says_who != Some(&group) || object["apiVersion"] != format!("{group}/{version}") {
         return not_found("selfsubjectreviews");
     }
     object["status"] = json!({"userInfo": {"username": "ada"}});

@@ -20,7 +20,7 @@ fn behaviour() -> Behaviour {
         log: "one\ntwo\n",
         commits: vec![],
         everywhere: true,
-        says_who: true,
+        says_who: Some("authentication.k8s.io"),
     }
 }
 

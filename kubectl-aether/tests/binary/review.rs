@@ -82,12 +82,20 @@ async fn what_waits_goes_away_when_it_is_decided_on() {
 
 #[tokio::test]
 async fn a_cluster_that_does_not_say_who_one_is_takes_decisions_too() {
-    let server = Server::start(Behaviour { commits: vec![waiting("c1", "bot")], says_who: false, ..behaviour() }).await;
+    let server = Server::start(Behaviour { commits: vec![waiting("c1", "bot")], says_who: None, ..behaviour() }).await;
     let (code, out, err) = run(&server, &["approve", "c1"]).await;
     assert!(code == 0 && out.starts_with("commit c1 approved"), "{out}{err}");
     assert_eq!(server.seen.borrow().created[0]["metadata"]["generateName"], "c1-");
     let (_, out, err) = run(&server, &["review"]).await;
     assert!(out.contains("c1") && err.contains("does not say who you are"), "{out}{err}");
+}
+
+#[tokio::test]
+async fn aether_says_who_one_is_where_the_cluster_does_not() {
+    let says_who = Some("review.aether.dev");
+    let server = Server::start(Behaviour { commits: vec![waiting("c1", "ada")], says_who, ..behaviour() }).await;
+    let (_, out, err) = run(&server, &["review"]).await;
+    assert!(out.is_empty() && err.contains("nothing waits for you"), "it is ada's own: {out}{err}");
 }
 
 #[tokio::test]

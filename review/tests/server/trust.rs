@@ -125,7 +125,15 @@ impl Connection {
         path: &str,
         user: Option<&str>,
     ) -> Result<(u16, serde_json::Value), Box<dyn std::error::Error>> {
-        let mut request = Request::get(path).header("host", NAME);
+        self.ask(Request::get(path), user).await
+    }
+
+    async fn ask(
+        &mut self,
+        request: hyper::http::request::Builder,
+        user: Option<&str>,
+    ) -> Result<(u16, serde_json::Value), Box<dyn std::error::Error>> {
+        let mut request = request.header("host", NAME);
         if let Some(user) = user {
             request = request.header("X-Remote-User", user).header("X-Remote-Group", "system:masters");
         }
@@ -145,6 +153,11 @@ async fn the_front_proxy_is_believed() {
     assert_eq!((code, &body["kind"]), (200, &"APIResourceList".into()));
     assert_eq!(body["resources"][0]["name"], "checkpoints/changes");
     assert_eq!(connection.get("/openapi/v2", Some("ada")).await.unwrap().1["swagger"], "2.0");
+    let who = || Request::post("/apis/review.aether.dev/v1alpha1/selfsubjectreviews");
+    let (code, body) = connection.ask(who(), Some("ada")).await.unwrap();
+    let expected = serde_json::json!({"username": "ada", "uid": null, "groups": ["system:masters"], "extra": {}});
+    assert_eq!((code, &body["status"]["userInfo"]), (201, &expected));
+    assert_eq!(connection.ask(who(), None).await.unwrap().0, 401);
     let (code, body) = connection.get("/apis/other", Some("ada")).await.unwrap();
     assert_eq!((code, &body["kind"]), (404, &"Status".into()));
     let (code, body) = connection.get("/apis", None).await.unwrap();
