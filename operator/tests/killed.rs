@@ -252,17 +252,15 @@ impl World {
                 }
                 Some(CommitPhase::Running) => {
                     let jobs = self.list::<Job>(&ours).await?;
-                    match jobs.first() {
+                    match jobs.iter().find(|job| job.uid() == status.job_uid) {
                         // The source is changed while the first Job runs, so that this is not believed any more.
                         Some(_) if point == "commit.job.deleted" && !changed => {
-                            if status.job_uid.is_some() {
-                                changed = true;
-                                let secret = json!({"spec": {"git": {"pushSecretRef": {"name": "other"}}}});
-                                self.patch::<AetherSource>("linux", secret).await;
-                            }
+                            changed = true;
+                            let secret = json!({"spec": {"git": {"pushSecretRef": {"name": "other"}}}});
+                            self.patch::<AetherSource>("linux", secret).await;
                         }
-                        Some(job) if job.uid() == status.job_uid => self.run(job).await,
-                        _ => {}
+                        Some(job) => self.run(job).await,
+                        None => {}
                     }
                 }
                 Some(CommitPhase::Succeeded) if operator.deaths == 1 => return Ok(status),
