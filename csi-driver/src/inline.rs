@@ -270,6 +270,17 @@ mod tests {
     use aether_api::AetherSourceSpec;
 
     #[test]
+    fn a_session_of_a_pod_knows_the_git_commit_that_it_started_from() {
+        let revision = json!({"name": "r1", "root": "aa/1", "files": 1, "bytes": 1, "commit": "c0ffee",
+            "time": "2026-01-01T00:00:00Z", "milliseconds": 1});
+        let revision: Revision = serde_json::from_value(revision).unwrap();
+        let source = AetherSource::new("linux", AetherSourceSpec::default());
+        let session = AetherSession::new("s", Default::default());
+        let status = first_status(&source, &revision, Owner { uid: 1, gid: 1 }, &session);
+        assert_eq!((&status["base"]["commit"], &status["base"]["revisionRoot"]), (&json!("c0ffee"), &json!("aa/1")));
+    }
+
+    #[test]
     fn a_source_says_which_namespaces_may_use_it() {
         let source = |allowed: &[&str]| {
             let mut source = AetherSource::new(
