@@ -20,7 +20,7 @@ use aether_operator::signature::{self, Keys};
 use clap::Parser;
 use common::{NAMESPACE, Operator, short};
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::core::v1::{Namespace, PersistentVolumeClaim, Pod, Secret};
 use kube::{Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -81,6 +81,12 @@ impl World {
         world.operator.bind("fix", &names::volume_name(&made.uid().unwrap()));
         world.operator.session("fix").await;
         world.operator.set_head("fix", "bb/2");
+        let mut secret = Secret::default();
+        (secret.metadata.name, secret.metadata.namespace) = (Some("keys".into()), Some(NAMESPACE.into()));
+        api.put(&secret);
+        let mut claim = PersistentVolumeClaim::default();
+        (claim.metadata.name, claim.metadata.namespace) = (Some("data".into()), Some(NAMESPACE.into()));
+        api.put(&claim);
         for reviewer in ["jane", "joe"] {
             api.set_right(reviewer, "approve", "aethersources", NAMESPACE, "linux", true);
         }
@@ -573,6 +579,39 @@ async fn an_export_to_a_bucket_has_the_places_secret_and_is_refused_where_someth
     assert_eq!((status.phase, &status.place), (Some(CommitPhase::Failed), &None));
     let failed = status.conditions.iter().find(|condition| condition.type_ == "Failed").unwrap();
     assert_eq!((failed.reason.as_str(), failed.message.as_str()), ("TargetExists", "export to another path"));
+}
+
+#[tokio::test]
+async fn what_a_job_would_wait_for_in_vain_is_said_and_waited_for() {
+    let world = World::new(places()).await;
+    let lacking = async |target: Target, what: &str, reason: &str| {
+        let name = world.commit(|spec| spec.target = target).await;
+        world.settled(&name).await;
+        world.reconcile(&name).await;
+        let status = world.reconcile(&name).await;
+        assert_eq!(status.phase, Some(CommitPhase::Running));
+        let said = status.conditions.iter().find(|condition| condition.type_ == "Complete").unwrap();
+        assert!(said.reason == reason && said.message.contains(what), "{}: {}", said.reason, said.message);
+        assert!(world.jobs().is_empty());
+        name
+    };
+    let change = |field: &str| {
+        world.operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| {
+            let exports = &mut source.spec.review.as_mut().unwrap().exports;
+            exports[0].claim.as_mut().unwrap().name = field.into();
+            exports[1].s3.as_mut().unwrap().secret_ref.as_mut().unwrap().name = field.into();
+        });
+    };
+    change("gone");
+    lacking(export("results", None), "PersistentVolumeClaim gone", "ClaimNotFound").await;
+    let name = lacking(export("bucket", None), "Secret gone", "SecretNotFound").await;
+    change("keys");
+    world.operator.api.change::<AetherCommit>(NAMESPACE, &name, |commit| {
+        commit.status.as_mut().unwrap().retry_at = Some(common::now());
+    });
+    world.reconcile(&name).await;
+    world.reconcile(&name).await;
+    assert_eq!(world.jobs().len(), 1);
 }
 
 #[tokio::test]

@@ -256,8 +256,7 @@ impl World {
                         // The source is changed while the first Job runs, so that this is not believed any more.
                         Some(_) if point == "commit.job.deleted" && !changed => {
                             changed = true;
-                            let secret = json!({"spec": {"git": {"pushSecretRef": {"name": "other"}}}});
-                            self.patch::<AetherSource>("linux", secret).await;
+                            self.patch::<AetherSource>("linux", json!({"spec": {"git": {"lfs": true}}})).await;
                         }
                         Some(job) => self.run(job).await,
                         None => {}

@@ -323,6 +323,13 @@ async fn carry(
             return Ok(conclude(commit, status, gone));
         }
         None => {
+            if let Some((why, message)) = job::lacks(&ours, &context.client).await? {
+                // Who comes to mend it may take a while: it is counted again before it is tried.
+                let at = objects::now().0 + SignedDuration::try_from(FIRST_PAUSE).unwrap_or_default();
+                status.retry_at = Some(Time(at));
+                set(commit, status, Wanted::no(COMPLETE, why, message));
+                return Ok(Some(FIRST_PAUSE));
+            }
             if authority.is_some() {
                 admission::provide_account(&context.client, &namespace, admission::COMMITTER).await?;
             }

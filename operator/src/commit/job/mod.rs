@@ -6,17 +6,19 @@ mod git;
 
 use std::collections::BTreeMap;
 
+use aether_api::conditions::reason;
 use aether_api::names::{COMMIT_ANNOTATION, COMMIT_UID_LABEL, SOURCE_LABEL};
 use aether_api::{AetherCommit, AetherSource};
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{
-    Container, EmptyDirVolumeSource, EnvVar, PodSecurityContext, PodSpec, PodTemplateSpec, SecretVolumeSource,
-    SecurityContext, Volume, VolumeMount,
+    Container, EmptyDirVolumeSource, EnvVar, PersistentVolumeClaim, PodSecurityContext, PodSpec, PodTemplateSpec,
+    Secret, SecretVolumeSource, SecurityContext, Volume, VolumeMount,
 };
-use kube::ResourceExt;
 use kube::core::ObjectMeta;
+use kube::{Client, ResourceExt};
 
 use crate::config::Config;
+use crate::error::Result;
 use crate::source::admission;
 use crate::{objects, pod};
 
@@ -45,6 +47,32 @@ struct Work {
 pub(super) fn name(commit: &AetherCommit) -> String {
     let retries = commit.status.as_ref().and_then(|status| status.retries).unwrap_or(0);
     objects::derived_name(&commit.name_any(), "commit", &[&commit.uid().unwrap_or_default(), &retries.to_string()])
+}
+
+/// What the Job would wait for in vain, as a reason and a message: a Secret or a claim that is not there.
+pub(super) async fn lacks(job: &Job, client: &Client) -> Result<Option<(&'static str, String)>> {
+    let namespace = job.namespace().unwrap_or_default();
+    let volumes =
+        job.spec.as_ref().and_then(|spec| spec.template.spec.as_ref()?.volumes.as_deref()).unwrap_or_default();
+    for volume in volumes {
+        let secret = volume.secret.as_ref().and_then(|secret| secret.secret_name.as_deref());
+        if let Some(name) = secret
+            && objects::get::<Secret>(&objects::namespaced(client, &namespace), name).await?.is_none()
+        {
+            let message = format!("Secret {name} does not exist in namespace {namespace}: create it, and it goes on");
+            return Ok(Some((reason::SECRET_NOT_FOUND, message)));
+        }
+        let claim = volume.persistent_volume_claim.as_ref().map(|claim| claim.claim_name.as_str());
+        if let Some(name) = claim
+            && objects::get::<PersistentVolumeClaim>(&objects::namespaced(client, &namespace), name).await?.is_none()
+        {
+            let message = format!(
+                "PersistentVolumeClaim {name} does not exist in namespace {namespace}: create it, and it goes on"
+            );
+            return Ok(Some((reason::CLAIM_NOT_FOUND, message)));
+        }
+    }
+    Ok(None)
 }
 
 /// The Job that commits. `None` for a commit whose status does not say all of it yet, or that takes no Job.
