@@ -382,9 +382,6 @@ async fn a_rejection_that_was_deleted_behind_the_operators_back_stands() {
     assert_eq!(world.reconcile("c").await.phase, Some(CommitPhase::Rejected));
     world.say("jane", "c", Approve).await;
     assert_eq!(world.reconcile("c").await.phase, Some(CommitPhase::Running));
-    // Nor does what was said of an earlier commit of the name count.
-    world.api.remove::<AetherCommit>(NAMESPACE, "c");
-    world.api.remove::<AetherCheckpoint>(NAMESPACE, "c");
 }
 
 #[tokio::test]

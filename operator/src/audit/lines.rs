@@ -30,7 +30,8 @@ pub fn commit(
     operator: &str,
 ) -> Vec<Entry> {
     let entry = |verb, actor: &str, time: Option<Timestamp>| Entry {
-        time: time.unwrap_or_else(Timestamp::now),
+        // The API server's clock may be ahead of ours.
+        time: time.unwrap_or_else(Timestamp::now).max(made(commit)),
         actor: actor.to_owned(),
         verb,
         object: about(commit),
@@ -73,7 +74,8 @@ pub fn voice(approval: &AetherApproval, reviewer: &Identity) -> Entry {
 
 /// That somebody takes back what was said.
 pub fn withdrawn(approval: &AetherApproval, by: &Identity) -> Entry {
-    Entry { time: Timestamp::now(), verb: Verb::Withdrawn, ..voice(approval, by) }
+    let time = Timestamp::now().max(made(approval));
+    Entry { time, verb: Verb::Withdrawn, ..voice(approval, by) }
 }
 
 /// That a note is made.
