@@ -190,8 +190,9 @@ async fn unseen(team: &Team<'_>, operator: &Operator<'_>) -> Result<()> {
     let root = root_of(&team.until_waiting("second", 0).await?)?;
     team.decide("grace", "second", &root, Reject).await?;
     team.until_phase("second", CommitPhase::Rejected).await?;
+    let other = other_namespace(team).await?;
     operator.scale(0).await?;
-    // As a namespace's deletion would; so nothing keeps that from going.
+    team.test.tools.kubectl(&["delete", "namespace", &other, "--timeout=120s"]).await?;
     linus.kubectl(&["delete", "aetherapproval", &approval_name("second", &team.user("grace"))]).await?;
     operator.scale(1).await?;
     team.decide("linus", "second", &root, Approve).await?;
@@ -204,4 +205,20 @@ async fn unseen(team: &Team<'_>, operator: &Operator<'_>) -> Result<()> {
     team.test.until("second", "is rejected still", stands).await?;
     team.decide("grace", "second", &root, Approve).await?;
     team.until_phase("second", CommitPhase::Succeeded).await.map(drop)
+}
+
+/// Another namespace, where grace has said something of a commit.
+async fn other_namespace(team: &Team<'_>) -> Result<String> {
+    let name = format!("{}-gone", team.test.namespace);
+    let tools = team.test.tools.in_namespace(&name);
+    tools.kubectl(&["create", "namespace", &name]).await?;
+    let user = format!("--user={}", team.user("grace"));
+    tools.kubectl(&["create", "rolebinding", "approver", "--clusterrole=aether-approver", &user]).await?;
+    create(&tools, &team.request("fix", "none")).await?;
+    let source = json!({"namespace": team.platform(), "name": team.source(), "uid": "u"});
+    let patch = json!({"status": {"source": source}}).to_string();
+    let status = ["patch", "aethercommit", "fix", "--subresource=status", "--type=merge", "--patch", &patch];
+    tools.kubectl(&status).await?;
+    create(&team.of("grace")?.in_namespace(&name), &team.voice("grace", "fix", "aa/1", Reject)).await?;
+    Ok(name)
 }
