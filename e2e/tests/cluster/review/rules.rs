@@ -28,12 +28,12 @@ async fn a_rule_holds_and_what_happens_is_told() -> Result<()> {
 }
 
 async fn all(team: &Team<'_>) -> Result<()> {
-    notes(team).await.context("notes")?;
+    let note = notes(team).await.context("notes")?;
     checks(team).await.context("checks")?;
     expiry(team).await.context("approvals that expire")?;
     over_ssh(team).await.context("a server behind ssh")?;
     promoted(team).await.context("a promoted revision")?;
-    told(team).await.context("events")
+    told(team, &note).await.context("events")
 }
 
 /// What `kubectl aether` prints.
@@ -41,8 +41,8 @@ async fn aether(tools: &Tools, args: &[&str]) -> Result<String> {
     Ok(expect_success(&mut tools.aether_command(args)).await?.stdout)
 }
 
-/// A note follows its lines, belongs to who made it, and is resolved.
-async fn notes(team: &Team<'_>) -> Result<()> {
+/// A note follows its lines, belongs to who made it, and is resolved; its name.
+async fn notes(team: &Team<'_>) -> Result<String> {
     let (ada, grace) = (team.of("ada")?, team.of("grace")?);
     team.work("printf '%s\\n' one two three four >counted").await?;
     team.checkpoint("noted").await?;
@@ -84,7 +84,8 @@ async fn notes(team: &Team<'_>) -> Result<()> {
     aether(&grace, &["note", "resolve", name]).await?;
     let open = aether(&grace, &["note", "list", "work"]).await?;
     ensure!(!open.contains(name), "it is still open: {open}");
-    wait::until("it is resolved", LIMIT, async || listed("resolved").await).await
+    wait::until("it is resolved", LIMIT, async || listed("resolved").await).await?;
+    Ok(name.to_owned())
 }
 
 /// The platform team has this rule from now on.
@@ -267,8 +268,8 @@ async fn promoted(team: &Team<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Each state that a commit or an approval of all this was in is an event of it.
-async fn told(team: &Team<'_>) -> Result<()> {
+/// Each state that a commit, an approval or a note of all this was in is an event of it.
+async fn told(team: &Team<'_>, note: &str) -> Result<()> {
     let approval = |commit: &str, who: &str| approval_name(commit, &team.user(who));
     let mut wanted = Vec::new();
     for commit in ["checked", "expiring", "by-ssh", "promoted"] {
@@ -279,6 +280,8 @@ async fn told(team: &Team<'_>) -> Result<()> {
     wanted.push(("AetherCommit", "expiring".into(), "Rejected"));
     wanted.push(("AetherApproval", approval("expiring", "linus"), "Counts"));
     wanted.push(("AetherApproval", approval("expiring", "grace"), "DoesNotCount"));
+    wanted.extend(["Noted", "Resolved"].map(|deed| ("AetherNote", note.to_owned(), deed)));
+    wanted.push(("AetherNote", "forged".into(), "Noted"));
     wait::until("everything was told", LIMIT, async || {
         let events = team.test.tools.kubectl(&["get", "events", "--output=json"]).await?;
         let events: Value = serde_json::from_str(&events)?;
