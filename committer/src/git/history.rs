@@ -1,18 +1,20 @@
 //! Commits that were made in the session: what its own repository says since the base commit.
 //!
 //! That repository is the agent's, who may have put anything into it. So of its files only objects, and where HEAD is, are
-//! taken, and of the objects those that the session added; its settings, hooks and alternates are never seen by a git. Every
-//! object is counted and checked anew (`index-pack --fsck-objects`) before our repository has it. What is kept is one straight
-//! line from the base commit on: with anything else nobody could say which part of it was reviewed.
+//! taken, and of the objects those that the session added, as long as these are enough; its settings, hooks and alternates are
+//! never seen by a git. Every object is counted and checked anew (`index-pack --fsck-objects`) before our repository has it,
+//! and all that the commits need beside the base commit must be among them: nothing is asked of the server on their word. What is
+//! kept is one straight line from the base commit on: with anything else nobody could say which part of it was reviewed.
 
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use aether_cas::transfer::{Differing, Extent};
-use aether_cas::tree::{self, Change, Directory, Node};
+use aether_cas::transfer::{Differing, Extent, read_directories};
+use aether_cas::tree::{self, Change, Directory, Node, walk};
 use aether_cas::{Blob, Store, StoreError};
+use aether_git::{Call, Output};
 
 use super::message;
 use super::repository::{HERE, Repository};
@@ -21,6 +23,8 @@ use crate::failure::{Failure, Reason};
 
 /// The most commits that are kept.
 const MOST: usize = 1000;
+/// The most bytes of objects that are taken: what fits on the disk of a node's pods.
+const MOST_BYTES: u64 = 4 << 30;
 /// The most bytes of HEAD, or of a branch.
 const LONGEST_NAME: u64 = 4 << 10;
 /// The most bytes of the names of all branches and tags.
@@ -60,8 +64,18 @@ pub(super) async fn read(
     let old = old.ok_or_else(|| refused("the session did not start with a repository"))?;
     let of_session = Session { repository, path: scratch };
     of_session.create(&asked.base_commit).await?;
-    of_session.take(store, old, new).await?;
-    of_session.bring(&head, &asked.base_commit).await?;
+    of_session.take_new(store, old, new).await?;
+    let pack = match of_session.pack(&head, &asked.base_commit).await? {
+        Ok(pack) => pack,
+        Err(words) => {
+            // What is as it was long ago, by a revert for one, git does not write again.
+            tracing::info!(words, "the commits need more than the session has added: all objects are taken");
+            of_session.take_all(store, new).await?;
+            let packed = of_session.pack(&head, &asked.base_commit).await?;
+            packed.map_err(|words| refused(format!("git cannot read {head}: {words}")))?
+        }
+    };
+    of_session.bring(&pack, &head, &asked.base_commit).await?;
     list(repository, asked, &head).await
 }
 
@@ -147,14 +161,38 @@ impl Session<'_> {
     }
 
     /// Takes the objects that one repository has and the other has not.
-    async fn take(&self, store: &dyn Store, old: Blob, new: Blob) -> Result<(), Failure> {
+    async fn take_new(&self, store: &dyn Store, old: Blob, new: Blob) -> Result<(), Failure> {
         let extent = Extent { without: None, bytes: u64::MAX };
         let trees = Differing::read(store, old, new, extent).await?.unwrap_or_default();
-        for change in tree::diff(&old, &new, &trees)? {
-            let Change { path, new: Some(Node::File { content, .. }), .. } = change else { continue };
-            if !is_object(&path) {
-                continue;
+        let changes = tree::diff(&old, &new, &trees)?.into_iter();
+        let files = changes.filter_map(|change| match change {
+            Change { path, new: Some(Node::File { content, .. }), .. } => Some((path, content)),
+            _ => None,
+        });
+        self.take(store, files.collect()).await
+    }
+
+    /// Takes all objects of a repository.
+    async fn take_all(&self, store: &dyn Store, repository: Blob) -> Result<(), Failure> {
+        let directories = read_directories(store, repository).await?;
+        let mut files = Vec::new();
+        walk::walk(&repository, &directories, |path, node| {
+            if let Node::File { content, .. } = node {
+                files.push((path.to_owned(), *content));
             }
+            Ok::<_, StoreError>(())
+        })?;
+        self.take(store, files).await
+    }
+
+    /// Takes those files that are objects.
+    async fn take(&self, store: &dyn Store, mut files: Vec<(PathBuf, Blob)>) -> Result<(), Failure> {
+        files.retain(|(path, _)| is_object(path) && !self.path.join(path).exists());
+        let bytes: u64 = files.iter().map(|(_, content)| content.size).sum();
+        if bytes > MOST_BYTES {
+            return Err(refused(format!("its repository has {bytes} bytes of objects that are to be looked at")));
+        }
+        for (path, content) in files {
             let path = self.path.join(path);
             let failed = |error: io::Error| Failure::other("write an object", error);
             fs::create_dir_all(path.parent().unwrap_or(&self.path)).map_err(failed)?;
@@ -163,29 +201,46 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Brings the commits to our repository, each object under the name that it earns.
-    async fn bring(&self, head: &str, base: &str) -> Result<(), Failure> {
+    /// Packs the commits; the path of the pack, or what git says of the objects.
+    async fn pack(&self, head: &str, base: &str) -> Result<Result<PathBuf, String>, Failure> {
         let git = self.repository.git;
         let wanted = format!("{head}\n^{base}\n");
-        let call = aether_git::Call { input: wanted.as_bytes(), ..HERE };
-        let packed = git.ask(&self.path, &["pack-objects", "--quiet", "--revs", "brought"], call).await;
-        let packed = packed.map_err(|failure| refused(format!("git cannot read {head}: {}", failure.message)))?;
-        let name = format!("brought-{}.pack", String::from_utf8_lossy(&packed).trim());
-        let pack = self.repository.path.join("objects/pack").join(&name);
-        fs::create_dir_all(pack.parent().unwrap_or(&self.path))
-            .map_err(|error| Failure::other("move a pack", error))?;
-        fs::rename(self.path.join(&name), &pack).map_err(|error| Failure::other("move a pack", error))?;
-        let pack = pack.display().to_string();
-        let arguments = ["index-pack", "--fsck-objects", &pack];
-        let checked = git.call(&self.repository.path, &arguments, HERE).await?;
-        if !checked.status.success() {
-            return Err(refused(git.failure(&arguments, &checked).message));
+        let arguments = ["pack-objects", "--quiet", "--revs", "brought"];
+        let packed = git.call(&self.path, &arguments, Call { input: wanted.as_bytes(), ..HERE }).await?;
+        if !packed.status.success() {
+            return self.blame(&arguments, &packed).map(Err);
         }
-        let name = format!("{head}^{{commit}}");
-        if !git.call(&self.repository.path, &["cat-file", "-e", &name], HERE).await?.status.success() {
-            return Err(refused(format!("what its repository has under the name {head} is something else")));
+        let name = String::from_utf8_lossy(&packed.printed).trim().to_owned();
+        Ok(Ok(self.path.join(format!("brought-{name}.pack"))))
+    }
+
+    /// Brings a pack to our repository, each object under the name that it earns.
+    async fn bring(&self, pack: &Path, head: &str, base: &str) -> Result<(), Failure> {
+        let failed = |error: io::Error| Failure::other("move a pack", error);
+        let to = self.repository.path.join("objects/pack");
+        fs::create_dir_all(&to).map_err(failed)?;
+        let to = to.join(pack.file_name().unwrap_or_default());
+        fs::rename(pack, &to).map_err(failed)?;
+        let to = to.display().to_string();
+        let (since, all) = (format!("^{base}"), ["--objects", "--quiet"]);
+        for arguments in
+            [vec!["index-pack", "--fsck-objects", &to], [&["rev-list"], &all[..], &[head, &since]].concat()]
+        {
+            let checked = self.repository.git.call(&self.repository.path, &arguments, HERE).await?;
+            if !checked.status.success() {
+                return Err(refused(self.blame(&arguments, &checked)?));
+            }
         }
         Ok(())
+    }
+
+    /// What git says, when it is what it was given that is wrong.
+    fn blame(&self, arguments: &[&str], output: &Output) -> Result<String, Failure> {
+        let failure = self.repository.git.failure(arguments, output);
+        let words = output.words.to_lowercase();
+        let ours =
+            output.status.code().is_none() || ["no space left", "out of memory"].iter().any(|it| words.contains(it));
+        if ours { Err(failure.into()) } else { Ok(failure.message) }
     }
 }
 

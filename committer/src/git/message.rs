@@ -11,8 +11,9 @@ use crate::failure::{Failure, Reason};
 pub(super) const COMMIT: &str = "Aether-Commit";
 /// Holds the tree that was reviewed.
 pub(super) const ROOT: &str = "Aether-Root";
-/// Keys that nobody else may use.
+/// Keys that nobody else may use: those that begin so, and what the operator says of people.
 const OURS: &str = "aether-";
+const OF_PEOPLE: [&str; 2] = ["approved-by", "requested-by"];
 
 /// What is said of all that has no words of its own.
 pub(super) fn of(asked: &Git) -> Result<Vec<u8>, Failure> {
@@ -35,6 +36,9 @@ pub(super) fn of(asked: &Git) -> Result<Vec<u8>, Failure> {
 /// # Errors
 /// Why they cannot stay.
 pub(super) fn kept(said: &str, asked: &Git) -> Result<Vec<u8>, String> {
+    if said.trim().is_empty() {
+        return Err("it says nothing".into());
+    }
     check(said, asked).map_err(|why| format!("its message has {why}"))?;
     Ok(said.as_bytes().to_owned())
 }
@@ -54,7 +58,10 @@ fn check(said: &str, asked: &Git) -> Result<(), String> {
     for line in said.lines() {
         let Some((key, _)) = line.split_once(':') else { continue };
         let key = key.trim().to_ascii_lowercase();
-        if key.starts_with(OURS) || asked.trailers.iter().any(|(ours, _)| ours.eq_ignore_ascii_case(&key)) {
+        if key.starts_with(OURS)
+            || OF_PEOPLE.contains(&key.as_str())
+            || asked.trailers.iter().any(|(ours, _)| ours.eq_ignore_ascii_case(&key))
+        {
             return Err(format!("a line {line:?}, which only Aether may write: take it out"));
         }
     }

@@ -235,6 +235,13 @@ impl Work<'_> {
         let Repository { git, path, .. } = &self.repository;
         let message = message::sign(&words.message, self.asked, git, path).await?;
         let commit = self.commit_tree(&tree, &before, &message, &words.author).await?;
+        // By this it is found again. What git would not find must not be pushed.
+        let found = self.repository.line(&["log", "-1", &format!("--format={}", repository::uid()), &commit]).await?;
+        if found != self.asked.commit_uid {
+            let why =
+                "git does not find the lines at the end of the message that Aether adds: begin it with a sentence";
+            return Err(Failure::new(Reason::Invalid, why));
+        }
         Ok(Made { commit, tree, parent: before, root: self.asked.root.to_string() })
     }
 
@@ -258,6 +265,8 @@ impl Work<'_> {
             ("GIT_COMMITTER_NAME", &self.asked.committer_name),
             ("GIT_COMMITTER_EMAIL", &self.asked.committer_email),
             ("GIT_COMMITTER_DATE", &self.date()),
+            // What is committed is here.
+            repository::NO_FETCH,
         ];
         let call = Call { input: message, environment: &environment };
         let id = git.ask(path, &["commit-tree", tree, "-p", parent, "-F", "-"], call).await?;

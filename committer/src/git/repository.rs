@@ -19,7 +19,8 @@ const TIP: &str = "refs/aether/tip";
 /// Fetches no contents and no tags, and never asks submodules.
 const FETCH: [&str; 6] = ["fetch", "--quiet", "--filter=blob:none", "--no-tags", "--no-write-fetch-head", "--force"];
 /// Git looks for nothing elsewhere that is not here.
-pub(super) const HERE: Call<'_> = Call { input: &[], environment: &[("GIT_NO_LAZY_FETCH", "1")] };
+pub(super) const HERE: Call<'_> = Call { input: &[], environment: &[NO_FETCH] };
+pub(super) const NO_FETCH: (&str, &str) = ("GIT_NO_LAZY_FETCH", "1");
 
 /// A repository without files, of which `origin` is the one to push to.
 pub(super) struct Repository<'a> {
@@ -124,8 +125,7 @@ impl<'a> Repository<'a> {
 
     /// The commit of a request among those that were fetched of the branch.
     async fn find(&self, uid: &str) -> Result<Option<Made>, Failure> {
-        let trailer = |key| format!("%(trailers:key={key},valueonly,unfold)");
-        let format = format!("--format=%H%n%T%n%P%n{}%x1f{}", trailer(COMMIT), trailer(ROOT));
+        let format = format!("--format=%H%n%T%n%P%n{}%x1f{}", self::uid(), trailer(ROOT));
         let log = self.git.ask(&self.path, &["log", "-z", &format, TIP], HERE).await?;
         let log = String::from_utf8_lossy(&log);
         let made = log.split('\0').find_map(|entry| {
@@ -180,6 +180,16 @@ impl<'a> Repository<'a> {
             _ => Err(self.git.failure(&arguments, &output).into()),
         }
     }
+}
+
+/// Git's format for what a message has at its end by this key.
+fn trailer(key: &str) -> String {
+    format!("%(trailers:key={key},valueonly,unfold)")
+}
+
+/// Git's format for the UIDs of requests in a message.
+pub(super) fn uid() -> String {
+    trailer(COMMIT)
 }
 
 impl Made {

@@ -80,6 +80,21 @@ async fn without_commits_there_is_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_as_it_was_long_ago_can_be_kept() {
+    let world = World::new().await;
+    write(&world.at("work/README"), "another\n");
+    fs::remove_dir_all(world.at("work/src")).unwrap();
+    world.publish("without src");
+    let session = world.session("session").await;
+    // Git writes nothing for it: all of it is in the pack that was imported.
+    run(&session.files, &["-c", "user.name=Agent", "revert", "--no-edit", "HEAD"]);
+    world.commit(&session, "uid-1", &KEEP).await.done();
+    assert_eq!(since(&world, &session.commit), ["Revert \"without src\" by Agent for Aether"]);
+    assert_eq!(world.server(&["show", "main:src/main.c"]), "int main;");
+    world.compare("main", &session);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn they_are_put_on_top_of_what_others_pushed() {
     let world = World::new().await;
     let session = twice(&world).await;
@@ -133,10 +148,14 @@ async fn what_is_no_straight_line_is_refused() {
     let session = world.session("forged").await;
     session.write("new", "new\n");
     session.commit("New\n\nApproved-by: grace");
-    let more = [&KEEP[..], &["--trailer", "Approved-by=linus"]].concat();
-    squash(&world.commit(&session, "uid-3", &more).await, "Approved-by: grace");
-    run(&session.files, &["commit", "--quiet", "--amend", "--message", "New\n\nAether-Commit: uid-9"]);
-    squash(&world.commit(&session, "uid-3", &more).await, "Aether-Commit: uid-9");
+    squash(&world.commit(&session, "uid-3", &KEEP).await, "Approved-by: grace");
+    let amend = |message: &str| {
+        run(&session.files, &["commit", "--quiet", "--amend", "--allow-empty-message", "--message", message])
+    };
+    amend("New\n\nAether-Commit: uid-9");
+    squash(&world.commit(&session, "uid-3", &KEEP).await, "Aether-Commit: uid-9");
+    amend("");
+    squash(&world.commit(&session, "uid-3", &KEEP).await, "says nothing");
 
     // All that is refused here can be squashed.
     world.commit(&session, "uid-3", &[]).await.done();
@@ -167,24 +186,41 @@ async fn nothing_of_the_sessions_repository_is_believed() {
     assert!(!marker.exists(), "a program of the session ran");
     assert_eq!(since(&world, &session.commit).len(), 2);
 
-    // An object that is another one than its name says.
+    // An object that is another one than its name says, or that is missing: a commit, the one before it, its tree, its file.
     let session = world.session("swapped").await;
     session.write("new", "new\n");
-    let honest = session.commit("Honest");
+    session.commit("Honest");
+    session.write("new", "newer\n");
+    session.commit("Honest too");
+    let of = |name: &str| run(&session.files, &["rev-parse", name]);
+    let names = ["HEAD", "HEAD~1", "HEAD~1^{tree}", "HEAD~1:new", "HEAD^{tree}", "HEAD:new"];
+    let honest = names.map(of);
     session.write("new", "worse\n");
-    let worse = session.commit("Worse");
-    run(&session.files, &["reset", "--quiet", "--hard", &honest]);
+    session.commit("Worse");
+    session.write("new", "worst\n");
+    session.commit("Worst");
+    let worse = names.map(of);
+    run(&session.files, &["reset", "--quiet", "--hard", &honest[0]]);
     let object = |id: &str| session.files.join(".git/objects").join(&id[..2]).join(&id[2..]);
-    mode(&object(&honest), 0o644);
-    fs::copy(object(&worse), object(&honest)).unwrap();
-    let refused = world.commit(&session, "uid-2", &KEEP).await;
-    refused.failed("Invalid", "Permanent");
-    assert!(refused.message().contains("history Squash"), "{}", refused.message());
-    // One that is missing.
-    fs::remove_file(object(&honest)).unwrap();
-    let refused = world.commit(&session, "uid-2", &KEEP).await;
-    refused.failed("Invalid", "Permanent");
-    assert!(refused.message().contains("git cannot read"), "{}", refused.message());
+    for (name, (honest, worse)) in names.iter().zip(honest.iter().zip(&worse)) {
+        let kept = fs::read(object(honest)).unwrap();
+        for other in [Some(worse), None] {
+            fs::remove_file(object(honest)).unwrap();
+            if let Some(worse) = other {
+                fs::copy(object(worse), object(honest)).unwrap();
+            }
+            let branch = format!("branch-{}-{}", &honest[..7], other.is_some());
+            let run = world.commit(&session, &branch, &[&KEEP[..], &["--branch", &branch]].concat()).await;
+            // What is reviewed is written from the reviewed tree, so that it may be there whatever that repository says of it.
+            if run.code == Some(0) && ["HEAD^{tree}", "HEAD:new"].contains(name) {
+                world.compare(&branch, &session);
+            } else {
+                run.failed("Invalid", "Permanent");
+                assert!(run.message().contains("history Squash"), "{name}: {}", run.message());
+            }
+            fs::write(object(honest), &kept).unwrap();
+        }
+    }
     // A HEAD that leads out of the repository.
     for head in ["ref: ../../../etc/passwd\n", "ref: refs/heads/../../config\n", "what?\n"] {
         write(&session.files.join(".git/HEAD"), head);
