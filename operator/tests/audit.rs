@@ -28,7 +28,7 @@ use aether_operator::context::Context;
 use aether_operator::events::Events;
 use aether_operator::orphans::Orphans;
 use aether_operator::pins::{AUDIT_LOG, CHECKPOINT, Pins};
-use aether_operator::signature::{self, Keys};
+use aether_operator::signature::{self, Keys, Statement};
 use aether_testkit::{ApiServer, Fate};
 use bytes::Bytes;
 use clap::Parser;
@@ -382,6 +382,30 @@ async fn a_rejection_that_was_deleted_behind_the_operators_back_stands() {
     assert_eq!(world.reconcile("c").await.phase, Some(CommitPhase::Rejected));
     world.say("jane", "c", Approve).await;
     assert_eq!(world.reconcile("c").await.phase, Some(CommitPhase::Running));
+}
+
+#[tokio::test]
+async fn an_approval_that_names_a_tree_at_any_length_is_written_down_and_withdrawn_and_none_is_taken_any_more() {
+    let world = World::new(1).await;
+    world.commit("c").await;
+    let jane = world.say("jane", "c", Reject).await;
+    let commit: AetherCommit = world.api.get(NAMESPACE, "c").unwrap();
+    let keys = world.operators[0].1.keyring.keys().unwrap();
+    // As an operator signed it that took any length.
+    world.api.change::<AetherApproval>(NAMESPACE, &jane, |approval| {
+        approval.spec.root = "a".repeat(100_000);
+        let statement = Statement::approval(NAMESPACE, &jane, &approval.spec, &commit.uid().unwrap());
+        approval.spec.signature = Some(keys.sign(&statement, common::now()));
+    });
+    assert_eq!(world.reconcile("c").await.phase, Some(CommitPhase::Rejected));
+    world.withdraw("jane", &jane).await.unwrap();
+    assert_eq!(world.reconcile("c").await.phase, Some(CommitPhase::AwaitingApproval));
+    let of_it = format!("jane Withdrawn {jane}");
+    assert!(world.lines().await.contains(&of_it), "{:?}", world.lines().await);
+    let spec = AetherApprovalSpec { commit: "c".into(), root: "a".repeat(129), ..Default::default() };
+    let mut approval = AetherApproval::new(&jane, spec);
+    approval.metadata.namespace = Some(NAMESPACE.into());
+    assert!(world.create("jane", &approval).await.unwrap_err().contains("spec.root is no tree"));
 }
 
 #[tokio::test]

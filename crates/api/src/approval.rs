@@ -32,7 +32,7 @@ pub struct AetherApprovalSpec {
     #[schemars(length(min = 1))]
     pub commit: String,
     /// The tree that was looked at: `status.root` of the commit.
-    #[schemars(length(min = 1))]
+    #[schemars(length(min = 1, max = 128))]
     pub root: String,
     /// What is said of it.
     pub decision: Decision,

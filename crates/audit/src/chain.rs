@@ -137,6 +137,16 @@ pub struct Broken {
     pub problem: &'static str,
 }
 
+/// An entry that no line can hold. It says nothing of the log.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("what is to be written of {kind} {namespace}/{name} takes {bytes} bytes, and a line has {MAX_LINE} at most", kind = of.kind, namespace = of.namespace, name = of.name)]
+pub struct TooLong {
+    /// What it is about.
+    pub of: Object,
+    /// How much it would take.
+    pub bytes: usize,
+}
+
 /// What is written: an entry and its place in the chain. The order of the members is the order on the line.
 #[derive(Deserialize, Serialize)]
 struct Line {
@@ -161,7 +171,7 @@ fn is_first(occasion: &u64) -> bool {
 ///
 /// # Errors
 /// An entry that is larger than a line can be.
-pub fn append(segment: &mut Vec<u8>, head: Head, entry: &Entry) -> Result<Head, Broken> {
+pub fn append(segment: &mut Vec<u8>, head: Head, entry: &Entry) -> Result<Head, TooLong> {
     let line = Line {
         sequence: head.count + 1,
         previous: head.hash,
@@ -172,10 +182,9 @@ pub fn append(segment: &mut Vec<u8>, head: Head, entry: &Entry) -> Result<Head, 
         root: entry.root.clone(),
         occasion: entry.occasion,
     };
-    let broken = |problem| Broken { line: line.sequence, problem };
-    let text = serde_json::to_vec(&line).map_err(|_| broken("it cannot be written as JSON"))?;
+    let text = serde_json::to_vec(&line).expect("string keys only");
     if text.len() > MAX_LINE {
-        return Err(broken("it is longer than a line may be"));
+        return Err(TooLong { of: line.object, bytes: text.len() });
     }
     segment.extend_from_slice(&text);
     segment.push(b'\n');

@@ -10,5 +10,5 @@
 pub mod chain;
 pub mod log;
 
-pub use chain::{Broken, Entry, Head, Object, Verb};
+pub use chain::{Broken, Entry, Head, Object, TooLong, Verb};
 pub use log::{Anchor, Error, Held, Log, Refusal, Seen};

@@ -14,7 +14,7 @@ use aether_cas::{Blob, Store, StoreError};
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use crate::chain::{self, Broken, Entry, Head, Verifier};
+use crate::chain::{self, Broken, Entry, Head, TooLong, Verifier};
 
 /// A segment of this size takes no more lines.
 const FULL: usize = 256 << 10;
@@ -100,6 +100,9 @@ pub enum Error {
     /// Others wrote all the time.
     #[error("the end of the audit log was moved by others {ATTEMPTS} times")]
     Busy,
+    /// What is to be written is more than a line.
+    #[error(transparent)]
+    TooLong(#[from] TooLong),
     /// The log is no chain.
     #[error("the audit log is broken: {0}")]
     Broken(#[from] Broken),

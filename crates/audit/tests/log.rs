@@ -116,6 +116,15 @@ async fn what_was_written_by_a_killed_writer_is_not_written_again() {
 }
 
 #[tokio::test]
+async fn what_no_line_can_hold_is_refused_and_the_log_goes_on() {
+    let (store, pin) = (MemoryStore::new(), Pin::default());
+    let log = Log { store: &store, anchor: &pin };
+    let refused = log.append(&[entry(1, 1), entry(2, 70_000)], THEN).await.unwrap_err();
+    assert!(matches!(&refused, Error::TooLong(why) if why.bytes > 70_000), "{refused}");
+    assert_eq!(log.append(&[entry(1, 1)], THEN).await.unwrap().count, 1);
+}
+
+#[tokio::test]
 async fn a_root_that_cannot_be_held_leaves_the_log_as_it_was() {
     let (store, pin) = (MemoryStore::new(), Pin::default());
     let log = Log { store: &store, anchor: &pin };

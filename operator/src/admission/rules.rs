@@ -7,6 +7,8 @@ use aether_api::{AetherApprovalSpec, AetherCommitSpec, AetherNoteSpec, AetherSou
 /// The longest path of an export, and the longest name in it.
 const LONGEST_PATH: usize = 512;
 const LONGEST_PART: usize = 200;
+/// The longest name of a tree.
+const LONGEST_ROOT: usize = 128;
 /// How the committer calls a directory that is not complete, and begins its records in a bucket.
 const PARTIAL: &str = ".partial";
 const RECORD: &str = ".aether-export";
@@ -82,9 +84,12 @@ pub fn approval(spec: &AetherApprovalSpec) -> Option<String> {
     if spec.commit.is_empty() {
         return Some("spec.commit is empty: name an AetherCommit of this namespace".into());
     }
-    spec.root
-        .is_empty()
-        .then(|| "spec.root is empty: say status.root of the commit, the tree that you have seen".into())
+    if spec.root.is_empty() {
+        return Some("spec.root is empty: say status.root of the commit, the tree that you have seen".into());
+    }
+    (spec.root.len() > LONGEST_ROOT).then(|| {
+        format!("spec.root is no tree, of which none has more than {LONGEST_ROOT} bytes: say status.root of the commit")
+    })
 }
 
 /// The first rule that a note breaks by itself.

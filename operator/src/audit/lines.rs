@@ -10,6 +10,9 @@ use kube::ResourceExt;
 
 use crate::objects;
 
+/// The most bytes of a name or a tree in a line, which are shorter by all rules of today. What is cut is found by the object's uid.
+const LONGEST: usize = 1024;
+
 /// The account of the operator, which does what no user does.
 pub fn operator(namespace: &str) -> String {
     format!("system:serviceaccount:{namespace}:aether-operator")
@@ -32,10 +35,10 @@ pub fn commit(
     let entry = |verb, actor: &str, time: Option<Timestamp>| Entry {
         // The API server's clock may be ahead of ours.
         time: time.unwrap_or_else(Timestamp::now).max(made(commit)),
-        actor: actor.to_owned(),
+        actor: cut(actor),
         verb,
         object: about(commit),
-        root: now.root.clone(),
+        root: now.root.as_deref().map(cut),
         occasion: 0,
     };
     let mut entries = Vec::new();
@@ -64,10 +67,10 @@ pub fn voice(approval: &AetherApproval, reviewer: &Identity) -> Entry {
     };
     Entry {
         time: made(approval),
-        actor: reviewer.username.clone(),
+        actor: cut(&reviewer.username),
         verb,
         object: about(approval),
-        root: Some(approval.spec.root.clone()),
+        root: Some(cut(&approval.spec.root)),
         occasion: 0,
     }
 }
@@ -82,7 +85,7 @@ pub fn withdrawn(approval: &AetherApproval, by: &Identity) -> Entry {
 pub fn noted(note: &AetherNote, by: &Identity) -> Entry {
     Entry {
         time: Timestamp::now(),
-        actor: by.username.clone(),
+        actor: cut(&by.username),
         verb: Verb::Noted,
         object: about(note),
         root: None,
@@ -99,6 +102,11 @@ pub fn turned(old: &AetherNote, new: &AetherNote, by: &Identity) -> Option<Entry
     };
     let occasion = old.metadata.generation.and_then(|generation| generation.try_into().ok()).unwrap_or(0);
     Some(Entry { verb, occasion, ..noted(old, by) })
+}
+
+/// A line has to hold it, whatever somebody wrote into an object while the webhook took it.
+fn cut(text: &str) -> String {
+    text[..text.floor_char_boundary(LONGEST)].to_owned()
 }
 
 fn about<K: objects::Object>(object: &K) -> Object {

@@ -127,6 +127,7 @@ impl Audit {
 fn explained(what: &str, error: &Error) -> String {
     let way_out = match error {
         Error::Broken(_) | Error::Foreign(_) => "`aether-operator audit verify` says where, docs/audit.md what to do",
+        Error::TooLong(_) => return error.to_string(),
         Error::Store(_) | Error::Anchor(_) | Error::Busy => "it is tried again; docs/audit.md says what it takes",
     };
     format!("the audit log cannot be {what}: {error}; {way_out}")
