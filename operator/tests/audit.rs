@@ -4,8 +4,8 @@
 mod common;
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use aether_api::approval::Decision::{self, Approve, Reject};
@@ -22,7 +22,7 @@ use aether_cas::{Blob, MemoryStore, Store, StoreError};
 use aether_credentials::Credentials;
 use aether_operator::admission::{Admission, Request};
 use aether_operator::audit::anchor::NAME;
-use aether_operator::audit::{Audit, ClusterAnchor};
+use aether_operator::audit::{Audit, ClusterAnchor, IN_TIME};
 use aether_operator::config::Config;
 use aether_operator::context::Context;
 use aether_operator::events::Events;
@@ -50,6 +50,8 @@ const OPERATOR: &str = "system:serviceaccount:aether-system:aether-operator";
 struct Fickle {
     store: MemoryStore,
     away: AtomicBool,
+    /// How long each answer takes.
+    pause: Mutex<Duration>,
 }
 
 impl Fickle {
@@ -65,6 +67,8 @@ impl Store for Fickle {
     }
 
     async fn read(&self, blob: Blob) -> Result<Bytes, StoreError> {
+        let pause = *self.pause.lock().unwrap();
+        tokio::time::sleep(pause).await;
         self.here()?.read(blob).await
     }
 
@@ -101,7 +105,8 @@ impl World {
     /// A session of the agent with a saved tree, of a source that takes what two have approved; so many operators.
     async fn new(operators: usize) -> Self {
         let api = ApiServer::new();
-        let store = Arc::new(Fickle { store: MemoryStore::new(), away: AtomicBool::new(false) });
+        let store =
+            Arc::new(Fickle { store: MemoryStore::new(), away: AtomicBool::new(false), pause: Mutex::default() });
         signature::rotate(&api.client(), SYSTEM, Timestamp::now()).await.unwrap();
         let mut world = Self { api: api.clone(), store, operators: Vec::new(), made: AtomicUsize::new(1) };
         (0..operators).for_each(|_| world.start());
@@ -409,6 +414,56 @@ async fn an_approval_that_names_a_tree_at_any_length_is_written_down_and_withdra
 }
 
 #[tokio::test]
+async fn a_rejection_stands_that_was_written_down_and_deleted_before_the_commit_said_so() {
+    let mut world = World::new(1).await;
+    world.commit("c").await;
+    let jane = world.say("jane", "c", Reject).await;
+    let before: AetherCommit = world.api.get(NAMESPACE, "c").unwrap();
+    world.reconcile("c").await;
+    // Killed after the line; and nobody was asked who deletes it.
+    world.api.change::<AetherCommit>(NAMESPACE, "c", |commit| commit.status = before.status.clone());
+    world.api.remove::<AetherApproval>(NAMESPACE, &jane);
+    world.operators.clear();
+    world.start();
+    world.api.set_right("ann", "approve", "aethersources", NAMESPACE, "linux", true);
+    for who in ["joe", "ann"] {
+        world.say(who, "c", Approve).await;
+    }
+    for _ in 0..2 {
+        let status = world.reconcile("c").await;
+        assert_eq!(status.phase, Some(CommitPhase::Rejected));
+        assert_eq!(status.approvals.unwrap().rejected, ["jane"]);
+        let approved = conditions::get(&status.conditions, conditions::APPROVED).unwrap().message.clone();
+        assert!(approved.contains("make another AetherCommit of AetherCheckpoint c"), "{approved}");
+    }
+}
+
+#[tokio::test]
+async fn what_many_have_to_say_is_written_at_once_also_when_somebody_cannot_wait() {
+    let world = World::new(1).await;
+    let audit = &world.operators[0].0.audit;
+    audit.tell(&[entry(0)], Timestamp::now(), IN_TIME).await.unwrap();
+    *world.store.pause.lock().unwrap() = Duration::from_millis(200);
+    world.api.take_writes();
+    let hasty = [entry(1)];
+    let first = audit.tell(&hasty, Timestamp::now(), Duration::from_millis(50)).await.unwrap_err();
+    assert!(first.contains("the store and ConfigMap aether-audit took longer than"), "{first}");
+    let hasty = [entry(2)];
+    let second = audit.tell(&hasty, Timestamp::now(), Duration::from_millis(50)).await.unwrap_err();
+    assert!(second.contains("others, who came before, took longer than"), "{second}");
+    let others: Vec<[Entry; 1]> = (3..23).map(|number| [entry(number)]).collect();
+    let telling = others.iter().map(|entries| audit.tell(entries, Timestamp::now(), IN_TIME));
+    for told in futures::future::join_all(telling).await {
+        told.unwrap();
+    }
+    let moved = world.api.take_writes().iter().filter(|write| write.plural == "configmaps").count();
+    assert_eq!(moved, 2, "once for who did not wait, and once for all others");
+    let uids: Vec<String> = world.entries().await.into_iter().map(|entry| entry.object.uid).collect();
+    let expected: Vec<String> = (0..23).filter(|number| *number != 2).map(|number: usize| number.to_string()).collect();
+    assert_eq!(uids, expected, "who was refused before their turn has done nothing");
+}
+
+#[tokio::test]
 async fn nothing_goes_on_while_it_cannot_be_written_down() {
     let world = World::new(1).await;
     world.commit("c").await;
@@ -538,7 +593,10 @@ async fn operators_at_one_time_lose_no_line_and_leave_one_pin() {
         let audit = world.audit();
         tokio::spawn(async move {
             for number in 0..8 {
-                audit.tell(&[entry(writer * 100 + number), entry(1000 + number)], Timestamp::now()).await.unwrap();
+                audit
+                    .tell(&[entry(writer * 100 + number), entry(1000 + number)], Timestamp::now(), IN_TIME)
+                    .await
+                    .unwrap();
             }
         })
     });
@@ -546,7 +604,7 @@ async fn operators_at_one_time_lose_no_line_and_leave_one_pin() {
         writer.await.unwrap();
     }
     assert_eq!(world.count().await, 3 * 8 + 8);
-    world.audit().tell(&[entry(5000)], Timestamp::now()).await.unwrap();
+    world.audit().tell(&[entry(5000)], Timestamp::now(), IN_TIME).await.unwrap();
     assert_eq!(world.roots.names(AUDIT_LOG), [world.end()], "what others had pinned is given up");
 }
 
@@ -560,8 +618,8 @@ async fn killed_at_any_write_the_log_is_whole_and_the_line_is_there_once() {
             let lost = write.plural == "configmaps" && std::mem::take(&mut first);
             if lost { Fate::AnswerLost } else { Fate::Answered }
         });
-        world.audit().tell(&[entry(number)], Timestamp::now()).await.unwrap_err();
-        world.audit().tell(&[entry(number)], Timestamp::now()).await.unwrap();
+        world.audit().tell(&[entry(number)], Timestamp::now(), IN_TIME).await.unwrap_err();
+        world.audit().tell(&[entry(number)], Timestamp::now(), IN_TIME).await.unwrap();
         assert_eq!(world.count().await, number as u64 + 1);
         // Pinned, and killed before the ConfigMap was moved: that pin is ahead, and then given up.
         let ahead = format!("{:0>20}-{}", number + 2, aether_cas::Digest::of(b"another line"));
@@ -572,17 +630,17 @@ async fn killed_at_any_write_the_log_is_whole_and_the_line_is_there_once() {
         });
         assert_eq!(world.count().await, number as u64 + 1, "the ConfigMap says what the log is");
     }
-    world.audit().tell(&[entry(100)], Timestamp::now()).await.unwrap();
+    world.audit().tell(&[entry(100)], Timestamp::now(), IN_TIME).await.unwrap();
     assert_eq!(world.roots.names(AUDIT_LOG), [world.end()]);
 }
 
 #[tokio::test]
 async fn a_lost_end_is_found_again_in_the_pins_and_begins_no_other_log() {
     let world = Pinned::new().await;
-    world.audit().tell(&(0..5).map(entry).collect::<Vec<_>>(), Timestamp::now()).await.unwrap();
+    world.audit().tell(&(0..5).map(entry).collect::<Vec<_>>(), Timestamp::now(), IN_TIME).await.unwrap();
     let end = world.end();
     world.api.remove::<ConfigMap>(SYSTEM, NAME);
-    world.audit().tell(&[entry(3)], Timestamp::now()).await.unwrap();
+    world.audit().tell(&[entry(3)], Timestamp::now(), IN_TIME).await.unwrap();
     assert_eq!((world.end(), world.count().await), (end, 5));
     let told: Vec<Event> = world.api.all();
     assert!(told.iter().any(|event| event.reason.as_deref() == Some("AuditLogRecovered")), "{told:?}");
@@ -595,8 +653,23 @@ async fn a_lost_end_is_found_again_in_the_pins_and_begins_no_other_log() {
     let (count, hash) = (5, world.end()[21..].parse().unwrap());
     anchor.forget(Head { count, hash }).await.unwrap();
     world.api.remove::<ConfigMap>(SYSTEM, NAME);
-    world.audit().tell(&(0..5).map(|number| entry(number + 20)).collect::<Vec<_>>(), Timestamp::now()).await.unwrap();
+    world
+        .audit()
+        .tell(&(0..5).map(|number| entry(number + 20)).collect::<Vec<_>>(), Timestamp::now(), IN_TIME)
+        .await
+        .unwrap();
     assert_eq!(world.count().await, 5);
+
+    // Who was there all the time writes in the new one what the old one told.
+    let audit = world.audit();
+    audit.tell(&[entry(20), entry(21)], Timestamp::now(), IN_TIME).await.unwrap();
+    let (count, hash) = (5, world.end()[21..].parse().unwrap());
+    anchor.forget(Head { count, hash }).await.unwrap();
+    world.api.remove::<ConfigMap>(SYSTEM, NAME);
+    audit.tell(&[entry(30)], Timestamp::now(), IN_TIME).await.unwrap();
+    audit.tell(&[entry(20), entry(21)], Timestamp::now(), IN_TIME).await.unwrap();
+    assert_eq!(world.count().await, 3);
+    audit.tell(&(31..33).map(entry).collect::<Vec<_>>(), Timestamp::now(), IN_TIME).await.unwrap();
 
     // Which of two was the log nobody knows.
     let other = format!("{:0>20}-{}", 5, aether_cas::Digest::of(b"another line"));
@@ -606,7 +679,7 @@ async fn a_lost_end_is_found_again_in_the_pins_and_begins_no_other_log() {
         ..common::store::root(NAME, AUDIT_LOG)
     });
     world.api.remove::<ConfigMap>(SYSTEM, NAME);
-    let refused = world.audit().tell(&[entry(9)], Timestamp::now()).await.unwrap_err();
+    let refused = world.audit().tell(&[entry(9)], Timestamp::now(), IN_TIME).await.unwrap_err();
     assert!(refused.contains("by hand"), "{refused}");
     assert!(world.api.get::<ConfigMap>(SYSTEM, NAME).is_none());
 }
@@ -615,30 +688,30 @@ async fn a_lost_end_is_found_again_in_the_pins_and_begins_no_other_log() {
 async fn an_end_that_somebody_has_changed_is_found_and_nothing_is_written_there() {
     let world = Pinned::new().await;
     let audit = world.audit();
-    audit.tell(&[entry(0), entry(1)], Timestamp::now()).await.unwrap();
+    audit.tell(&[entry(0), entry(1)], Timestamp::now(), IN_TIME).await.unwrap();
     let early: ConfigMap = world.api.get(SYSTEM, NAME).unwrap();
-    audit.tell(&[entry(2)], Timestamp::now()).await.unwrap();
+    audit.tell(&[entry(2)], Timestamp::now(), IN_TIME).await.unwrap();
     let late: ConfigMap = world.api.get(SYSTEM, NAME).unwrap();
     let (early, late) = (early.data.unwrap(), late.data.unwrap());
     for key in ["root", "lines", "hash"] {
         let mut data = late.clone();
         data.insert(key.into(), early[key].clone());
         world.api.change::<ConfigMap>(SYSTEM, NAME, |map| map.data = Some(data));
-        let refused = audit.tell(&[entry(9)], Timestamp::now()).await.unwrap_err();
+        let refused = audit.tell(&[entry(9)], Timestamp::now(), IN_TIME).await.unwrap_err();
         assert!(refused.contains("broken") && refused.contains("audit verify"), "{key}: {refused}");
     }
     world.api.change::<ConfigMap>(SYSTEM, NAME, |map| map.data = None);
-    let refused = audit.tell(&[entry(9)], Timestamp::now()).await.unwrap_err();
+    let refused = audit.tell(&[entry(9)], Timestamp::now(), IN_TIME).await.unwrap_err();
     assert!(refused.contains("delete it"), "{refused}");
     world.api.change::<ConfigMap>(SYSTEM, NAME, |map| map.data = Some(late));
-    audit.tell(&[entry(9)], Timestamp::now()).await.unwrap();
+    audit.tell(&[entry(9)], Timestamp::now(), IN_TIME).await.unwrap();
     assert_eq!(world.count().await, 4);
 }
 
 #[tokio::test]
 async fn no_sweep_takes_the_log_for_a_stray() {
     let world = Pinned::new().await;
-    world.audit().tell(&[entry(0)], Timestamp::now()).await.unwrap();
+    world.audit().tell(&[entry(0)], Timestamp::now(), IN_TIME).await.unwrap();
     let operator = Operator { api: world.api.clone(), context: Operator::new().context };
     operator.put_source("linux");
     let mut system = Namespace::default();

@@ -191,6 +191,14 @@ pub fn append(segment: &mut Vec<u8>, head: Head, entry: &Entry) -> Result<Head, 
     Ok(head.after(&text))
 }
 
+/// Whether a line can hold it.
+///
+/// # Errors
+/// That none can.
+pub fn fits(entry: &Entry) -> Result<(), TooLong> {
+    append(&mut Vec::new(), Head::EMPTY, entry).map(drop)
+}
+
 /// Follows a chain from its beginning, segment by segment, and looks out for heads that somebody has written down.
 #[derive(Clone, Debug)]
 pub struct Verifier {

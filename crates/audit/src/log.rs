@@ -5,9 +5,13 @@
 //! before. Segments that are full are never written again. Of several writers at a time one moves the anchor, and the others
 //! begin again with what it holds then, so that no line is lost and none is written twice.
 //!
+//! What full segments tell is remembered by whoever writes more than once ([`Memory`]), so that a line costs as much in a long log as in
+//! a short one.
+//!
 //! The anchor has the end of the chain beside the tree: whoever can exchange one of them, but not both, is found out.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use aether_cas::tree::{Attributes, Directory, Mtime, Name, Node};
 use aether_cas::{Blob, Store, StoreError};
@@ -15,6 +19,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use crate::chain::{self, Broken, Entry, Head, TooLong, Verifier};
+use crate::memory::{Known, Memory};
 
 /// A segment of this size takes no more lines.
 const FULL: usize = 256 << 10;
@@ -129,15 +134,16 @@ struct Tail {
 
 impl Log<'_> {
     /// Writes these behind what is there, but not those that the log tells of already: whoever writes may have been killed before
-    /// it knew that it had. None of them was written before `since`. The new end.
+    /// it knew that it had. None of them was written before `since`. The new end. What is read on the way stays in `memory`, also when
+    /// nobody waits for the end.
     ///
     /// # Errors
     /// See [`Error`]; then nothing was written, except that this is not known when the anchor failed.
-    pub async fn append(&self, entries: &[Entry], since: Timestamp) -> Result<Head, Error> {
+    pub async fn append(&self, entries: &[Entry], since: Timestamp, memory: &Memory) -> Result<Head, Error> {
         let since = entries.iter().map(|entry| entry.time).fold(since, Timestamp::min);
         for _ in 0..ATTEMPTS {
             let held = self.anchor.newest().await.map_err(Error::Anchor)?;
-            let Some((head, root)) = self.prepare(&held, entries, since).await? else { return Ok(held.head) };
+            let Some((head, root)) = self.prepare(&held, entries, since, memory).await? else { return Ok(held.head) };
             match self.anchor.hold(&held, head, root).await {
                 Ok(()) => return Ok(head),
                 Err(Refusal::Conflict) => {}
@@ -148,7 +154,13 @@ impl Log<'_> {
     }
 
     /// Stores what the log is with these entries; `None` when it tells of them all.
-    async fn prepare(&self, held: &Held, entries: &[Entry], since: Timestamp) -> Result<Option<(Head, Blob)>, Error> {
+    async fn prepare(
+        &self,
+        held: &Held,
+        entries: &[Entry],
+        since: Timestamp,
+        memory: &Memory,
+    ) -> Result<Option<(Head, Blob)>, Error> {
         let mut tree = match held.root {
             Some(root) => self.tree(root).await?,
             None => Directory { attributes: attributes(0o755, Mtime::default()), entries: Default::default() },
@@ -161,12 +173,12 @@ impl Log<'_> {
                 fresh.push(entry);
             }
         }
-        for node in tree.entries.values().rev().skip(1) {
+        for (number, node) in tree.entries.values().enumerate().rev().skip(1) {
             if fresh.is_empty() || is_older(node, since) {
                 break;
             }
-            let (_, _, told) = chain::tail(&self.store.read(content(node)?).await?)?;
-            fresh.retain(|entry| !told.iter().any(|other| other.repeats(entry)));
+            let known = self.full(number, node, memory).await?;
+            fresh.retain(|entry| !known.tells(entry));
         }
         if fresh.is_empty() {
             return Ok(None);
@@ -223,15 +235,51 @@ impl Log<'_> {
         let mut end = None;
         for node in tree.entries.values().skip(skipped) {
             let (begin, head, told) = chain::tail(&self.store.read(content(node)?).await?)?;
-            if end.is_some_and(|end| end != begin) {
-                return Err(
-                    Broken { line: begin.count + 1, problem: "it does not follow from the segment before it" }.into()
-                );
-            }
+            follows(begin, end.unwrap_or(begin))?;
             end = Some(head);
             told.into_iter().for_each(&mut each);
         }
         Ok(agrees(held.head, end.unwrap_or(Head::EMPTY))?)
+    }
+
+    /// Shows `each` what was said of commits since then, oldest first, and maybe some before. Where the log begins is not checked.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn decisions(
+        &self,
+        since: Timestamp,
+        memory: &Memory,
+        mut each: impl FnMut(&Entry),
+    ) -> Result<(), Error> {
+        let held = self.anchor.newest().await.map_err(Error::Anchor)?;
+        let Some(root) = held.root else { return Ok(()) };
+        let tree = self.tree(root).await?;
+        let Some(newest) = tree.entries.values().next_back() else { return Ok(agrees(held.head, Head::EMPTY)?) };
+        // The newest grows, and is read each time.
+        let mut known = vec![Arc::new(Known::of(&self.store.read(content(newest)?).await?)?)];
+        agrees(held.head, known[0].end)?;
+        for (number, node) in tree.entries.values().enumerate().rev().skip(1) {
+            if is_older(node, since) {
+                break;
+            }
+            let earlier = self.full(number, node, memory).await?;
+            follows(known[known.len() - 1].begin, earlier.end)?;
+            known.push(earlier);
+        }
+        known.iter().rev().flat_map(|known| &known.decisions).for_each(&mut each);
+        Ok(())
+    }
+
+    /// What a full segment tells.
+    async fn full(&self, number: usize, node: &Node, memory: &Memory) -> Result<Arc<Known>, Error> {
+        let blob = content(node)?;
+        if let Some(known) = memory.get(number, blob) {
+            return Ok(known);
+        }
+        let known = Arc::new(Known::of(&self.store.read(blob).await?)?);
+        memory.keep(number, blob, known.clone());
+        Ok(known)
     }
 
     /// The newest segment, the end of the log by its word, and what it tells.
@@ -266,6 +314,12 @@ impl Log<'_> {
 /// Whether all lines of a segment are older, so that it tells of nothing since then.
 fn is_older(segment: &Node, since: Timestamp) -> bool {
     segment.attributes().is_some_and(|of| of.mtime < mtime(since))
+}
+
+/// Whether a segment begins where the one before it ends.
+fn follows(begin: Head, end: Head) -> Result<(), Broken> {
+    let broken = Broken { line: begin.count + 1, problem: "it does not follow from the segment before it" };
+    if begin == end { Ok(()) } else { Err(broken) }
 }
 
 /// Whether the log ends where the anchor says.

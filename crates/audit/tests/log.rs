@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use aether_audit::{Anchor, Entry, Error, Head, Held, Log, Object, Refusal, Verb};
+use aether_audit::{Anchor, Entry, Error, Head, Held, Log, Memory, Object, Refusal, Verb};
 use aether_cas::tree::{Directory, Node};
 use aether_cas::{Blob, MemoryStore, Store, StoreError};
 use bytes::Bytes;
@@ -86,7 +86,7 @@ async fn what_is_appended_is_there_in_order_and_full_segments_stay_as_they_are()
     let mut heads = Vec::new();
     let mut first = None;
     for some in entries.chunks(7) {
-        heads.push(log.append(some, THEN).await.unwrap());
+        heads.push(log.append(some, THEN, &Memory::default()).await.unwrap());
         let tree = segments(&store, &pin).await;
         if tree.entries.len() > 1 {
             let node = tree.entries.values().next().unwrap().clone();
@@ -105,35 +105,35 @@ async fn what_is_appended_is_there_in_order_and_full_segments_stay_as_they_are()
 async fn what_was_written_by_a_killed_writer_is_not_written_again() {
     let (store, pin) = (MemoryStore::new(), Pin::default());
     let log = Log { store: &store, anchor: &pin };
-    let head = log.append(&[entry(1, 1), entry(2, 1)], THEN).await.unwrap();
+    let head = log.append(&[entry(1, 1), entry(2, 1)], THEN, &Memory::default()).await.unwrap();
     let later = Entry { time: "2026-01-01T00:00:00Z".parse().unwrap(), ..entry(2, 1) };
-    assert_eq!(log.append(&[later.clone(), later], THEN).await.unwrap(), head);
+    assert_eq!(log.append(&[later.clone(), later], THEN, &Memory::default()).await.unwrap(), head);
     let withdrawn = Entry { verb: Verb::Withdrawn, ..entry(2, 1) };
-    assert_eq!(log.append(&[withdrawn], THEN).await.unwrap().count, 3);
+    assert_eq!(log.append(&[withdrawn], THEN, &Memory::default()).await.unwrap().count, 3);
     // The same again on another occasion is another thing.
     let again = Entry { occasion: 1, ..entry(2, 1) };
-    assert_eq!(log.append(&[again], THEN).await.unwrap().count, 4);
+    assert_eq!(log.append(&[again], THEN, &Memory::default()).await.unwrap().count, 4);
 }
 
 #[tokio::test]
 async fn what_no_line_can_hold_is_refused_and_the_log_goes_on() {
     let (store, pin) = (MemoryStore::new(), Pin::default());
     let log = Log { store: &store, anchor: &pin };
-    let refused = log.append(&[entry(1, 1), entry(2, 70_000)], THEN).await.unwrap_err();
+    let refused = log.append(&[entry(1, 1), entry(2, 70_000)], THEN, &Memory::default()).await.unwrap_err();
     assert!(matches!(&refused, Error::TooLong(why) if why.bytes > 70_000), "{refused}");
-    assert_eq!(log.append(&[entry(1, 1)], THEN).await.unwrap().count, 1);
+    assert_eq!(log.append(&[entry(1, 1)], THEN, &Memory::default()).await.unwrap().count, 1);
 }
 
 #[tokio::test]
 async fn a_root_that_cannot_be_held_leaves_the_log_as_it_was() {
     let (store, pin) = (MemoryStore::new(), Pin::default());
     let log = Log { store: &store, anchor: &pin };
-    let head = log.append(&[entry(1, 1)], THEN).await.unwrap();
+    let head = log.append(&[entry(1, 1)], THEN, &Memory::default()).await.unwrap();
     *pin.refuses.lock().unwrap() = true;
-    assert!(matches!(log.append(&[entry(2, 1)], THEN).await, Err(Error::Anchor(_))));
+    assert!(matches!(log.append(&[entry(2, 1)], THEN, &Memory::default()).await, Err(Error::Anchor(_))));
     assert_eq!(read(&log, &[head]).await.unwrap().0, head);
     *pin.refuses.lock().unwrap() = false;
-    assert_eq!(log.append(&[entry(2, 1)], THEN).await.unwrap().count, 2);
+    assert_eq!(log.append(&[entry(2, 1)], THEN, &Memory::default()).await.unwrap().count, 2);
 }
 
 #[tokio::test]
@@ -141,9 +141,9 @@ async fn a_log_that_somebody_has_changed_is_no_log() {
     let (store, pin) = (MemoryStore::new(), Pin::default());
     let log = Log { store: &store, anchor: &pin };
     let entries: Vec<Entry> = (0..45).map(|number| entry(number, 20_000)).collect();
-    log.append(&entries[..1], THEN).await.unwrap();
+    log.append(&entries[..1], THEN, &Memory::default()).await.unwrap();
     let early = pin.held.lock().unwrap().clone();
-    let head = log.append(&entries[1..], THEN).await.unwrap();
+    let head = log.append(&entries[1..], THEN, &Memory::default()).await.unwrap();
     let whole = segments(&store, &pin).await;
 
     // An older tree: the end is missing, and nothing is written where it was.
@@ -151,7 +151,7 @@ async fn a_log_that_somebody_has_changed_is_no_log() {
     pin.set_root(early.root.unwrap());
     let found = read(&log, &[]).await.unwrap_err().to_string();
     assert!(found.contains("line 2: it is missing"), "{found}");
-    assert!(matches!(log.append(&[entry(99, 1)], THEN).await, Err(Error::Broken(_))));
+    assert!(matches!(log.append(&[entry(99, 1)], THEN, &Memory::default()).await, Err(Error::Broken(_))));
     // The anchor was put back as a whole: only a head that was written down elsewhere tells.
     *pin.held.lock().unwrap() = early.clone();
     assert_eq!(read(&log, &[]).await.unwrap().0, early.head);
@@ -162,7 +162,7 @@ async fn a_log_that_somebody_has_changed_is_no_log() {
     assert!(found.contains("line 2: it is behind the end"), "{found}");
     *pin.held.lock().unwrap() = Held { head: Head { hash: early.head.hash, ..head }, ..late.clone() };
     assert!(matches!(read(&log, &[]).await, Err(Error::Broken(_))));
-    assert!(matches!(log.append(&[entry(99, 1)], THEN).await, Err(Error::Broken(_))));
+    assert!(matches!(log.append(&[entry(99, 1)], THEN, &Memory::default()).await, Err(Error::Broken(_))));
     *pin.held.lock().unwrap() = late;
     // A segment in the middle is missing, or is called by another's name.
     let mut gap = whole.clone();
@@ -184,7 +184,7 @@ async fn a_log_that_somebody_has_changed_is_no_log() {
     forged.entries.insert(name, Node::File { content: store.put(text), attributes, link_group: None });
     pin.set_root(store.put_directory(&forged));
     assert!(matches!(read(&log, &[head]).await, Err(Error::Broken(_))));
-    assert!(matches!(log.append(&[entry(99, 1)], THEN).await, Err(Error::Broken(_))));
+    assert!(matches!(log.append(&[entry(99, 1)], THEN, &Memory::default()).await, Err(Error::Broken(_))));
 
     pin.set_root(store.put_directory(&whole));
     assert_eq!(read(&log, &[head]).await.unwrap().0, head);
@@ -200,7 +200,7 @@ async fn writers_at_one_time_lose_no_line() {
             for number in 0..12 {
                 // What two of them see, both write down.
                 let shared = entry(1000 + number, 3000);
-                log.append(&[entry(writer * 100 + number, 3000), shared], THEN).await.unwrap();
+                log.append(&[entry(writer * 100 + number, 3000), shared], THEN, &Memory::default()).await.unwrap();
             }
         })
     });
@@ -222,13 +222,13 @@ async fn a_line_is_found_again_in_segments_that_are_full() {
     let log = Log { store: &store, anchor: &pin };
     let at = |second: i64, number| Entry { time: Timestamp::from_second(second).unwrap(), ..entry(number, 20_000) };
     for number in 0..60 {
-        log.append(&[at(number as i64, number)], THEN).await.unwrap();
+        log.append(&[at(number as i64, number)], THEN, &Memory::default()).await.unwrap();
     }
     assert!(segments(&store, &pin).await.entries.len() > 3);
     let since = Timestamp::from_second(2).unwrap();
     let later = |number| Entry { time: Timestamp::from_second(99).unwrap(), ..at(0, number) };
-    assert_eq!(log.append(&[later(2), later(30), later(59)], since).await.unwrap().count, 60);
-    assert_eq!(log.append(&[later(2), later(60)], since).await.unwrap().count, 61);
+    assert_eq!(log.append(&[later(2), later(30), later(59)], since, &Memory::default()).await.unwrap().count, 60);
+    assert_eq!(log.append(&[later(2), later(60)], since, &Memory::default()).await.unwrap().count, 61);
     for second in [0, 1, 20, 40, 59, 99, 500] {
         let since = Timestamp::from_second(second).unwrap();
         let mut seen = Vec::new();
@@ -245,6 +245,13 @@ async fn a_line_is_found_again_in_segments_that_are_full() {
 struct Dying {
     store: &'static MemoryStore,
     left: AtomicUsize,
+    reads: AtomicUsize,
+}
+
+impl Dying {
+    fn after(store: &'static MemoryStore, left: usize) -> Self {
+        Self { store, left: AtomicUsize::new(left), reads: AtomicUsize::default() }
+    }
 }
 
 #[async_trait::async_trait]
@@ -254,6 +261,7 @@ impl Store for Dying {
     }
 
     async fn read(&self, blob: Blob) -> Result<Bytes, StoreError> {
+        self.reads.fetch_add(1, Ordering::SeqCst);
         self.store.read(blob).await
     }
 
@@ -272,6 +280,39 @@ impl Store for Dying {
 
     async fn write_file(&self, blob: Blob, path: &Path) -> Result<(), StoreError> {
         self.store.write_file(blob, path).await
+    }
+}
+
+#[tokio::test]
+async fn a_line_costs_as_much_in_a_long_log_as_in_a_short_one() {
+    let store: &'static MemoryStore = Box::leak(Box::new(MemoryStore::new()));
+    let (pin, memory) = (Pin::default(), Memory::default());
+    let counting = Dying::after(store, usize::MAX);
+    let log = Log { store: &counting, anchor: &pin };
+    let reads = || counting.reads.swap(0, Ordering::SeqCst);
+    let mut number = 0;
+    for segments_then in [3, 9] {
+        while pin.newest().await.unwrap().root.is_none() || segments(store, &pin).await.entries.len() < segments_then {
+            log.append(&[entry(number, 20_000)], THEN, &memory).await.unwrap();
+            number += 1;
+        }
+        reads();
+        let before = log.append(&[entry(0, 20_000), entry(number - 1, 20_000)], THEN, &memory).await.unwrap();
+        assert_eq!(before.count as usize, number, "they are there");
+        log.append(&[entry(number, 1)], THEN, &memory).await.unwrap();
+        number += 1;
+        assert!(reads() <= 2 * 2 + 1, "the tree and the newest segment each time, and what has just become full once");
+        // Who has not been there yet reads all of it, once, also when what they have to say is not written then.
+        let newcomer = Memory::default();
+        log.append(&[entry(number, 70_000)], THEN, &newcomer).await.unwrap_err();
+        assert_eq!(reads(), segments_then + 1);
+        let mut told = Vec::new();
+        log.decisions(THEN, &newcomer, |entry| told.push(entry.object.uid.clone())).await.unwrap();
+        assert_eq!(reads(), 2);
+        assert_eq!(told, (0..number).map(|number| number.to_string()).collect::<Vec<_>>());
+        log.append(&[entry(number, 1)], THEN, &newcomer).await.unwrap();
+        number += 1;
+        assert_eq!(reads(), 2);
     }
 }
 
@@ -319,18 +360,18 @@ proptest! {
                     3 | 4 => {
                         let anchor = Mute(&pin, death == 4);
                         let before = pin.newest().await.unwrap();
-                        let attempt = Log { store, anchor: &anchor }.append(&entries, THEN).await;
+                        let attempt = Log { store, anchor: &anchor }.append(&entries, THEN, &Memory::default()).await;
                         let fresh = entries.iter().any(|entry| !model.iter().any(|other| other.repeats(entry)));
                         prop_assert_eq!(attempt.is_err(), fresh);
                         prop_assert_eq!(before == pin.newest().await.unwrap(), !fresh || death == 3);
                     }
                     left => {
-                        let dying = Dying { store, left: AtomicUsize::new(left) };
-                        let _ = Log { store: &dying, anchor: &pin }.append(&entries, THEN).await;
+                        let dying = Dying::after(store, left);
+                        let _ = Log { store: &dying, anchor: &pin }.append(&entries, THEN, &Memory::default()).await;
                     }
                 }
                 let log = Log { store, anchor: &pin };
-                let head = log.append(&entries, THEN).await.unwrap();
+                let head = log.append(&entries, THEN, &Memory::default()).await.unwrap();
                 for entry in entries {
                     if !model.iter().any(|other| other.repeats(&entry)) {
                         model.push(entry);

@@ -32,7 +32,7 @@ use serde_json::{Value, json};
 pub use keeper::Keeper;
 pub use review::{Answer, Change, Question, Request, response};
 
-use crate::audit::{Audit, lines};
+use crate::audit::{self, Audit, lines};
 use crate::events::Events;
 use crate::signature::{Keyring, Keys, Statement};
 use crate::{access, objects};
@@ -306,7 +306,7 @@ impl Admission {
     async fn note_down(&self, note: &AetherNote, entry: Option<Entry>, request: &Request) -> Result<(), String> {
         let Some(entry) = entry.filter(|_| !request.dry_run) else { return Ok(()) };
         let (verb, who) = (entry.verb, entry.actor.clone());
-        self.audit.tell(&[entry], lines::made(note)).await?;
+        self.audit.tell(&[entry], lines::made(note), audit::AT_ONCE).await?;
         let message = format!("by {who}: {}", note.spec.text);
         self.events.tell_deed(note, &format!("{verb:?}"), &message).await;
         Ok(())
@@ -337,7 +337,7 @@ impl Admission {
         let genuine = self.keys().ok().and_then(|keys| is_genuine(&approval, &commit, &keys).ok());
         let said = genuine.map(|reviewer| lines::voice(&approval, &reviewer));
         let entries: Vec<Entry> = said.into_iter().chain([lines::withdrawn(&approval, who)]).collect();
-        let told = self.audit.tell(&entries, lines::made(&commit)).await;
+        let told = self.audit.tell(&entries, lines::made(&commit), audit::AT_ONCE).await;
         told.map_err(|why| {
             format!("what was said of AetherCommit {} cannot be withdrawn now: {why}", commit.name_any())
         })?;

@@ -143,21 +143,9 @@ async fn review(
     let approvals: Api<AetherApproval> = objects::namespaced(&context.client, &namespace);
     let mut given = objects::list(&approvals, "").await?;
     given.retain(|approval| approval.spec.commit == commit.name_any() && approval.meta().deletion_timestamp.is_none());
-    let written = async {
-        record::said(&given, commit, keys, context).await?;
-        record::standing(&given, commit, status, keys, context).await
-    };
-    let standing = match written.await {
-        Ok(standing) => standing,
-        Err(why) => {
-            if status.phase == Some(CommitPhase::Running) {
-                // It is counted before it is tried again.
-                status.retry_at = Some(objects::now());
-            }
-            hold(commit, status, why);
-            return Ok(Some(pins::RETRY));
-        }
-    };
+    if let Err(why) = record::said(&given, commit, keys, context).await {
+        return Ok(uncounted(commit, status, why));
+    }
     let mut ballots = Vec::new();
     for approval in &given {
         ballots.push(ballot(approval, commit, &source, keys, context).await);
@@ -173,13 +161,21 @@ async fn review(
     };
     let now = Timestamp::now();
     let mut counted = count::count(matter, &ballots, now);
+    let mut standing = Vec::new();
+    if counted.is_released() || record::is_missed(&given, commit, status, keys) {
+        match record::standing(&given, commit, keys, context).await {
+            Ok(found) => standing = found,
+            Err(why) => return Ok(uncounted(commit, status, why)),
+        }
+    }
     counted.approvals.rejected.extend(standing.iter().cloned());
     answer(&approvals, &given, &counted, context).await?;
     let mut wanted = verdict(&counted);
     if !standing.is_empty() {
         let who = standing.join(", ");
         wanted.message += &format!(
-            "; what {who} said was deleted without the operator being asked whether it may be, and stands until {who} decides again"
+            "; what {who} said was deleted without the operator being asked whether it may be, and stands until {who} decides again; should {who} not be able to, make another AetherCommit of AetherCheckpoint {}",
+            status.checkpoint.as_deref().unwrap_or_default()
         );
     }
     status.approvals = Some(counted.approvals.clone());
@@ -194,6 +190,15 @@ async fn review(
     conditions::set(&mut status.conditions, wanted, commit.meta().generation);
     let expiry = counted.expires.and_then(|expiry| Duration::try_from(expiry.duration_since(now)).ok());
     Ok(Some(if counted.is_released() { Duration::ZERO } else { expiry.map_or(RECOUNT, |expiry| expiry.min(RECOUNT)) }))
+}
+
+/// Leaves what the audit log cannot be asked about. What is released is counted before it is tried again.
+fn uncounted(commit: &AetherCommit, status: &mut AetherCommitStatus, why: String) -> Again {
+    if status.phase == Some(CommitPhase::Running) {
+        status.retry_at = Some(objects::now());
+    }
+    hold(commit, status, why);
+    Some(pins::RETRY)
 }
 
 fn verdict(counted: &Count) -> Wanted {

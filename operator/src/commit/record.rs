@@ -8,7 +8,7 @@ use kube::{Api, ResourceExt};
 
 use super::settle;
 use crate::admission::is_genuine;
-use crate::audit::lines;
+use crate::audit::{IN_TIME, lines};
 use crate::context::Context;
 use crate::error::Result;
 use crate::objects;
@@ -32,7 +32,7 @@ pub(super) async fn changes(
         let end = entries.len().saturating_sub(1);
         entries.splice(end..end, voices(&given, commit, &keys));
     }
-    Ok(context.audit.tell(&entries, lines::made(commit)).await)
+    Ok(context.audit.tell(&entries, lines::made(commit), IN_TIME).await)
 }
 
 /// Writes down what reviewers have said of the commit; else why that cannot be.
@@ -42,28 +42,37 @@ pub(super) async fn said(
     keys: &Keys,
     context: &Context,
 ) -> std::result::Result<(), String> {
-    context.audit.tell(&voices(given, commit, keys), lines::made(commit)).await
+    context.audit.tell(&voices(given, commit, keys), lines::made(commit), IN_TIME).await
 }
 
-/// Whose rejection stands though it is gone, by the log: whoever had deleted it with the right to would be written there. It may
-/// have been deleted while no operator answered, and so nobody asked who did it.
-pub(super) async fn standing(
+/// Whether somebody rejected the commit, as far as it says, whose approval is not there any more.
+pub(super) fn is_missed(
     given: &[AetherApproval],
     commit: &AetherCommit,
     status: &AetherCommitStatus,
     keys: &Keys,
+) -> bool {
+    let mut rejected = status.approvals.iter().flat_map(|approvals| &approvals.rejected);
+    rejected.any(|who| !speaks(given, &approval_name(&commit.name_any(), who), commit, keys))
+}
+
+/// Whose rejection stands though it is gone, by the log: whoever had deleted it with the right to would be written there. It may
+/// have been deleted while no operator answered, and so nobody asked who did it; also before the commit said that it was rejected.
+pub(super) async fn standing(
+    given: &[AetherApproval],
+    commit: &AetherCommit,
+    keys: &Keys,
     context: &Context,
 ) -> std::result::Result<Vec<String>, String> {
-    let (namespace, mut standing) = (commit.namespace().unwrap_or_default(), Vec::new());
-    for who in status.approvals.iter().flat_map(|approvals| &approvals.rejected) {
-        let name = approval_name(&commit.name_any(), who);
-        let speaks =
-            given.iter().any(|approval| approval.name_any() == name && is_genuine(approval, commit, keys).is_ok());
-        if !speaks && context.audit.stands(&namespace, &name, lines::made(commit)).await? {
-            standing.push(who.clone());
-        }
-    }
-    Ok(standing)
+    let namespace = commit.namespace().unwrap_or_default();
+    let rejections = context.audit.rejections(&namespace, &commit.name_any(), lines::made(commit)).await?;
+    let gone = rejections.into_iter().filter(|(name, _)| !speaks(given, name, commit, keys));
+    Ok(gone.map(|(_, who)| who).collect())
+}
+
+/// Whether there is a word of the reviewer whose approvals have this name.
+fn speaks(given: &[AetherApproval], name: &str, commit: &AetherCommit, keys: &Keys) -> bool {
+    given.iter().any(|approval| approval.name_any() == name && is_genuine(approval, commit, keys).is_ok())
 }
 
 fn voices(given: &[AetherApproval], commit: &AetherCommit, keys: &Keys) -> Vec<Entry> {

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use aether_audit::{Anchor, Entry, Head, Held, Log, Object, Refusal, Verb};
+use aether_audit::{Anchor, Entry, Head, Held, Log, Memory, Object, Refusal, Verb};
 use aether_cas::{Blob, MemoryStore};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
@@ -57,7 +57,7 @@ async fn who_may_read_a_commit_reads_its_lines_and_no_others() {
         entry(Verb::Withdrawn, "AetherApproval", "demo", "fix.81f8", 2),
     ];
     let anchor = End(Mutex::new(Held::NOTHING));
-    let head = Log { store: &store, anchor: &anchor }.append(&entries, now).await.unwrap();
+    let head = Log { store: &store, anchor: &anchor }.append(&entries, now, &Memory::default()).await.unwrap();
     let root = anchor.newest().await.unwrap().root.unwrap();
     let asked = async |fields: Value, user: &str, name: &str| {
         let map =
