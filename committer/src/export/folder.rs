@@ -3,7 +3,6 @@
 //! It is written under another name, beneath a directory that nothing leads out of: no symbolic link is followed. Whoever
 //! was interrupted goes on with what is there by then; what is there is read again before it is named.
 
-use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -11,9 +10,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use aether_cas::transfer::read_directories;
-use aether_cas::tree::walk::bottom_up;
-use aether_cas::tree::{Attributes, Directories, Directory, MemoryDirectories, Mtime, Node, Owner, walk};
-use aether_cas::{Blob, Store, StoreError};
+use aether_cas::tree::{Directory, MemoryDirectories, Owner};
+use aether_cas::{Blob, Store};
 use aether_engine::restore;
 use aether_engine::scan::{Options, Sink, scan};
 use bytes::Bytes;
@@ -21,14 +19,12 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags, ResolveFlag
 use rustix::io::Errno;
 
 use super::contents::Contents;
+use super::{PARTIAL, free, tree};
 use crate::cli::Folder;
 use crate::crash::crash_point;
 use crate::failure::{Failure, Kind, Reason};
 use crate::losses::Losses;
 use crate::report::Exported;
-
-const OWNER: &str =
-    "files of others than the session's owner belong to whom everything belongs, because only root gives files away";
 
 /// Writes the tree, unless it is there. `scratch` is for contents that are on their way.
 ///
@@ -51,12 +47,10 @@ fn write(
     store: Arc<dyn Store>,
 ) -> Result<Exported, Failure> {
     let mut losses = Losses::default();
-    let root = if rustix::process::geteuid().is_root() {
-        asked.root
-    } else {
-        count_owners(&asked.root, &directories, &mut losses)?;
-        rewritten(&asked.root, &directories, |attributes| attributes.owner = None, true)?
-    };
+    let mut root = tree::shown(&asked.root, &directories, &mut losses)?;
+    if !rustix::process::geteuid().is_root() {
+        root = tree::without_owners(&root, &directories, &mut losses)?;
+    }
     let mut exported = Exported {
         root: asked.root.to_string(),
         place: place(asked),
@@ -71,7 +65,7 @@ fn write(
     let refused = |error: Errno| failed("use", &called, error);
     match open(parent.as_fd(), Path::new(&name), OFlags::RDONLY | OFlags::DIRECTORY) {
         Ok(there) => {
-            if shown(&there, &directories)? != comparable(&root, &directories)? {
+            if read(&there, &directories)? != tree::comparable(&root, &directories)? {
                 let message = format!(
                     "there is a directory {} already, and it does not hold this tree: export to another path, or have it removed",
                     place(asked)
@@ -88,7 +82,7 @@ fn write(
         Err(error) => return Err(refused(error)),
     }
 
-    let partial_name: OsString = [&name, OsStr::new(".partial")].into_iter().collect();
+    let partial_name: OsString = [&name, OsStr::new(PARTIAL)].into_iter().collect();
     match rustix::fs::mkdirat(&parent, &partial_name, Mode::RWXU) {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(error) => return Err(refused(error)),
@@ -111,13 +105,13 @@ fn write(
     let contents = Contents::new(store, plan.contents(), spool);
     exported.written = plan.contents().count() as u64;
     plan.apply(&at, owner, &contents, None).map_err(|error| Failure::other("write the directory", error))?;
-    if shown(&partial, &directories)? != comparable(&root, &directories)? {
-        let message = format!("{}.partial is not what was written to it", place(asked));
+    if read(&partial, &directories)? != tree::comparable(&root, &directories)? {
+        let message = format!("{}{PARTIAL} is not what was written to it", place(asked));
         return Err(Failure::new(Reason::CommitFailed, message));
     }
     rustix::fs::syncfs(&partial).map_err(refused)?;
     crash_point!("export.folder.written");
-    rustix::fs::renameat_with(&parent, &partial_name, &parent, &name, RenameFlags::NOREPLACE).map_err(refused)?;
+    rename(&parent, &partial_name, &name).map_err(refused)?;
     rustix::fs::fsync(&parent).map_err(refused)?;
     crash_point!("export.folder.renamed");
     Ok(exported)
@@ -147,6 +141,7 @@ fn way(asked: &Folder) -> Result<(OwnedFd, OsString), Failure> {
         let message = format!("--path {} is not a relative path without ..", asked.path.display());
         return Err(Failure::new(Reason::Invalid, message));
     };
+    free(&place(asked), names.iter().copied())?;
     for parent in parents {
         let step = Path::new(parent);
         match rustix::fs::mkdirat(&at, step, Mode::from_raw_mode(0o755)) {
@@ -169,6 +164,24 @@ fn hold(parent: &OwnedFd, name: &OsStr, directory: &OwnedFd) -> Result<(), Failu
     let there = open(parent.as_fd(), Path::new(name), OFlags::PATH).map_err(|_| busy())?;
     let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).map(|about| (about.st_dev, about.st_ino));
     if inode(&there).ok() == inode(directory).ok() { Ok(()) } else { Err(busy()) }
+}
+
+/// Gives a complete directory its name, which nothing else has.
+fn rename(parent: &OwnedFd, partial: &OsStr, name: &OsStr) -> rustix::io::Result<()> {
+    match rustix::fs::renameat_with(parent, partial, parent, name, RenameFlags::NOREPLACE) {
+        // File systems of other machines, such as NFS and CephFS, have only the plain kind.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => rename_plainly(parent, partial, name),
+        renamed => renamed,
+    }
+}
+
+/// What gets the name in between is not lost either: a directory takes the place of nothing but an empty one.
+fn rename_plainly(parent: &OwnedFd, partial: &OsStr, name: &OsStr) -> rustix::io::Result<()> {
+    match rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(_) => Err(Errno::EXIST),
+        Err(Errno::NOENT) => rustix::fs::renameat(parent, partial, parent, name),
+        Err(error) => Err(error),
+    }
 }
 
 fn busy() -> Failure {
@@ -203,67 +216,47 @@ fn scanned(at: &Path, owner: Owner, directories: &MemoryDirectories) -> Result<B
     Ok(scanned.root)
 }
 
-/// What a directory shows, to be compared.
-fn shown(directory: &OwnedFd, directories: &MemoryDirectories) -> Result<Blob, Failure> {
+/// What is in a directory, to be compared.
+fn read(directory: &OwnedFd, directories: &MemoryDirectories) -> Result<Blob, Failure> {
     let about = rustix::fs::fstat(directory).map_err(|error| Failure::other("read the directory", error))?;
     let owner = Owner { uid: about.st_uid, gid: about.st_gid };
     let root = scanned(&through(directory), owner, directories)?;
-    Ok(comparable(&root, directories)?)
-}
-
-/// A tree without what file systems keep more or less exactly, and without the numbers of hard links.
-fn comparable(root: &Blob, directories: &MemoryDirectories) -> Result<Blob, StoreError> {
-    rewritten(root, directories, |attributes| attributes.mtime = Mtime::default(), false)
-}
-
-/// The tree with other attributes.
-fn rewritten(
-    root: &Blob,
-    directories: &MemoryDirectories,
-    change: impl Fn(&mut Attributes),
-    links: bool,
-) -> Result<Blob, StoreError> {
-    let mut names: HashMap<Blob, Blob> = HashMap::new();
-    for (blob, directory) in bottom_up(root, directories, |_| false)? {
-        let mut directory = (*directory).clone();
-        change(&mut directory.attributes);
-        for node in directory.entries.values_mut() {
-            match node {
-                Node::Directory(below) => *below = names[below],
-                Node::File { attributes, link_group, .. }
-                | Node::Symlink { attributes, link_group, .. }
-                | Node::Fifo { attributes, link_group } => {
-                    change(attributes);
-                    *link_group = link_group.filter(|_| links);
-                }
-            }
-        }
-        names.insert(blob, directories.insert(directory));
-    }
-    Ok(names[root])
-}
-
-fn count_owners(root: &Blob, directories: &MemoryDirectories, losses: &mut Losses) -> Result<(), StoreError> {
-    use std::os::unix::ffi::OsStrExt;
-    walk(root, directories, |path, node| {
-        let owner = match node {
-            Node::Directory(blob) => directories.directory(blob)?.attributes.owner,
-            node => node.attributes().and_then(|attributes| attributes.owner),
-        };
-        if owner.is_some() {
-            losses.add(OWNER, path.as_os_str().as_bytes());
-        }
-        Ok::<(), StoreError>(())
-    })
+    Ok(tree::comparable(&root, directories)?)
 }
 
 fn failed(action: &str, path: &Path, error: Errno) -> Failure {
     let failure = Failure::new(Reason::CommitFailed, format!("cannot {action} {}: {error}", path.display()));
     match error {
         // A symbolic link in the way, or something that is no directory.
-        Errno::LOOP | Errno::NOTDIR | Errno::XDEV | Errno::EXIST => {
+        Errno::LOOP | Errno::NOTDIR | Errno::XDEV | Errno::EXIST | Errno::NOTEMPTY => {
             Failure { reason: Reason::TargetExists, kind: Kind::Permanent, ..failure }
         }
         _ => failure,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// For file systems that have no other rename, of which none is at hand.
+    #[test]
+    fn a_plain_rename_replaces_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::create_dir(at("new.partial")).unwrap();
+        std::fs::write(at("new.partial/file"), "new").unwrap();
+        std::fs::write(at("file"), "theirs").unwrap();
+        std::fs::create_dir(at("directory")).unwrap();
+        std::os::unix::fs::symlink("nowhere", at("link")).unwrap();
+        let parent = rustix::fs::open(folder.path(), OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let rename = |name: &str| rename_plainly(&parent, OsStr::new("new.partial"), OsStr::new(name));
+        for taken in ["file", "directory", "link"] {
+            assert_eq!(rename(taken), Err(Errno::EXIST), "{taken}");
+        }
+        assert_eq!(rename("new"), Ok(()));
+        assert_eq!(std::fs::read(at("new/file")).unwrap(), b"new");
+        assert_eq!(std::fs::read(at("file")).unwrap(), b"theirs");
+        assert!(!at("new.partial").exists() && at("directory").is_dir() && at("link").is_symlink());
     }
 }

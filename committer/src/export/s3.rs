@@ -1,11 +1,14 @@
 //! A new folder of a bucket that holds a tree: an object for each file, and one more, written last, that says what they are.
 //!
 //! A folder is the tree's that was first exported to it, and begins empty: the first object is a record of what is on its way,
-//! which only one export can make. Whoever was interrupted goes on by it. What others wrote is never touched, and a folder
-//! with the list in it never changes, but for what somebody else has changed there of the tree.
+//! which only one export can make. Whoever was interrupted goes on by it. Where an export is, no other begins, neither around
+//! it nor within. So an object that was there before is never written; one of the tree itself that somebody has changed since is,
+//! when the tree is exported to the same folder again. Beyond that a folder with the list in it never changes.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsStr;
 use std::fs;
+use std::iter::successors;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -19,6 +22,7 @@ use object_store::{Certificate, ClientOptions, ObjectStore, ObjectStoreExt, PutM
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 
+use super::{free, tree};
 use crate::cli::S3;
 use crate::crash::crash_point;
 use crate::failure::{Failure, Reason};
@@ -31,7 +35,8 @@ const MANIFEST: &str = ".aether-export.json";
 const PROGRESS: &str = ".aether-export.partial.json";
 /// How often that is written.
 const PERIOD: Duration = Duration::from_secs(15);
-const VERSION: u32 = 1;
+/// Of version 1 were exports with repositories in them.
+const VERSION: u32 = 2;
 /// Where the service is taken to be when nobody says.
 const REGION: &str = "us-east-1";
 /// Contents up to this size are sent in one piece.
@@ -59,6 +64,9 @@ struct Written {
     etag: String,
 }
 
+/// Size and ETag of every object of a folder.
+type Listing = HashMap<Key, (u64, Option<String>)>;
+
 struct Bucket<'a> {
     asked: &'a S3,
     objects: AmazonS3,
@@ -75,7 +83,8 @@ pub async fn export(asked: &S3, scratch: &Path, store: &dyn Store) -> Result<Exp
     let directories = read_directories(store, asked.root).await?;
     let mut losses = Losses::default();
     let mut files = BTreeMap::new();
-    walk(&asked.root, &directories, |path, node| {
+    let root = tree::shown(&asked.root, &directories, &mut losses)?;
+    walk(&root, &directories, |path, node| {
         use std::os::unix::ffi::OsStrExt;
         let bytes = path.as_os_str().as_bytes();
         match node {
@@ -86,7 +95,8 @@ pub async fn export(asked: &S3, scratch: &Path, store: &dyn Store) -> Result<Exp
                 if attributes.mode & 0o111 != 0 {
                     losses.add(EXECUTABLE, bytes);
                 }
-                match path.to_str().filter(|path| bucket.key(path).is_ok() && ![MANIFEST, PROGRESS].contains(path)) {
+                let named = |path: &&str| bucket.key(path).is_ok_and(|key| !is_record(&key));
+                match path.to_str().filter(named) {
                     Some(path) => drop(files.insert(path.to_owned(), *content)),
                     None => losses.add(NAME, bytes),
                 }
@@ -98,7 +108,10 @@ pub async fn export(asked: &S3, scratch: &Path, store: &dyn Store) -> Result<Exp
     let earlier = bucket.earlier().await?;
     let there = bucket.list().await?;
     let (earlier, complete) = match earlier {
-        Some(earlier) => earlier,
+        Some(earlier) => {
+            bucket.alone(&there).await?;
+            earlier
+        }
         None => (bucket.begin(&there).await?, false),
     };
     crash_point!("export.s3.begun");
@@ -145,6 +158,11 @@ pub async fn export(asked: &S3, scratch: &Path, store: &dyn Store) -> Result<Exp
     })
 }
 
+/// Whether this is the list of some export, complete or not.
+fn is_record(key: &Key) -> bool {
+    key.filename().is_some_and(|name| [MANIFEST, PROGRESS].contains(&name))
+}
+
 impl<'a> Bucket<'a> {
     /// Asks nothing yet.
     fn open(asked: &'a S3, spool: &'a Path) -> Result<Self, Failure> {
@@ -156,6 +174,7 @@ impl<'a> Bucket<'a> {
         if prefix.is_empty() {
             return Err(invalid("an export needs a folder of its own in the bucket (--prefix)".into()));
         }
+        free(&format!("--prefix {prefix}"), prefix.split('/').map(OsStr::new))?;
         let prefix = Key::parse(prefix).map_err(|error| invalid(format!("the prefix cannot be used: {error}")))?;
         let secret = Secret::read(asked)?;
         let endpoint = asked.endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
@@ -205,23 +224,59 @@ impl<'a> Bucket<'a> {
         let is_complete = complete.is_some();
         match complete.or(partial) {
             Some(found) if found.root == self.asked.root.to_string() => Ok(Some((found.objects, is_complete))),
-            Some(_) => Err(self.taken("an export of another tree")),
+            Some(_) => Err(self.taken("an export of another tree at")),
             None => Ok(None),
         }
     }
 
-    /// Takes a folder in which nothing is. Of several that do so one succeeds.
-    async fn begin(&self, there: &HashMap<Key, (u64, Option<String>)>) -> Result<BTreeMap<String, Written>, Failure> {
+    /// Takes a folder in which nothing is. Of several that do so one succeeds; of folders within each other at most one.
+    async fn begin(&self, there: &Listing) -> Result<BTreeMap<String, Written>, Failure> {
         if !there.is_empty() {
-            return Err(self.taken("something else"));
+            return Err(self.taken("something else at"));
         }
+        self.alone(there).await?;
         let begin = Manifest { version: VERSION, root: self.asked.root.to_string(), objects: BTreeMap::new() };
         self.record(PROGRESS, &begin, PutMode::Create).await?;
+        // Whoever began around it or within by now is seen here, or will see this record.
+        if let Err(refusal) = self.alone(&self.list().await?).await {
+            self.remove(PROGRESS).await?;
+            return Err(refusal);
+        }
         Ok(begin.objects)
     }
 
+    /// Refuses a folder around which there is an export, or within which: of two such each could write what is the other's.
+    async fn alone(&self, there: &Listing) -> Result<(), Failure> {
+        let own = [self.known(MANIFEST)?, self.known(PROGRESS)?];
+        if there.keys().any(|key| is_record(key) && !own.contains(key)) {
+            return Err(self.taken("another export within"));
+        }
+        let outer: Vec<Key> =
+            successors(self.prefix.parent(), Key::parent).take_while(|outer| !outer.is_root()).collect();
+        let mut asked = stream::iter(outer).map(|outer| self.is_export(outer)).buffer_unordered(AT_ONCE);
+        while let Some(is_export) = asked.try_next().await? {
+            if is_export {
+                return Err(self.taken("another export around"));
+            }
+        }
+        Ok(())
+    }
+
+    async fn is_export(&self, folder: Key) -> Result<bool, Failure> {
+        // In this order, because it may end meanwhile.
+        for name in [PROGRESS, MANIFEST] {
+            match self.objects.head(&folder.clone().join(name)).await {
+                Ok(_) => return Ok(true),
+                // Above what the key opens nobody exports with it.
+                Err(object_store::Error::NotFound { .. } | object_store::Error::PermissionDenied { .. }) => {}
+                Err(error) => return Err(self.refused("look for an export around", "", error)),
+            }
+        }
+        Ok(false)
+    }
+
     fn taken(&self, by: &str) -> Failure {
-        let message = format!("there is {by} at {} already: export to another path, or have it removed", self.place());
+        let message = format!("there is {by} {} already: export to another path, or have it removed", self.place());
         Failure::new(Reason::TargetExists, message)
     }
 
@@ -244,8 +299,7 @@ impl<'a> Bucket<'a> {
         Ok(Some(manifest))
     }
 
-    /// Size and ETag of every object.
-    async fn list(&self) -> Result<HashMap<Key, (u64, Option<String>)>, Failure> {
+    async fn list(&self) -> Result<Listing, Failure> {
         let listed = self.objects.list(Some(&self.prefix));
         let listed = listed.map_ok(|object| (object.location, (object.size, object.e_tag)));
         listed.try_collect().await.map_err(|error| self.refused("list", "", error))

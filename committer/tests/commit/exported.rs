@@ -65,6 +65,47 @@ async fn a_directory_is_the_tree_and_is_never_half_of_it() {
     assert_eq!(fs::read(at.join("a/b")).unwrap(), b"changed\n", "it is not ours to mend");
 }
 
+const REPOSITORIES: &str = "repositories (.git) are left out, because reviewers are not shown them";
+
+/// What an agent may add to a tree without any reviewer being shown it.
+fn repositories(at: &Path) {
+    write(&at.join(".git/config"), "[core]\n\tfsmonitor = ./run\n");
+    write(&at.join(".git/a/.git/b"), "below");
+    write(&at.join("a/.git/hooks/post-checkout"), "#!/bin/sh\n");
+    mode(&at.join("a/.git/hooks/post-checkout"), 0o755);
+    write(&at.join("empty/.git"), "gitdir: ../elsewhere\n");
+    symlink("../.git", at.join("empty/inner/.git")).unwrap();
+    write(&at.join(".gitignore"), "no repository\n");
+    fs::hard_link(at.join("private"), at.join("a/.git/private")).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_reviewer_is_shown_is_not_in_a_directory() {
+    let world = World::new().await;
+    fs::create_dir(world.at("claim")).unwrap();
+    tree(&world, "files").await;
+    repositories(&world.at("files"));
+    let root = world.tree(&world.at("files")).await;
+    let done = folder(&world, &root, "one").await;
+    assert_eq!((&done.done()["files"], &done.result["root"]), (&7.into(), &root.as_str().into()), "{}", done.result);
+    let warning = format!("{REPOSITORIES}: 4 (.git, a/.git, empty/.git, …)");
+    assert_eq!(done.result["warnings"], serde_json::json!([warning]));
+    let same = folder(&world, &root, "one").await;
+    assert_eq!((&same.done()["found"], &same.result["warnings"]), (&true.into(), &done.result["warnings"]));
+
+    // It is all of the rest, for one that never had any is found there.
+    for repository in [".git", "a/.git", "empty/.git", "empty/inner/.git"] {
+        let at = world.at("files").join(repository);
+        if at.is_symlink() || at.is_file() { fs::remove_file(at) } else { fs::remove_dir_all(at) }.unwrap();
+    }
+    let rest = world.tree(&world.at("files")).await;
+    let found = folder(&world, &rest, "one").await;
+    assert_eq!((&found.done()["found"], found.result.get("warnings")), (&true.into(), None), "{}", found.result);
+    // Somebody else's repository there is no part of it.
+    write(&world.at("claim/one/.git/config"), "");
+    folder(&world, &root, "one").await.failed("TargetExists", "Permanent");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_at_each_point_the_directory_is_made_once() {
     let world = World::new().await;
@@ -81,6 +122,7 @@ async fn killed_at_each_point_the_directory_is_made_once() {
         let partial = claim.join(format!("{point}.partial"));
         if partial.exists() {
             write(&partial.join("junk/file"), "junk");
+            write(&partial.join(".git/config"), "junk");
             let _ = fs::remove_file(partial.join("run"));
         }
         let again = folder(&world, &root, point).await;
@@ -105,7 +147,8 @@ async fn nothing_leads_out_of_the_claim() {
     for path in ["way/new", "way/there/new", "name", "other", "file", "file/new"] {
         folder(&world, &root, path).await.failed("TargetExists", "Permanent");
     }
-    for path in ["../outside/new", "a/../../outside/new", "/etc/new", "."] {
+    let kept = ["new.partial", "new.partial/in", ".aether-export.json"];
+    for path in ["../outside/new", "a/../../outside/new", "/etc/new", "."].into_iter().chain(kept) {
         folder(&world, &root, path).await.failed("Invalid", "Permanent");
     }
     assert_eq!(names(&outside), ["there"]);
@@ -223,16 +266,87 @@ async fn a_folder_of_a_bucket_is_of_one_tree_and_begins_empty() {
     assert!(objects(service).await == before);
     write(&world.at("odd/[new] {file} ~ä"), "new\n");
     write(&world.at("odd").join(PARTIAL), "not ours\n");
+    write(&world.at("odd/deep").join(COMPLETE), "not ours\n");
     let odd = export(&world.tree(&world.at("odd")).await, "odd", &right).await;
     assert_eq!(odd.done()["files"], 1);
-    assert!(odd.result["warnings"].to_string().contains("cannot be keys of a bucket"), "{}", odd.result);
-    assert_eq!(objects(service).await["odd/[new] {file} ~ä"], b"new\n");
+    assert!(
+        odd.result["warnings"].to_string().contains("cannot be keys of a bucket, and are left out: 2"),
+        "{}",
+        odd.result
+    );
+    let mut all = objects(service).await;
+    all.retain(|key, _| key.starts_with("odd/"));
+    assert_eq!(all.remove("odd/[new] {file} ~ä").unwrap(), b"new\n");
+    assert!(all.into_keys().eq([format!("odd/{COMPLETE}")]));
 
     let wrong = keys("swordfish-wrong");
     let refused = export(&other, "other", &wrong).await;
     refused.failed("AuthenticationFailed", "Permanent");
     assert!(refused.message().contains("check Secret p/key"), "{}", refused.message());
     assert!(!refused.printed.contains("swordfish"), "{}", refused.printed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_reviewer_is_shown_is_not_in_a_bucket() {
+    let world = World::new().await;
+    let remote = Remote::start(&world);
+    let right = keys(SECRET);
+    tree(&world, "files").await;
+    repositories(&world.at("files"));
+    let root = world.tree(&world.at("files")).await;
+    let run = async || finish(remote.program(&world, &root, "one", &right).spawn().unwrap()).await;
+    let done = run().await;
+    assert_eq!((&done.done()["files"], &done.result["root"]), (&7.into(), &root.as_str().into()), "{}", done.result);
+    let warnings = done.result["warnings"].to_string();
+    assert!(warnings.contains(&format!("{REPOSITORIES}: 4 (.git, a/.git, empty/.git, …)")), "{warnings}");
+    assert!(warnings.contains("may be executed: 2 (a/same, run)"), "{warnings}");
+    assert_eq!(run().await.done()["found"], true);
+    let mut all = objects(&remote.service).await;
+    let manifest: serde_json::Value = serde_json::from_slice(&all.remove(&format!("one/{COMPLETE}")).unwrap()).unwrap();
+    let mut expected = files(&world, "one");
+    expected.insert("one/.gitignore".into(), b"no repository\n".into());
+    assert!(all == expected, "{:?}", all.keys());
+    assert_eq!(manifest["objects"].as_object().unwrap().len(), expected.len(), "{manifest}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_export_of_a_bucket_lies_in_another() {
+    let world = World::new().await;
+    let remote = Remote::start(&world);
+    let right = keys(SECRET);
+    let root = tree(&world, "files").await;
+    let other = world.tree(&world.at("files/a")).await;
+    let run = async |root: &str, prefix: &str, crash: &str| {
+        let mut program = remote.program(&world, root, prefix, &right);
+        finish(program.env("AETHER_CRASH_AT", crash).spawn().unwrap()).await
+    };
+    // One that has only begun, or is complete, around a folder in which nothing is; and one within.
+    for point in ["export.s3.begun", "export.s3.ended"] {
+        assert_eq!(run(&root, &format!("{point}/x"), point).await.code, None);
+        let before = objects(&remote.service).await;
+        for (prefix, why) in [("x/new", "around"), ("x/new/deep/er", "around"), ("", "something else")] {
+            let refused = run(&other, format!("{point}/{prefix}").trim_end_matches('/'), "").await;
+            refused.failed("TargetExists", "Permanent");
+            assert!(refused.message().contains(why), "{}", refused.message());
+        }
+        assert!(objects(&remote.service).await == before, "{point}");
+        run(&other, &format!("{point}/xx"), "").await.done();
+        run(&root, &format!("{point}/x"), "").await.done();
+    }
+    // Killed when both had begun, and neither had seen the other.
+    assert_eq!(run(&root, "both/in", "export.s3.begun").await.code, None);
+    let record = objects(&remote.service).await.remove(&format!("both/in/{PARTIAL}")).unwrap();
+    remote.service.put(&format!("both/{PARTIAL}").into(), record.into()).await.unwrap();
+    let before = objects(&remote.service).await;
+    for (prefix, why) in [("both", "another export within"), ("both/in", "another export around")] {
+        let refused = run(&root, prefix, "").await;
+        refused.failed("TargetExists", "Permanent");
+        assert!(refused.message().contains(why), "{}", refused.message());
+    }
+    assert!(objects(&remote.service).await == before);
+    for prefix in ["a.partial", "a.partial/b", ".aether-export"] {
+        run(&root, prefix, "").await.failed("Invalid", "Permanent");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

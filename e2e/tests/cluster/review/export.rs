@@ -22,11 +22,22 @@ use crate::with_namespace;
 const MORE: &str = r"
     chmod 600 README.md; chmod 444 src/main.rs; chmod 2775 src; mkdir -p void/inner private closed; mkfifo pipe; ln run.sh same.sh
     echo mine >private/file; chmod 700 private; echo 'not to be written' >closed/file; chmod 555 closed";
-/// Names, kinds, modes, links and contents of everything in the current directory.
-const LIST: &str = r"find . -mindepth 1 -printf '%P %y %m %l\n' | LC_ALL=C sort
-    find . -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum";
+/// Everything in the current directory, and what of it reviewers are shown.
+const ALL: &str = "find . -mindepth 1";
+const SHOWN: &str = "find . -mindepth 1 -name .git -prune -o";
+
+/// Names, kinds, modes, links and contents of what is found.
+fn list(find: &str) -> String {
+    format!(
+        r"{find} -printf '%P %y %m %l\n' | LC_ALL=C sort
+        {find} -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum"
+    )
+}
+
 /// What of that a bucket keeps.
-const CONTENTS: &str = r"find . -type f ! -name '.aether-export*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum";
+fn contents(find: &str) -> String {
+    format!(r"{find} -type f ! -name '.aether-export*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum")
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reviewed_tree_is_exported_to_the_places_of_its_source() -> Result<()> {
@@ -50,8 +61,9 @@ async fn a_reviewed_tree_is_exported_to_the_places_of_its_source() -> Result<()>
 async fn play(team: &Team<'_>, volume: &Volume, endpoint: &str) -> Result<()> {
     team.work(EDIT).await?;
     team.work(MORE).await?;
-    let listing = team.work(LIST).await?;
-    let contents = team.work(CONTENTS).await?;
+    let listing = team.work(&list(SHOWN)).await?;
+    let files = team.work(&contents(SHOWN)).await?;
+    ensure!(!team.work("find . -name .git").await?.is_empty(), "the session has no repository");
     let root = team.checkpoint("edited").await?;
 
     // Before the platform team has said where to, nothing goes anywhere.
@@ -61,9 +73,10 @@ async fn play(team: &Team<'_>, volume: &Volume, endpoint: &str) -> Result<()> {
     places(team, volume, endpoint).await?;
 
     let done = asked(team, "fix", "results", Some("one/two")).await?;
+    ensure!(done.warnings.iter().any(|warning| warning.contains("(.git)")), "{:?}", done.warnings);
     let place = done.place.context("a place")?;
     ensure!(place == format!("{}/of/agents/one/two", volume.name), "it is at {place}");
-    let exported = volume.run(&format!("cd /data/of/agents/one/two; {LIST}")).await?;
+    let exported = volume.run(&format!("cd /data/of/agents/one/two; {}", list(ALL))).await?;
     ensure!(exported == listing, "the copy is\n{exported}\nand the session was\n{listing}");
     let partial = volume.run("find /data -name '*.partial'").await?;
     ensure!(partial.is_empty(), "there is {partial}");
@@ -77,7 +90,7 @@ async fn play(team: &Team<'_>, volume: &Volume, endpoint: &str) -> Result<()> {
     ensure!(done.place == Some(format!("s3://{BUCKET}/agents/to-bucket/")), "it is at {:?}", done.place);
     ensure!(done.warnings.iter().any(|warning| warning.contains("named pipes")), "{:?}", done.warnings);
     let in_bucket = read_back(team.test, endpoint).await?;
-    ensure!(in_bucket == contents, "the bucket has\n{in_bucket}\nand the session had\n{contents}");
+    ensure!(in_bucket == files, "the bucket has\n{in_bucket}\nand the session had\n{files}");
 
     team.work("echo more >>README.md").await?;
     let other = team.checkpoint("other").await?;
@@ -87,12 +100,12 @@ async fn play(team: &Team<'_>, volume: &Volume, endpoint: &str) -> Result<()> {
         let failed = conditions::get(&failed.conditions, conditions::FAILED).context("it failed")?;
         ensure!(failed.reason == reason::TARGET_EXISTS, "{}: {}", failed.reason, failed.message);
     }
-    let exported = volume.run(&format!("cd /data/of/agents/one/two; {LIST}")).await?;
+    let exported = volume.run(&format!("cd /data/of/agents/one/two; {}", list(ALL))).await?;
     ensure!(exported == listing, "the copy has changed");
     eprintln!(
         "review-export: {} paths and modes in a claim, {} files in a bucket are the session's",
-        listing.lines().count() - contents.lines().count(),
-        contents.lines().count()
+        listing.lines().count() - files.lines().count(),
+        files.lines().count()
     );
     Ok(())
 }
@@ -168,7 +181,7 @@ async fn read_back(test: &Test, endpoint: &str) -> Result<String> {
     let _: AetherSource = story.until_source_ready("exported").await?;
     story.session_of("exported", "exported").await?;
     story.pod("reader", "exported", None).await?;
-    let read = story.exec("reader", &format!("cd /workspace; {CONTENTS}")).await?;
+    let read = story.exec("reader", &format!("cd /workspace; {}", contents(ALL))).await?;
     story.delete_pod("reader").await?;
     Ok(read)
 }
