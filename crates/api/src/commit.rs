@@ -187,6 +187,9 @@ pub struct AetherCommitStatus {
     /// Its uid: another Job of that name is not believed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job_uid: Option<String>,
+    /// How often it was released: again, when it was rejected before anything was done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub releases: Option<u32>,
     /// How many Jobs were made for it before this one, and came to nothing by no fault of the commit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retries: Option<u32>,

@@ -48,8 +48,8 @@ pub fn commit(
         entries.push(entry(Verb::Requested, &by.username, Some(made(commit))));
     }
     if before.phase != Some(CommitPhase::Running) && now.phase == Some(CommitPhase::Running) {
-        // A commit that is tried again is counted again, and may have to wait in between.
-        let occasion = now.retries.unwrap_or(0).into();
+        // What was released is counted again before it is tried again, and may have to wait in between.
+        let occasion = now.releases.unwrap_or(0).into();
         entries.push(Entry { occasion, ..entry(Verb::Released, operator, None) });
     }
     if ended {
@@ -135,8 +135,8 @@ mod tests {
         assert_eq!(verbs(&new, &at(CommitPhase::Pending)), [(Verb::Requested, 0)]);
         assert_eq!(verbs(&new, &runs), [(Verb::Requested, 0), (Verb::Released, 0)], "the rule asks for nobody");
         assert_eq!(verbs(&waits, &runs), [(Verb::Released, 0)]);
-        let again = AetherCommitStatus { retries: Some(2), ..runs.clone() };
-        assert_eq!(verbs(&waits, &again), [(Verb::Released, 2)], "after it was rejected between two tries");
+        let again = AetherCommitStatus { releases: Some(2), ..runs.clone() };
+        assert_eq!(verbs(&waits, &again), [(Verb::Released, 2)], "after it was rejected in between");
         assert_eq!(verbs(&runs, &again), []);
         assert_eq!(verbs(&again, &waits), []);
         assert_eq!(verbs(&runs, &ended(CommitPhase::Succeeded)), [(Verb::Succeeded, 0)]);

@@ -180,6 +180,9 @@ async fn review(
     }
     status.approvals = Some(counted.approvals.clone());
     if counted.is_released() {
+        if status.phase != Some(CommitPhase::Running) {
+            status.releases = Some(status.releases.unwrap_or(0) + 1);
+        }
         status.phase = Some(CommitPhase::Running);
         status.started.get_or_insert_with(objects::now);
     } else if counted.approvals.rejected.is_empty() {
