@@ -3,6 +3,7 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use aether_api::approval::Decision;
 use aether_api::commit::{CommitPhase, ExportTarget, GitTarget, PromoteTarget, Target};
@@ -21,6 +22,7 @@ use clap::Parser;
 use common::{NAMESPACE, Operator, short};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Namespace, PersistentVolumeClaim, Pod, Secret};
+use kube::runtime::controller::Action;
 use kube::{Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -605,13 +607,81 @@ async fn what_a_job_would_wait_for_in_vain_is_said_and_waited_for() {
     change("gone");
     lacking(export("results", None), "PersistentVolumeClaim gone", "ClaimNotFound").await;
     let name = lacking(export("bucket", None), "Secret gone", "SecretNotFound").await;
-    change("keys");
+    // However long that takes, nothing is written, and it is looked for less and less often.
+    world.operator.api.take_writes();
+    let pause = async |world: &World| {
+        let seen: AetherCommit = world.operator.api.get(NAMESPACE, &name).unwrap();
+        aether_operator::commit::reconcile(Arc::new(seen), world.operator.context.clone()).await.unwrap()
+    };
+    for _ in 0..5 {
+        assert_eq!(pause(&world).await, Action::requeue(Duration::from_secs(10)));
+    }
+    assert_eq!(short(&world.operator.api.take_writes()), [""; 0]);
     world.operator.api.change::<AetherCommit>(NAMESPACE, &name, |commit| {
-        commit.status.as_mut().unwrap().retry_at = Some(common::now());
+        let conditions = &mut commit.status.as_mut().unwrap().conditions;
+        let complete = conditions.iter_mut().find(|condition| condition.type_ == "Complete").unwrap();
+        complete.last_transition_time.0 -= jiff::SignedDuration::from_hours(1);
     });
+    assert_eq!(pause(&world).await, Action::requeue(Duration::from_secs(600)));
+    // Somebody thinks better of it, and then not.
+    let no = world.say("joe", &name, "bb/2", Decision::Reject).await.unwrap();
+    assert_eq!(world.reconcile(&name).await.phase, Some(CommitPhase::Rejected));
+    world.withdraw("joe", &no).await;
+    let status = world.reconcile(&name).await;
+    assert_eq!((status.phase, status.releases), (Some(CommitPhase::Running), Some(2)));
+    // When it is there it is counted once more before the Job is made.
+    change("keys");
+    let no = world.say("joe", &name, "bb/2", Decision::Reject).await.unwrap();
+    assert_eq!(world.reconcile(&name).await.phase, Some(CommitPhase::Rejected));
+    world.withdraw("joe", &no).await;
     world.reconcile(&name).await;
     world.reconcile(&name).await;
     assert_eq!(world.jobs().len(), 1);
+}
+
+#[tokio::test]
+async fn a_commit_that_may_not_go_on_ends_with_its_job_unless_that_was_done() {
+    let world = World::new(places()).await;
+    let places = world.operator.api.get::<AetherSource>(NAMESPACE, "linux").unwrap().spec.review;
+    let running = async || {
+        world.operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.review = places.clone());
+        let name = world.commit(|spec| spec.target = export("results", None)).await;
+        world.settled(&name).await;
+        world.reconcile(&name).await;
+        world.reconcile(&name).await;
+        assert_eq!(world.jobs().len(), 1);
+        name
+    };
+    let taken_away =
+        || world.operator.api.change::<AetherSource>(NAMESPACE, "linux", |source| source.spec.review = None);
+    let failed = |status: &AetherCommitStatus| {
+        status.conditions.iter().find(|condition| condition.type_ == "Failed").map(|failed| failed.message.clone())
+    };
+    let name = running().await;
+    taken_away();
+    let status = world.reconcile(&name).await;
+    assert_eq!(status.phase, Some(CommitPhase::Failed));
+    let said = failed(&status).unwrap();
+    assert!(said.contains("spec.review.exports") && said.contains("is deleted"), "{said}");
+    assert!(world.jobs().is_empty());
+
+    let name = running().await;
+    let done = json!({"ok": true, "root": "bb/2", "place": "data/x", "files": 3, "written": 3, "bytes": 17});
+    world.pod(|_| {}, &done);
+    taken_away();
+    let status = world.reconcile(&name).await;
+    assert_eq!((status.phase, status.place.as_deref()), (Some(CommitPhase::Succeeded), Some("data/x")));
+    for job in world.jobs() {
+        world.operator.api.remove::<Job>(NAMESPACE, &job.name_any());
+    }
+
+    let name = running().await;
+    // Somebody's pod is not believed here either.
+    world.pod(|pod| pod.spec.as_mut().unwrap().containers[0].image = Some("mine".into()), &done);
+    world.operator.api.remove::<AetherSource>(NAMESPACE, "linux");
+    let status = world.reconcile(&name).await;
+    assert_eq!((status.phase, &status.place), (Some(CommitPhase::Failed), &None));
+    assert!(failed(&status).unwrap().contains("does not exist any more") && world.jobs().is_empty());
 }
 
 #[tokio::test]

@@ -91,7 +91,7 @@ pub async fn reconcile(seen: Arc<AetherCommit>, context: Arc<Context>) -> Result
 }
 
 async fn step(commit: &AetherCommit, status: &mut AetherCommitStatus, context: &Context) -> Result<Again> {
-    if let Some(violation) = rules::commit(&commit.spec) {
+    if let Some(violation) = rules::commit(&commit.name_any(), &commit.spec) {
         fail(commit, status, reason::INVALID, violation);
         return Ok(None);
     }
@@ -296,10 +296,7 @@ async fn carry(
 ) -> Result<Again> {
     let source = match settle::source(commit, status, context).await? {
         Ok(source) => source,
-        Err((why, message)) => {
-            fail(commit, status, why, message);
-            return Ok(None);
-        }
+        Err(why) => return stop(commit, status, why, context).await,
     };
     if commit.spec.target.promote.is_some() {
         return promote(commit, status, source, context).await;
@@ -318,8 +315,8 @@ async fn carry(
     let Some(ours) = job::job(commit, &source, authority.as_deref(), &context.config) else {
         let why = settle::cannot(commit, status, context);
         let why = rules::fits(&commit.spec, &source.spec).or(why);
-        fail(commit, status, reason::INVALID, why.unwrap_or_else(|| "its status does not say what it is of".into()));
-        return Ok(None);
+        let why = why.unwrap_or_else(|| "its status does not say what it is of".into());
+        return stop(commit, status, (reason::INVALID, why), context).await;
     };
     let name = ours.name_any();
     let jobs: Api<Job> = objects::namespaced(&context.client, &namespace);
@@ -331,12 +328,19 @@ async fn carry(
             return Ok(conclude(commit, status, gone));
         }
         None => {
+            // Who comes to mend it may take a while: it is counted again as long as something is missing, and once more when it is
+            // there.
             if let Some((why, message)) = job::lacks(&ours, &context.client).await? {
-                // Who comes to mend it may take a while: it is counted again before it is tried.
-                let at = objects::now().0 + SignedDuration::try_from(FIRST_PAUSE).unwrap_or_default();
-                status.retry_at = Some(Time(at));
                 set(commit, status, Wanted::no(COMPLETE, why, message));
-                return Ok(Some(FIRST_PAUSE));
+                let again = review(commit, status, keys, context).await?;
+                return Ok(if status.phase == Some(CommitPhase::Running) { Some(patience(status)) } else { again });
+            }
+            let lacked = conditions::get(&status.conditions, COMPLETE).is_some_and(|complete| {
+                [reason::SECRET_NOT_FOUND, reason::CLAIM_NOT_FOUND].contains(&complete.reason.as_str())
+            });
+            if lacked {
+                set(commit, status, Wanted::no(COMPLETE, reason::IN_PROGRESS, "what was missing is there"));
+                return review(commit, status, keys, context).await;
             }
             if authority.is_some() {
                 admission::provide_account(&context.client, &namespace, admission::COMMITTER).await?;
@@ -363,6 +367,43 @@ async fn carry(
         crash_point!("commit.job.deleted");
     }
     Ok(conclude(commit, status, outcome))
+}
+
+/// How long until it is looked again for what a Job lacks: as long as it has been missing, so that the pauses double. Nothing is
+/// written meanwhile.
+fn patience(status: &AetherCommitStatus) -> Duration {
+    let since =
+        conditions::get(&status.conditions, COMPLETE).map(|complete| objects::since(&complete.last_transition_time));
+    since.unwrap_or_default().clamp(FIRST_PAUSE, LONGEST_PAUSE)
+}
+
+/// Ends a commit that may not go on, and its Job with it. What that has done by now is done.
+async fn stop(
+    commit: &AetherCommit,
+    status: &mut AetherCommitStatus,
+    (why, mut message): (&str, String),
+    context: &Context,
+) -> Result<Again> {
+    let namespace = status.source.clone().unwrap_or_default().namespace;
+    let jobs: Api<Job> = objects::namespaced(&context.client, &namespace);
+    let name = status.job.clone().filter(|_| status.job_uid.is_some()).unwrap_or_default();
+    let found = if name.is_empty() { None } else { objects::get(&jobs, &name).await? };
+    if let Some(job) = found.filter(|job| job.uid() == status.job_uid) {
+        let pods: Api<Pod> = objects::namespaced(&context.client, &namespace);
+        let labelled = objects::list(&pods, &format!("job-name={name}")).await?;
+        // It was what this operator asks for when it was noted, and cannot be changed.
+        let template = job.spec.clone().map(|spec| spec.template).unwrap_or_default();
+        let outcome = hear(&job, labelled, &template);
+        if matches!(outcome, Outcome::Done(_)) {
+            return Ok(conclude(commit, status, outcome));
+        }
+        objects::delete(&jobs, &job).await?;
+        crash_point!("commit.job.deleted");
+        message +=
+            &format!("; Job {namespace}/{name} was on its way and is deleted: see whether it had come to its end");
+    }
+    fail(commit, status, why, message);
+    Ok(None)
 }
 
 /// What the Job and its pods say, as far as they are what this operator asked for.
