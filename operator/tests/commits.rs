@@ -714,6 +714,12 @@ async fn nothing_goes_to_a_place_that_the_source_does_not_have() {
     assert!(world.create("agent", &commit).await.unwrap_err().contains("without .."));
     world.operator.api.put(&commit);
     assert_eq!(world.reconcile("out").await.phase, Some(CommitPhase::Failed));
+    // Nor one whose name, which is its folder then, is that of what another has not completed.
+    commit.metadata.name = Some("results.partial".into());
+    commit.spec.target = export("results", None);
+    assert!(world.create("agent", &commit).await.unwrap_err().contains("\"results.partial\""));
+    world.operator.api.put(&commit);
+    assert_eq!(world.reconcile("results.partial").await.phase, Some(CommitPhase::Failed));
     // A place that is taken away while a commit waits is no place any more.
     let name = world.commit(|spec| spec.target = export("results", None)).await;
     assert_eq!(world.settled(&name).await.phase, Some(CommitPhase::Running));

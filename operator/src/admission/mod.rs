@@ -173,7 +173,7 @@ impl Admission {
         match given.kind {
             "AetherCommit" => {
                 let mut spec: AetherCommitSpec = spec(&request.object)?;
-                refuse(rules::commit(&spec))?;
+                refuse(rules::commit(&given.name, &spec))?;
                 // What an authorizer may want to know beside is not asked of who asks for a commit.
                 let by = Identity { extra: Default::default(), ..request.user_info.clone() };
                 given.changes.push(Change::set("/spec/requestedBy", &by));
@@ -277,7 +277,7 @@ impl Admission {
         match request.kind.kind.as_str() {
             "AetherCommit" => {
                 let spec: AetherCommitSpec = spec(&request.object)?;
-                refuse(rules::commit(&spec))?;
+                refuse(rules::commit(name, &spec))?;
                 let statement = Statement::commit(namespace, name, &spec);
                 self.keys()?.verify(&statement, spec.signature.as_ref(), None).map_err(changed)?;
                 is_theirs(spec.requested_by.as_ref(), request)?;

@@ -13,8 +13,8 @@ const LONGEST_ROOT: usize = 128;
 const PARTIAL: &str = ".partial";
 const RECORD: &str = ".aether-export";
 
-/// The first rule that a commit breaks by itself.
-pub fn commit(spec: &AetherCommitSpec) -> Option<String> {
+/// The first rule that a commit of this name breaks by itself.
+pub fn commit(name: &str, spec: &AetherCommitSpec) -> Option<String> {
     match (&spec.checkpoint, &spec.session) {
         (None, None) => return Some("spec says not what to commit: say exactly one of checkpoint and session".into()),
         (Some(_), Some(_)) => {
@@ -40,8 +40,14 @@ pub fn commit(spec: &AetherCommitSpec) -> Option<String> {
         if export.to.is_empty() {
             return Some("spec.target.export.to is empty: name a place of the source's spec.review.exports".into());
         }
-        let path = export.path.as_deref()?;
-        return folder(path).map(|why| format!("spec.target.export.path {path:?} {why}"));
+        return match export.path.as_deref() {
+            Some(path) => folder(path).map(|why| format!("spec.target.export.path {path:?} {why}")),
+            None => folder(name).map(|why| {
+                format!(
+                    "the commit's name is the folder of its export, but {name:?} {why}: say spec.target.export.path"
+                )
+            }),
+        };
     }
     let git = target.git.as_ref()?;
     if git.message.trim().is_empty() {
@@ -185,6 +191,10 @@ mod tests {
         Target { export: Some(export), ..Target::default() }
     }
 
+    fn commit(spec: &AetherCommitSpec) -> Option<String> {
+        super::commit("fix", spec)
+    }
+
     #[test]
     fn a_commit_says_one_thing_and_one_place() {
         assert_eq!(commit(&git("main")), None);
@@ -238,6 +248,18 @@ mod tests {
         ] {
             assert!(said(bad).is_some(), "{bad:?}");
         }
+        // The folder is called like the commit when nobody says it.
+        let by_name = |name: &str, path| {
+            let spec =
+                AetherCommitSpec { target: to("results", path), session: Some("s".into()), ..Default::default() };
+            super::commit(name, &spec)
+        };
+        assert_eq!(by_name("results", None), None);
+        let refused = by_name("results.partial", None).unwrap();
+        assert!(refused.contains("results.partial") && refused.contains("say spec.target.export.path"), "{refused}");
+        assert!(by_name(&long, None).is_some());
+        assert_eq!(by_name("results.partial", Some("results")), None);
+        assert_eq!(super::commit("results.partial", &git("main")), None);
     }
 
     #[test]
