@@ -130,8 +130,11 @@ impl Anchor for ClusterAnchor {
 
     async fn hold(&self, before: &Held, head: Head, root: Blob) -> Result<(), Refusal> {
         let pin = Pin { owner: NAME.into(), kind: AUDIT_LOG, name: name(head), tree: root.to_string() };
-        let pinned = self.pins.hold(pin).await;
-        pinned.map_err(|status| Refusal::Failed(format!("the store did not pin it: {}", status.message())))?;
+        if let Err(status) = self.pins.hold(pin).await {
+            // Its answer may be what was lost.
+            self.strays.store(true, Ordering::Relaxed);
+            return Err(Refusal::Failed(format!("the store did not pin it: {}", status.message())));
+        }
         let mut wanted = map(head, root);
         let moved = match &before.version {
             None => objects::create(&self.maps, &wanted).await.map(|made| made.is_some()),
@@ -152,7 +155,11 @@ impl Anchor for ClusterAnchor {
                 self.strays.store(true, Ordering::Relaxed);
                 Err(Refusal::Conflict)
             }
-            Err(error) => Err(Refusal::Failed(error.to_string())),
+            Err(error) => {
+                // What was pinned for it is needed only if it was moved, which nobody knows.
+                self.strays.store(true, Ordering::Relaxed);
+                Err(Refusal::Failed(error.to_string()))
+            }
         }
     }
 }
