@@ -36,7 +36,15 @@ pub(crate) async fn answer(
     let map = maps.get_opt(END).await;
     let map =
         map.map_err(|error| ApiError::unavailable(format!("the end of the audit log cannot be read: {error}")))?;
+    // The first line of a commit is written before it is known what it is of.
+    let told = commit.status.as_ref().is_some_and(|status| status.root.is_some() || status.finished.is_some());
     let held = match map {
+        None if told => {
+            return Err(ApiError::unavailable(format!(
+                "the audit log has lines on this commit, and nothing says where it ends: ConfigMap {END} is not in namespace {}; the operator writes it again with the next line",
+                service.namespace
+            )));
+        }
         None => Held::NOTHING,
         Some(map) => Held::read(&map.data.unwrap_or_default(), None)
             .ok_or_else(|| ApiError::internal("the cluster does not say where the audit log ends"))?,

@@ -76,6 +76,16 @@ async fn who_may_read_a_commit_reads_its_lines_and_no_others() {
         assert_eq!(asked(fields.clone(), user, name).await.0, 403, "{user} {name}");
     }
     assert_eq!(asked(fields.clone(), "ada", "none").await.0, 404);
+    // Without an end there are no lines only of what none was written of yet.
+    for (about, expected) in [(json!({}), 200), (json!({"phase": "Pending"}), 200), (json!({"root": "aa/1"}), 503)] {
+        let (plural, mut waiting) = commit("fix", now);
+        waiting["status"] = about;
+        let (service, _) = cluster::service_with(&store, vec![], vec![(plural, waiting)]);
+        let (code, body) = status(get_of(service, "ada", "commits/fix/audit").await).await;
+        assert_eq!(code, expected, "{body}");
+        let said = body["message"].as_str().unwrap_or_default();
+        assert!(expected == 200 || said.contains("ConfigMap aether-audit is not in namespace"), "{said}");
+    }
     // What does not end where the cluster says is not shown.
     let mut other = fields;
     other["lines"] = "6".into();
