@@ -94,7 +94,9 @@ pub(crate) async fn log(cluster: &Cluster, args: &Log) -> Result<()> {
         notes.list(&everything),
     );
     let mut hidden = Vec::new();
+    let approvals_shown = approvals.is_ok();
     let mut objects = Objects {
+        approvals_shown,
         lines: BTreeMap::new(),
         checkpoints: checkpoints.map_err(|error| explain(error, "list checkpoints"))?.items,
         restores: listed(restores, "restores", &mut hidden),
@@ -146,6 +148,8 @@ struct Objects {
     restores: Vec<AetherRestore>,
     commits: Vec<AetherCommit>,
     approvals: Vec<AetherApproval>,
+    /// Whether these are all.
+    approvals_shown: bool,
     notes: Vec<AetherNote>,
     /// Of the audit log, by commit.
     lines: BTreeMap<String, Vec<Line>>,
@@ -222,6 +226,7 @@ impl Objects {
             tell(asked, status.started.as_ref(), Order::Released, format!("commit {id} released"), None, by);
             let result = status.commit.map(|id| format!("git commit {id}"));
             let result = result.or(status.revision.map(|revision| format!("revision {revision}")));
+            let result = result.or(status.place.map(|place| format!("at {place}")));
             let end = format!("commit {id} {}", phase(commit).to_lowercase());
             tell(asked, status.finished.as_ref(), Order::Ended, end, None, result.unwrap_or_default());
             for approval in self.approvals.iter().filter(|approval| approval.spec.commit == id) {
@@ -249,15 +254,22 @@ impl Objects {
             for line in said.clone() {
                 let (time, who) = (Time(line.time), Some(line.actor.as_str()));
                 let tree = format!("tree {}", short(line.root.as_deref().unwrap_or_default()));
+                let is_there = self.approvals.iter().any(|there| there.uid().as_ref() == Some(&line.object.uid));
                 if line.verb == "Withdrawn" {
                     let before =
                         said.clone().find(|other| other.object.uid == line.object.uid && other.verb != "Withdrawn");
                     let text = before.map(|it| format!("what {} had said: {}", it.actor, it.verb.to_lowercase()));
                     let text = text.unwrap_or_default();
                     tell(asked, Some(&time), Order::Withdrawn, format!("commit {id} decision withdrawn"), who, text);
-                } else if self.approvals.iter().all(|there| there.uid().as_ref() != Some(&line.object.uid)) {
+                } else if !is_there {
                     let what = format!("commit {id} {}", line.verb.to_lowercase());
-                    tell(asked, Some(&time), Order::Decided, what, who, format!("{tree}, withdrawn since"));
+                    let mut after = said.clone().filter(|other| other.object.uid == line.object.uid);
+                    let since = match after.any(|other| other.verb == "Withdrawn") {
+                        true => ", withdrawn since",
+                        false if self.approvals_shown => ", its object is gone",
+                        false => "",
+                    };
+                    tell(asked, Some(&time), Order::Decided, what, who, format!("{tree}{since}"));
                 }
             }
         }
@@ -316,6 +328,13 @@ mod tests {
             commit: Some("f00".into()),
             ..Default::default()
         });
+        let mut export = commit.clone();
+        export.metadata.name = Some("e".into());
+        export.metadata.creation_timestamp = time(7);
+        if let Some(status) = &mut export.status {
+            (status.commit, status.place, status.started, status.finished) =
+                (None, Some("data/e".into()), None, time(8));
+        }
         let mut approval = AetherApproval::new(
             "c.x",
             AetherApprovalSpec { commit: "c".into(), root: "r".into(), ..Default::default() },
@@ -331,8 +350,9 @@ mod tests {
         let objects = Objects {
             checkpoints: vec![checkpoint, other],
             restores: vec![],
-            commits: vec![commit],
+            commits: vec![commit, export],
             approvals: vec![approval],
+            approvals_shown: true,
             notes: vec![note, foreign],
             lines: BTreeMap::new(),
         };
@@ -340,10 +360,19 @@ mod tests {
         let whats: Vec<&str> = happened.iter().map(|it| it.what.as_str()).collect();
         assert_eq!(
             whats,
-            ["checkpoint k", "commit c", "note n", "commit c approved", "commit c released", "commit c succeeded"]
+            [
+                "checkpoint k",
+                "commit c",
+                "note n",
+                "commit c approved",
+                "commit c released",
+                "commit c succeeded",
+                "commit e",
+                "commit e succeeded"
+            ]
         );
         assert_eq!(happened[2].text, "a: why\u{fffd}?");
-        assert_eq!(happened[5].text, "git commit f00");
+        assert_eq!((happened[5].text.as_str(), happened[7].text.as_str()), ("git commit f00", "at data/e"));
         assert!(objects.of("nobody", None).is_empty());
     }
 
@@ -365,12 +394,14 @@ mod tests {
             line(1, "jane", "Rejected", "AetherApproval", "gone"),
             line(2, "paula", "Withdrawn", "AetherApproval", "gone"),
             line(3, "jane", "Approved", "AetherApproval", "there"),
+            line(4, "joe", "Approved", "AetherApproval", "lost"),
         ];
         let objects = Objects {
             checkpoints: vec![],
             restores: vec![],
             commits: vec![commit],
             approvals: vec![approval],
+            approvals_shown: true,
             notes: vec![],
             lines: BTreeMap::from([("c".to_owned(), lines)]),
         };
@@ -381,7 +412,8 @@ mod tests {
             [
                 "commit c rejected by jane: tree r, withdrawn since",
                 "commit c decision withdrawn by paula: what jane had said: rejected",
-                "commit c approved by : tree r"
+                "commit c approved by : tree r",
+                "commit c approved by joe: tree r, its object is gone"
             ]
         );
     }
@@ -405,6 +437,7 @@ mod tests {
             restores: vec![],
             commits: vec![commit],
             approvals: vec![approval],
+            approvals_shown: true,
             notes: vec![note],
             lines: BTreeMap::new(),
         };
