@@ -275,6 +275,9 @@ pub(crate) fn commit(it: &AetherCommit, out: &mut Fields) {
     out.maybe("Checkpoint", status.checkpoint.as_ref().or(it.spec.checkpoint.as_ref()));
     out.maybe("Source", status.source.as_ref().map(|source| format!("{}/{}", source.namespace, source.name)));
     out.field("To", crate::review::target(&it.spec.target));
+    if it.spec.target.promote.is_some() {
+        out.field("Not shown", "what is called .git: no diff shows it, and it becomes part of the revision");
+    }
     if let Some(git) = &it.spec.target.git {
         out.maybe("Author", git.author.as_ref().map(|author| format!("{} <{}>", author.name, author.email)));
         out.field("Message", git.message.trim_end());

@@ -166,6 +166,19 @@ async fn a_commit_is_shown_with_its_files_and_its_notes() {
 }
 
 #[tokio::test]
+async fn a_commit_that_promotes_says_what_no_diff_shows() {
+    let mut promotes = waiting("c2", "bot");
+    promotes["spec"]["target"] = json!({"promote": {}});
+    let server = server(vec![waiting("c1", "bot"), promotes]).await;
+    let said = async |name: &str| {
+        let (code, out, err) = run(&server, &["show", name]).await;
+        assert_eq!(code, 0, "{err}");
+        out.contains(".git: no diff shows it, and it becomes part of the revision")
+    };
+    assert!(said("c2").await && !said("c1").await);
+}
+
+#[tokio::test]
 async fn a_diff_of_a_commit_and_of_two_things() {
     let server = server(vec![waiting("c1", "bot")]).await;
     let (code, out, err) = run(&server, &["diff", "c1"]).await;
