@@ -106,7 +106,8 @@ pub fn turned(old: &AetherNote, new: &AetherNote, by: &Identity) -> Option<Entry
 
 /// A line has to hold it, whatever somebody wrote into an object while the webhook took it.
 fn cut(text: &str) -> String {
-    text[..text.floor_char_boundary(LONGEST)].to_owned()
+    let ends = text.char_indices().map(|(at, letter)| at + letter.len_utf8());
+    text[..ends.take_while(|end| *end <= LONGEST).last().unwrap_or(0)].to_owned()
 }
 
 fn about<K: objects::Object>(object: &K) -> Object {
