@@ -150,6 +150,14 @@ mod tests {
     }
 
     #[test]
+    fn what_is_cut_ends_between_two_letters() {
+        for (text, expected) in [("ä".repeat(600), 1024), (format!("a{}", "ä".repeat(600)), 1023), ("ä".into(), 2)] {
+            assert_eq!(cut(&text).len(), expected);
+            assert!(text.starts_with(&cut(&text)));
+        }
+    }
+
+    #[test]
     fn a_note_that_is_resolved_again_is_another_line() {
         let note = |generation, resolved| {
             let mut note = AetherNote::new("n", aether_api::AetherNoteSpec { resolved, ..Default::default() });
