@@ -145,11 +145,12 @@ impl Work<'_> {
     async fn changes(&self, tree: &str, scratch: &Path, store: &dyn Store) -> Result<Vec<Change>, Failure> {
         let asked = self.asked;
         let base = asked.base_commit.as_str();
-        if self.tree(base).await? == tree {
+        let mut at = self.tree(base).await?;
+        if at == tree {
             return Err(nothing("the session changed nothing that git keeps"));
         }
         let mut changes = Vec::new();
-        let (mut at, mut parent) = (self.tree(base).await?, base.to_owned());
+        let mut parent = base.to_owned();
         let mut add = async |tree: &str, words: Words| {
             let commit = self.commit_tree(tree, &parent, &words.message, &words.author).await?;
             changes.push(Change {
@@ -215,19 +216,25 @@ impl Work<'_> {
 
     /// The commits that bring the changes to `parent`; the last one of them says whose request it is.
     async fn on(&self, parent: &str, changes: &[Change]) -> Result<Made, Failure> {
-        let (mut tip, mut last) = (parent.to_owned(), None);
+        let (mut tip, mut at, mut last) = (parent.to_owned(), self.tree(parent).await?, None);
         for change in changes {
-            let tree = if tip == change.parent {
+            let is_next = tip == change.parent;
+            let tree = if is_next {
                 change.tree.clone()
             } else {
                 self.repository.merge(&change.parent, &tip, &change.commit).await?
             };
             // What the branch has already, or was undone again in the session.
-            if self.tree(&tip).await? == tree {
+            if tree == at {
                 continue;
             }
-            let commit = self.commit_tree(&tree, &tip, &change.words.message, &change.words.author).await?;
-            last = Some((std::mem::replace(&mut tip, commit), tree, &change.words));
+            let commit = if is_next {
+                change.commit.clone()
+            } else {
+                self.commit_tree(&tree, &tip, &change.words.message, &change.words.author).await?
+            };
+            last = Some((std::mem::replace(&mut tip, commit), tree.clone(), &change.words));
+            at = tree;
         }
         let Some((before, tree, words)) = last else {
             return Err(nothing("the branch has all that the session changed").at(Some(parent)));
