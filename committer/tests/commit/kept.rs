@@ -221,6 +221,18 @@ async fn nothing_of_the_sessions_repository_is_believed() {
             fs::write(object(honest), &kept).unwrap();
         }
     }
+    // A commit in between with a file that is git's own where it is checked out.
+    let hidden = world.session("hidden").await;
+    let content = run(&hidden.files, &["hash-object", "-w", "README"]);
+    let entry = format!("100644,{content},git~1/config");
+    run(&hidden.files, &["-c", "core.protectNTFS=false", "update-index", "--add", "--cacheinfo", &entry]);
+    run(&hidden.files, &["-c", "core.protectNTFS=false", "commit", "--quiet", "--message", "Hidden"]);
+    run(&hidden.files, &["-c", "core.protectNTFS=false", "update-index", "--force-remove", "git~1/config"]);
+    hidden.write("new", "new\n");
+    hidden.commit("Gone again");
+    let refused = world.commit(&hidden, "uid-3", &KEEP).await;
+    refused.failed("Invalid", "Permanent");
+    assert!(refused.message().contains("fsck"), "{}", refused.message());
     // A HEAD that leads out of the repository.
     for head in ["ref: ../../../etc/passwd\n", "ref: refs/heads/../../config\n", "what?\n"] {
         write(&session.files.join(".git/HEAD"), head);
