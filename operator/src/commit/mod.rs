@@ -195,10 +195,12 @@ async fn review(
     Ok(Some(if counted.is_released() { Duration::ZERO } else { expiry.map_or(RECOUNT, |expiry| expiry.min(RECOUNT)) }))
 }
 
-/// Leaves what the audit log cannot be asked about. What is released is counted before it is tried again.
+/// Leaves what the audit log cannot be asked about. What is released is counted before it is tried again; nothing is written as
+/// long as that stays so.
 fn uncounted(commit: &AetherCommit, status: &mut AetherCommitStatus, why: String) -> Again {
     if status.phase == Some(CommitPhase::Running) {
-        status.retry_at = Some(objects::now());
+        let before = commit.status.as_ref().and_then(|before| before.retry_at.clone());
+        status.retry_at = before.or_else(|| Some(objects::now()));
     }
     hold(commit, status, why);
     Some(pins::RETRY)
